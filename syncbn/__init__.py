@@ -1,0 +1,42 @@
+"""Exact synchronized batch normalization, freezing that holds, and sight of what the layers do.
+
+Names are resolved when first used, so that importing the package (as composing a config does) does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "SyncBatchNorm": "syncbn.nn.batchnorm",
+    "sync_batch_norm": "syncbn.nn.functional",
+    "convert_sync_batchnorm": "syncbn.surgery.converting",
+    "revert_sync_batchnorm": "syncbn.surgery.converting",
+    "freeze": "syncbn.surgery.freezing",
+    "unfreeze": "syncbn.surgery.freezing",
+    "FreezePlan": "syncbn.surgery.plan",
+    "Monitor": "syncbn.stats.monitor",
+}
+__all__ = ["FreezePlan", "Monitor", "SyncBatchNorm", "convert_sync_batchnorm", "freeze", "revert_sync_batchnorm",
+           "sync_batch_norm", "unfreeze"]  # fmt: skip
+
+if TYPE_CHECKING:
+    from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
+    from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
+    from syncbn.stats.monitor import Monitor as Monitor
+    from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm
+    from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm
+    from syncbn.surgery.freezing import freeze as freeze
+    from syncbn.surgery.freezing import unfreeze as unfreeze
+    from syncbn.surgery.plan import FreezePlan as FreezePlan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""The passes over the activation, each one operator with an implementation per device.
+
+Importing this package defines the operators (`torch.ops.syncbn.*`); `reference` implements them for every device.
+"""
+
+from syncbn.kernels import operators as operators

@@ -1,0 +1,70 @@
+"""The operators `torch.ops.syncbn.*`: their signatures, their shapes, and the reference as the default implementation.
+
+`torch.library.Library` rather than `custom_op`: a call costs half as much (FIELD: 20 against 46 microseconds). A faster kernel for
+a device registers itself for that device's dispatch key and nothing else changes; the dispatcher is the only switch.
+"""
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels import reference
+
+_library = torch.library.Library("syncbn", "DEF")
+_library.define("moments(Tensor input) -> Tensor")
+_library.define(
+    "finish(Tensor packed, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " float? momentum, float eps, ScalarType dtype) -> (Tensor mean, Tensor invstd, Tensor count)"
+)
+_library.define("normalize(Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias) -> Tensor")
+_library.define("backward_reduce(Tensor grad, Tensor input, Tensor mean, Tensor invstd) -> Tensor")
+_library.define(
+    "backward_elementwise(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor sums, Tensor count)"
+    " -> Tensor"
+)
+
+for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_elementwise"):
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("syncbn::moments", lib=_library)
+def _(input: Tensor) -> Tensor:
+    return input.new_empty(4 * input.size(1) + 1, dtype=torch.float64)
+
+
+@torch.library.register_fake("syncbn::finish", lib=_library)
+def _(
+    packed: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_channels = (packed.size(0) - 1) // 4
+    mean = packed.new_empty((2, num_channels), dtype=dtype)
+    return mean, packed.new_empty(num_channels, dtype=dtype), packed.new_empty(())
+
+
+@torch.library.register_fake("syncbn::normalize", lib=_library)
+def _(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("syncbn::backward_reduce", lib=_library)
+def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    return input.new_empty(2 * input.size(1), dtype=torch.float64)
+
+
+@torch.library.register_fake("syncbn::backward_elementwise", lib=_library)
+def _(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> Tensor:
+    return torch.empty_like(input)
+
+
+moments = torch.ops.syncbn.moments.default
+finish = torch.ops.syncbn.finish.default
+normalize = torch.ops.syncbn.normalize.default
+backward_reduce = torch.ops.syncbn.backward_reduce.default
+backward_elementwise = torch.ops.syncbn.backward_elementwise.default

@@ -1,0 +1,150 @@
+"""The specification of every kernel: plain tensor code for any device, layout and floating type, in float64 where it sums.
+
+Shapes: `input` and gradients are (N, C, ...); per-channel vectors are (C,). `mean` is (2, C): a high and a low part whose
+sum is the mean, in the compute type (float64 for float64 inputs, float32 for all others), like `invstd`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.packing import pack, unpack
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which activations of `dtype` are normalized."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduced_dims(input: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [0, *range(2, input.dim())]
+
+
+def per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    """(C,) as (1, C, 1, ...), to broadcast against `input`."""
+    return vector.view(1, -1, *[1] * (input.dim() - 2))
+
+
+def moments(input: Tensor) -> Tensor:
+    """The packed moments of the local samples (see `packing`), 4C+1 float64 numbers; zeros for an empty input."""
+    num_channels = input.size(1)
+    count = input.numel() // num_channels if num_channels else 0
+    if count == 0:
+        return torch.zeros(4 * num_channels + 1, dtype=torch.float64, device=input.device)
+    dims = reduced_dims(input)
+    wide = input.to(torch.float64)
+    pivot = wide.mean(dims)
+    centred = wide - per_channel(pivot, input)
+    return pack(count, pivot, centred.sum(dims), centred.square().sum(dims))
+
+
+def finish(
+    packed: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the moments of the global batch to what normalizes it; moves the running statistics in place.
+
+    new = (1 - m) * old + m * batch, the running variance being unbiased by the global count. `momentum=None` takes
+    m = 1 / num_batches_tracked after counting this batch (the cumulative average). With a global count of 0 nothing moves; with
+    1 the variance, which is then undefined, does not. Both are decided on the device.
+
+    Returns:
+        mean (2, C) and invstd (C,) in `dtype`, and count, float64 without dimensions.
+    """
+    count, (mean_high, mean_low), variance = unpack(packed)
+    has_samples = count > 0
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(has_samples.to(num_batches_tracked.dtype))
+    if running_mean is not None and running_var is not None:
+        if momentum is None:
+            assert num_batches_tracked is not None
+            rate = 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
+        else:
+            rate = torch.full_like(count, momentum)
+        unbiased = variance * (count / (count - 1.0).clamp(min=1.0))
+        moved_mean = (1.0 - rate) * running_mean.to(torch.float64) + rate * (mean_high + mean_low)
+        moved_var = (1.0 - rate) * running_var.to(torch.float64) + rate * unbiased
+        running_mean.copy_(torch.where(has_samples, moved_mean.to(running_mean.dtype), running_mean))
+        running_var.copy_(torch.where(count > 1, moved_var.to(running_var.dtype), running_var))
+    high = mean_high.to(dtype)
+    low = ((mean_high - high.to(torch.float64)) + mean_low).to(dtype)
+    invstd = (variance + eps).rsqrt().to(dtype)
+    return torch.stack([high, low]), invstd, count.clone()
+
+
+def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x - mean) * invstd * weight + bias, in the type and layout of `input`.
+
+    Computed as (x - high) * scale + (bias - low * scale): the subtraction is exact where cancellation would hurt, and the part of
+    the mean that `high` cannot hold is not lost.
+    """
+    dtype = mean.dtype
+    scale = invstd if weight is None else invstd * weight.to(dtype)
+    shift = -mean[1] * scale
+    if bias is not None:
+        shift = shift + bias.to(dtype)
+    centred = input.to(dtype) - per_channel(mean[0], input)
+    return (centred * per_channel(scale, input) + per_channel(shift, input)).to(input.dtype)
+
+
+def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """[sum(g), sum(g * xhat)] over the local samples, 2C float64 numbers: also the gradients of bias and weight."""
+    dims = reduced_dims(input)
+    wide = mean.to(torch.float64)
+    centred = (input.to(torch.float64) - per_channel(wide[0], input)) - per_channel(wide[1], input)
+    wide_grad = grad.to(torch.float64)
+    return torch.cat([wide_grad.sum(dims), (wide_grad * centred).sum(dims) * invstd.to(torch.float64)])
+
+
+def backward_elementwise(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> Tensor:
+    """The gradient of the input: weight * invstd * (g - sum(g)/N - xhat * sum(g * xhat)/N), N and the sums being global.
+
+    (Ioffe and Szegedy 2015, section 3, with the sums over all ranks.)
+    """
+    dtype = mean.dtype
+    means = sums / count.clamp(min=1.0)
+    grad_mean, projection = means.to(dtype).chunk(2)
+    scale = invstd if weight is None else invstd * weight.to(dtype)
+    centred = (input.to(dtype) - per_channel(mean[0], input)) - per_channel(mean[1], input)
+    # The first operand decides the layout of a sum: the input's goes first, whatever the layout of the incoming gradient.
+    projected = centred * per_channel(-invstd * projection, input) + (grad.to(dtype) - per_channel(grad_mean, input))
+    return (projected * per_channel(scale, input)).to(input.dtype)
+
+
+def differentiable_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    count: Tensor,
+    eps: float,
+    all_reduce: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias as differentiable functions of `grad`, `input` and `weight`, in float64.
+
+    Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known global
+    mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be differentiable.
+    """
+    dims = reduced_dims(input)
+    n = count.clamp(min=1.0)
+    centre = mean.detach().to(torch.float64)
+    offset = (input.to(torch.float64) - per_channel(centre[0], input)) - per_channel(centre[1], input)
+    first, second = (all_reduce(torch.cat([offset.sum(dims), offset.square().sum(dims)])) / n).chunk(2)
+    invstd = (second - first.square() + eps).rsqrt()
+    xhat = (offset - per_channel(first, input)) * per_channel(invstd, input)
+
+    wide_grad = grad.to(torch.float64)
+    grad_bias, grad_weight = wide_grad.sum(dims), (wide_grad * xhat).sum(dims)
+    grad_mean, projection = (all_reduce(torch.cat([grad_bias, grad_weight])) / n).chunk(2)
+    scale = invstd if weight is None else invstd * weight.to(torch.float64)
+    projected = xhat * per_channel(-projection, input) + (wide_grad - per_channel(grad_mean, input))
+    return (projected * per_channel(scale, input)).to(input.dtype), grad_weight, grad_bias

@@ -1,0 +1,186 @@
+"""SyncBatchNorm: the state of a layer, its modes, and its frozen switches."""
+
+from __future__ import annotations
+
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_by_running
+from syncbn.nn.groups import collective_group
+from syncbn.nn.holding import hold, is_held, release
+
+_ACTIVATIONS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+
+
+class SyncBatchNorm(_BatchNorm):
+    r"""Batch normalization with the statistics of the global batch: all samples of all ranks.
+
+    .. math::
+        y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    per channel, where mean and (biased) variance are those of the concatenation of every rank's input. In training the running
+    statistics move in `forward`: new = (1 - momentum) * old + momentum * batch, the variance unbiased by the global count. W ranks with b
+    samples each compute what one process with `nn.BatchNorm` computes on W * b samples.
+
+    ==========  ===================  ============  ===================  ==================  =====================
+    training    track_running_stats  stats frozen  normalizes with      running statistics  collectives fwd / bwd
+    ==========  ===================  ============  ===================  ==================  =====================
+    yes         yes                  no            global batch         updated             1 / 1
+    yes         no                   no            global batch         none kept           1 / 1
+    no          yes                  any           running statistics   untouched           0 / 0
+    no          no                   no            local batch          none kept           0 / 0
+    yes         yes                  yes           running statistics   untouched           0 / 0
+    ==========  ===================  ============  ===================  ==================  =====================
+
+    Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input needs a
+    gradient), and none without a process group or in a group of one. All ranks of the group have to call a training layer equally often and
+    in the same mode; how many samples each brings, none included, is its own business. If no rank has a sample, nothing moves. If the world
+    has a single value per channel, the output is the bias and the running variance stays.
+
+    It is a `_BatchNorm` but not an `nn.SyncBatchNorm`: DDP takes it on CPU, and its state dict is that of `nn.BatchNorm1d/2d/3d`, key
+    for key, in both directions.
+
+    Args:
+        num_features: C, the size of dimension 1 of the input (N, C, ...); any number of further dimensions.
+        eps: added to the variance.
+        momentum: the weight of the new batch in the running statistics; None for the cumulative average.
+        affine: learnable weight (gamma) and bias (beta).
+        track_running_stats: keep running statistics; without them evaluation normalizes with the local batch, as torch does.
+        process_group: the ranks to sum over; None for all ranks of the job.
+        bias: False for a learnable weight without a bias.
+        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output.
+
+    Raises:
+        ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single process.
+        RuntimeError: an input that has not C channels; a rank outside the process group.
+
+    Example:
+        >>> layer = SyncBatchNorm(3)
+        >>> y = layer(torch.randn(4, 3, 8, 8))
+        >>> layer.num_batches_tracked.item()
+        1
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    activation: str | None = None
+    _stats_frozen: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        if activation is not None and activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected None or one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias)
+        self.process_group = process_group
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalizes (N, C, ...), adds `residual` (of the same shape) if given, applies the activation if there is one."""
+        output = self._normalize(input)
+        if residual is not None:
+            if residual.shape != output.shape:
+                raise ValueError(
+                    f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
+                )
+            output = output + residual
+        return output if self.activation is None else _ACTIVATIONS[self.activation](output)
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if self._stats_frozen or not self.training:
+            if self.running_mean is not None and self.running_var is not None:
+                return normalize_by_running(
+                    input, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+                )
+            return normalize_by_batch(input, self.weight, self.bias, None, None, None, 0.0, self.eps, None)
+        group = collective_group(self.process_group)
+        tracked = self.track_running_stats
+        return normalize_by_batch(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.num_batches_tracked if tracked else None,
+            self.momentum,
+            self.eps,
+            group,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() >= 2 and input.size(1) != self.num_features:
+            raise RuntimeError(
+                f"expected {self.num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                f" (input shape {tuple(input.shape)})"
+            )
+        check_arguments(input, self.running_mean, self.running_var, self.weight, self.bias)
+
+    @property
+    def stats_frozen(self) -> bool:
+        """Whether the running statistics normalize in training too, and do not move."""
+        return self._stats_frozen
+
+    @property
+    def affine_frozen(self) -> bool:
+        """Whether weight and bias are held: no gradient, and so no update."""
+        return is_held(self)
+
+    def freeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
+        """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and `deepcopy`.
+
+        Frozen statistics normalize in training as in evaluation and do not move by a bit; the layer then communicates nothing. Frozen
+        affine parameters lose their gradient at once, so that no optimizer, weight decay or momentum moves them. Under
+        `DistributedDataParallel` wrap the model anew afterwards.
+
+        Raises:
+            ValueError: `stats=True` on a layer without running statistics.
+        """
+        if stats:
+            if self.running_mean is None or self.running_var is None:
+                raise ValueError("cannot freeze the statistics of a layer without running statistics (track_running_stats=False)")
+            self._stats_frozen = True
+        if affine:
+            hold(self)
+        return self
+
+    def unfreeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
+        """Undoes `freeze`: the same parameters, momentum and counter as before, `requires_grad` as it was."""
+        if stats:
+            self._stats_frozen = False
+        if affine:
+            release(self)
+        return self
+
+    @classmethod
+    def convert_sync_batchnorm(  # type: ignore[misc]
+        cls, module: nn.Module, process_group: dist.ProcessGroup | None = None
+    ) -> nn.Module:
+        """Every batch normalization of `module` as a `SyncBatchNorm`, in place; see `syncbn.convert_sync_batchnorm`."""
+        from syncbn.surgery.converting import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
+        frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
+        if frozen:
+            parts.append(f"frozen={'+'.join(frozen)}")
+        return ", ".join(parts)
+

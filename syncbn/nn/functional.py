@@ -1,0 +1,176 @@
+"""Synchronized batch normalization as a function: moments -> all-reduce -> finish -> normalize, and its gradient."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.kernels import operators, reference
+from syncbn.nn.groups import all_reduce_sum, collective_group
+
+
+class _NormalizeByBatch(torch.autograd.Function):
+    """Normalizes with the statistics of the global batch; one all-reduce forward, one backward if the input needs a gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        packed = all_reduce_sum(operators.moments(input), group)
+        mean, invstd, count = operators.finish(
+            packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
+        )
+        ctx.save_for_backward(input, weight, mean, invstd, count)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.eps, ctx.group = eps, group
+        return operators.normalize(input, mean, invstd, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight, mean, invstd, count = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_input = None
+        if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
+            grad_input, grad_weight, grad_bias = reference.differentiable_backward(
+                grad, input, weight, mean, count, ctx.eps, lambda tensor: all_reduce_sum(tensor, ctx.group)
+            )
+        else:
+            sums = operators.backward_reduce(grad, input, mean, invstd)
+            # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is in place.
+            grad_bias, grad_weight = (half.clone() for half in sums.chunk(2))
+            if needs_input:
+                sums = all_reduce_sum(sums, ctx.group)
+                grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
+        return (
+            grad_input,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            *[None] * 6,
+        )
+
+
+def normalize_by_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running ones.
+
+    Raises:
+        ValueError: a single process with a single value per channel, whose variance is undefined.
+    """
+    if group is None and input.size(1) > 0 and input.numel() == input.size(1):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+    return _NormalizeByBatch.apply(  # type: ignore[no-any-return]
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group
+    )
+
+
+def normalize_by_running(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Evaluation, and frozen statistics: (x - running_mean) * scale + bias, without communication.
+
+    ATen operators alone, so that an exported program holds no operator of ours; never x * scale + shift, which cancels where
+    |mean| >> std. Keeps no activation for backward unless `weight` needs a gradient.
+    """
+    dtype = reference.compute_dtype(input.dtype)
+    scale = (running_var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    centred = input.to(dtype) - reference.per_channel(running_mean.to(dtype), input)
+    output = centred * reference.per_channel(scale, input)
+    if bias is not None:
+        output = output + reference.per_channel(bias.to(dtype), input)
+    return output.to(input.dtype)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` over the samples of all ranks.
+
+    In training, normalizes with mean and (biased) variance of the concatenated batches of all ranks of `process_group` (default: all
+    ranks of the job), and moves the running statistics in place: new = (1 - momentum) * old + momentum * batch, the variance
+    unbiased by the global count. Otherwise normalizes with the running statistics and communicates nothing.
+
+    Communication: one all-reduce of 4C+1 float64 numbers forward, one of 2C backward; none in a world of one. Every rank has to
+    call it, with as many samples as it has: batch and spatial sizes may differ, and no sample at all is fine.
+
+    Args:
+        input: (N, C, ...), at least two dimensions, any floating type and memory format; the output keeps both.
+        running_mean: (C,) or None, with `running_var`.
+        running_var: (C,) or None, with `running_mean`.
+        weight: (C,) or None for 1.
+        bias: (C,) or None for 0.
+
+    Raises:
+        ValueError: fewer than two dimensions; one value per channel in a single process; one of the running statistics without the
+            other; not training, and no running statistics.
+        RuntimeError: a per-channel argument that is not of length C; this rank is outside `process_group`.
+
+    Example:
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> y = sync_batch_norm(x, None, None, training=True)
+        >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-6)
+        True
+    """
+    check_arguments(input, running_mean, running_var, weight, bias)
+    if training:
+        group = collective_group(process_group)
+        return normalize_by_batch(input, weight, bias, running_mean, running_var, None, momentum, eps, group)
+    if running_mean is None or running_var is None:
+        raise ValueError("Expected running_mean and running_var when training=False, got None")
+    return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
+
+
+def check_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Rejects, before any rank communicates, what cannot be normalized."""
+    if input.dim() < 2:
+        raise ValueError(f"expected at least 2D input (N, C, ...), got {input.dim()}D input")
+    if not input.is_floating_point():
+        raise RuntimeError(f"expected an input of floating type, got {input.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("Expected running_mean and running_var both or neither, got one of them")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in named.items():
+        if vector is not None and (vector.dim() != 1 or vector.numel() != input.size(1)):
+            raise RuntimeError(
+                f"{name} should contain {input.size(1)} elements not {vector.numel()}: the input has {input.size(1)} channels"
+                f" (shape {tuple(input.shape)}), {name} has shape {tuple(vector.shape)}"
+            )

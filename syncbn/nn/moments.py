@@ -1,0 +1,58 @@
+"""Moments: count, mean and variance of samples that lie on several ranks, or arrive in several batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.kernels import operators
+from syncbn.kernels.packing import unpack
+from syncbn.nn.groups import all_reduce_sum, collective_group
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The first two moments of each channel, in a form that adds.
+
+    Two sets of samples pool by `a + b`, ranks by `all_reduce`; both are a sum of 4C+1 float64 numbers and lose nothing
+    that matters even where |mean| is a million times the standard deviation (see `kernels.packing`).
+
+    Example:
+        >>> x = torch.randn(8, 3, 4, 4)
+        >>> pooled = Moments.of(x[:3]) + Moments.of(x[3:])
+        >>> torch.allclose(pooled.mean, x.double().mean((0, 2, 3)))
+        True
+    """
+
+    packed: Tensor
+    """The payload, (4C+1,) float64; not meant to be read, only to be added."""
+
+    @classmethod
+    def of(cls, input: Tensor) -> Moments:
+        """The moments of `input`, (N, C, ...) of any floating type; an empty input has a count of 0."""
+        return cls(operators.moments(input))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.packed + other.packed)
+
+    def all_reduce(self, process_group: dist.ProcessGroup | None = None) -> Moments:
+        """The moments of all ranks' samples; one collective, or none in a world of one."""
+        return Moments(all_reduce_sum(self.packed.clone(), collective_group(process_group)))
+
+    @property
+    def count(self) -> Tensor:
+        """Values per channel, float64 without dimensions (exact up to 2^53)."""
+        return unpack(self.packed)[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float64; 0 where there are no samples."""
+        high, low = unpack(self.packed)[1]
+        return high + low
+
+    @property
+    def var(self) -> Tensor:
+        """(C,) float64, biased (divided by the count), never negative."""
+        return unpack(self.packed)[2]

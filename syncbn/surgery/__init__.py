@@ -1,0 +1,1 @@
+"""Changing models without losing anything: convert, revert, freeze, unfreeze."""

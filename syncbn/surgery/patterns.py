@@ -1,0 +1,85 @@
+"""Selecting modules by name: the one vocabulary of `match` and `exclude`.
+
+A pattern is a shell glob over dotted module names, in which `*` also crosses dots. A name without a wildcard selects that module
+and everything below it. Wrappers are invisible: names carry no `module.` of DDP and no `_orig_mod.` of `torch.compile`.
+"""
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+Patterns = str | Sequence[str]
+
+_WRAPPERS: dict[type, str] = {
+    nn.parallel.DistributedDataParallel: "module",
+    nn.DataParallel: "module",
+    AveragedModel: "module",
+}
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    if type(module).__name__ == "OptimizedModule":  # torch.compile's; importing its class would import the compiler
+        return "_orig_mod"
+    return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), None)
+
+
+def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `module` by its name without wrappers; a module in two places comes twice."""
+    child_of_wrapper = _wrapped_child(module)
+    if child_of_wrapper is not None:
+        yield from named_modules(getattr(module, child_of_wrapper), prefix)
+        return
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def as_tuple(patterns: Patterns | None) -> tuple[str, ...]:
+    """One pattern, several, or none (None, "", ()), as a tuple."""
+    if not patterns:
+        return ()
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module of that name is selected."""
+    if any(wildcard in pattern for wildcard in "*?["):
+        return fnmatchcase(name, pattern)
+    return name == pattern or name.startswith(pattern + ".")
+
+
+def select(module: nn.Module, match: Patterns = "*", exclude: Patterns | None = ()) -> dict[str, nn.Module]:
+    """The modules that some pattern of `match` selects and none of `exclude`, by name, each once.
+
+    Raises:
+        ValueError: a pattern selects nothing; the message lists names that come near.
+    """
+    names = dict(named_modules(module))
+    for argument, patterns in (("match", as_tuple(match)), ("exclude", as_tuple(exclude))):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                raise ValueError(f"{argument}={pattern!r} selects no module; {_near_misses(pattern, names)}")
+    if not as_tuple(match):
+        raise ValueError("match: expected at least one pattern, got none")
+    chosen: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, candidate in names.items():
+        if id(candidate) in seen or any(matches(name, pattern) for pattern in as_tuple(exclude)):
+            continue
+        if any(matches(name, pattern) for pattern in as_tuple(match)):
+            seen.add(id(candidate))
+            chosen[name] = candidate
+    return chosen
+
+
+def _near_misses(pattern: str, names: dict[str, nn.Module]) -> str:
+    candidates = [name for name in names if name]
+    near = get_close_matches(pattern.strip("*."), candidates, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    top = [name for name in candidates if "." not in name]
+    return f"the top-level modules are {', '.join(top)}" if top else "the module has no children"
