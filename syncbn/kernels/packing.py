@@ -64,7 +64,8 @@ def _split(total: Pair, exponent: Tensor) -> Pair:
     """total as (a multiple of 2^(exponent - 24), the rest)."""
     shift = torch.ldexp(torch.full_like(total[0], 1.5), exponent + (52 - _QUANTUM_BITS))
     high = (total[0] + shift) - shift
-    # Far from any cancellation the shift can exceed the range (mean above 1e135) or be lost (mean 0): keep the sum as it is.
+    # Far from any cancellation the shift can exceed the range (mean above 1e135) or be lost (mean 0): keep the sum as
+    # it is.
     high = torch.where(torch.isfinite(high), high, total[0])
     return high, (total[0] - high) + total[1]
 

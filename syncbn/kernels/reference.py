@@ -1,7 +1,7 @@
-"""The specification of every kernel: plain tensor code for any device, layout and floating type, in float64 where it sums.
+"""The specification of every kernel: plain tensor code for any device, layout and floating type; sums are float64.
 
-Shapes: `input` and gradients are (N, C, ...); per-channel vectors are (C,). `mean` is (2, C): a high and a low part whose
-sum is the mean, in the compute type (float64 for float64 inputs, float32 for all others), like `invstd`.
+Shapes: `input` and gradients are (N, C, ...); per-channel vectors are (C,). `mean` is (2, C): a high and a low part
+whose sum is the mean, in the compute type (float64 for float64 inputs, float32 for all others), like `invstd`.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def finish(
     """From the moments of the global batch to what normalizes it; moves the running statistics in place.
 
     new = (1 - m) * old + m * batch, the running variance being unbiased by the global count. `momentum=None` takes
-    m = 1 / num_batches_tracked after counting this batch (the cumulative average). With a global count of 0 nothing moves; with
-    1 the variance, which is then undefined, does not. Both are decided on the device.
+    m = 1 / num_batches_tracked after counting this batch (the cumulative average). With a global count of 0 nothing
+    moves; with 1 the variance, which is then undefined, does not. Both are decided on the device.
 
     Returns:
         mean (2, C) and invstd (C,) in `dtype`, and count, float64 without dimensions.
@@ -82,8 +82,8 @@ def finish(
 def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x - mean) * invstd * weight + bias, in the type and layout of `input`.
 
-    Computed as (x - high) * scale + (bias - low * scale): the subtraction is exact where cancellation would hurt, and the part of
-    the mean that `high` cannot hold is not lost.
+    Computed as (x - high) * scale + (bias - low * scale): the subtraction is exact where cancellation would hurt, and
+    the part of the mean that `high` cannot hold is not lost.
     """
     dtype = mean.dtype
     scale = invstd if weight is None else invstd * weight.to(dtype)
@@ -106,7 +106,7 @@ def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -
 def backward_elementwise(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
-    """The gradient of the input: weight * invstd * (g - sum(g)/N - xhat * sum(g * xhat)/N), N and the sums being global.
+    """The input's gradient: weight * invstd * (g - sum(g)/N - xhat * sum(g * xhat)/N), N and the sums being global.
 
     (Ioffe and Szegedy 2015, section 3, with the sums over all ranks.)
     """
@@ -115,7 +115,7 @@ def backward_elementwise(
     grad_mean, projection = means.to(dtype).chunk(2)
     scale = invstd if weight is None else invstd * weight.to(dtype)
     centred = (input.to(dtype) - per_channel(mean[0], input)) - per_channel(mean[1], input)
-    # The first operand decides the layout of a sum: the input's goes first, whatever the layout of the incoming gradient.
+    # The first operand decides the layout of a sum: so the input's goes first, whatever that of the incoming gradient.
     projected = centred * per_channel(-invstd * projection, input) + (grad.to(dtype) - per_channel(grad_mean, input))
     return (projected * per_channel(scale, input)).to(input.dtype)
 
@@ -131,8 +131,9 @@ def differentiable_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias as differentiable functions of `grad`, `input` and `weight`, in float64.
 
-    Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known global
-    mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be differentiable.
+    Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known
+    global mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be
+    differentiable.
     """
     dims = reduced_dims(input)
     n = count.clamp(min=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_
 from syncbn.nn.groups import collective_group
 from syncbn.nn.holding import hold, is_held, release
 
-_ACTIVATIONS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -22,9 +23,9 @@ class SyncBatchNorm(_BatchNorm):
     .. math::
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    per channel, where mean and (biased) variance are those of the concatenation of every rank's input. In training the running
-    statistics move in `forward`: new = (1 - momentum) * old + momentum * batch, the variance unbiased by the global count. W ranks with b
-    samples each compute what one process with `nn.BatchNorm` computes on W * b samples.
+    per channel, where mean and (biased) variance are those of the concatenation of every rank's input. In training the
+    running statistics move in `forward`: new = (1 - momentum) * old + momentum * batch, the variance unbiased by the
+    global count. W ranks with b samples each compute what one process with `nn.BatchNorm` computes on W * b samples.
 
     ==========  ===================  ============  ===================  ==================  =====================
     training    track_running_stats  stats frozen  normalizes with      running statistics  collectives fwd / bwd
@@ -36,26 +37,29 @@ class SyncBatchNorm(_BatchNorm):
     yes         yes                  yes           running statistics   untouched           0 / 0
     ==========  ===================  ============  ===================  ==================  =====================
 
-    Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input needs a
-    gradient), and none without a process group or in a group of one. All ranks of the group have to call a training layer equally often and
-    in the same mode; how many samples each brings, none included, is its own business. If no rank has a sample, nothing moves. If the world
-    has a single value per channel, the output is the bias and the running variance stays.
+    Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input
+    needs a gradient), and none without a process group or in a group of one. All ranks of the group have to call a
+    training layer equally often and in the same mode; how many samples each brings, none included, is its own business.
+    If no rank has a sample, nothing moves. If the world has a single value per channel, the output is the bias and the
+    running variance stays.
 
-    It is a `_BatchNorm` but not an `nn.SyncBatchNorm`: DDP takes it on CPU, and its state dict is that of `nn.BatchNorm1d/2d/3d`, key
-    for key, in both directions.
+    It is a `_BatchNorm` but not an `nn.SyncBatchNorm`: DDP takes it on CPU, and its state dict is that of
+    `nn.BatchNorm1d/2d/3d`, key for key, in both directions.
 
     Args:
         num_features: C, the size of dimension 1 of the input (N, C, ...); any number of further dimensions.
         eps: added to the variance.
         momentum: the weight of the new batch in the running statistics; None for the cumulative average.
         affine: learnable weight (gamma) and bias (beta).
-        track_running_stats: keep running statistics; without them evaluation normalizes with the local batch, as torch does.
+        track_running_stats: keep running statistics; without them evaluation normalizes with the local batch, as torch
+            does.
         process_group: the ranks to sum over; None for all ranks of the job.
         bias: False for a learnable weight without a bias.
         activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output.
 
     Raises:
-        ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single process.
+        ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single
+            process.
         RuntimeError: an input that has not C channels; a rank outside the process group.
 
     Example:
@@ -85,12 +89,14 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         if activation is not None and activation not in _ACTIVATIONS:
             raise ValueError(f"activation: expected None or one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         self.process_group = process_group
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalizes (N, C, ...), adds `residual` (of the same shape) if given, applies the activation if there is one."""
+        """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one."""
         output = self._normalize(input)
         if residual is not None:
             if residual.shape != output.shape:
@@ -141,18 +147,21 @@ class SyncBatchNorm(_BatchNorm):
         return is_held(self)
 
     def freeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
-        """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and `deepcopy`.
+        """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and
+        `deepcopy`.
 
-        Frozen statistics normalize in training as in evaluation and do not move by a bit; the layer then communicates nothing. Frozen
-        affine parameters lose their gradient at once, so that no optimizer, weight decay or momentum moves them. Under
-        `DistributedDataParallel` wrap the model anew afterwards.
+        Frozen statistics normalize in training as in evaluation and do not move by a bit; the layer then communicates
+        nothing. Frozen affine parameters lose their gradient at once, so that no optimizer, weight decay or momentum
+        moves them. Under `DistributedDataParallel` wrap the model anew afterwards.
 
         Raises:
             ValueError: `stats=True` on a layer without running statistics.
         """
         if stats:
             if self.running_mean is None or self.running_var is None:
-                raise ValueError("cannot freeze the statistics of a layer without running statistics (track_running_stats=False)")
+                raise ValueError(
+                    "cannot freeze the statistics of a layer without running statistics (track_running_stats=False)"
+                )
             self._stats_frozen = True
         if affine:
             hold(self)
@@ -167,9 +176,7 @@ class SyncBatchNorm(_BatchNorm):
         return self
 
     @classmethod
-    def convert_sync_batchnorm(  # type: ignore[misc]
-        cls, module: nn.Module, process_group: dist.ProcessGroup | None = None
-    ) -> nn.Module:
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
         """Every batch normalization of `module` as a `SyncBatchNorm`, in place; see `syncbn.convert_sync_batchnorm`."""
         from syncbn.surgery.converting import convert_sync_batchnorm
 
@@ -183,4 +190,3 @@ class SyncBatchNorm(_BatchNorm):
         if frozen:
             parts.append(f"frozen={'+'.join(frozen)}")
         return ", ".join(parts)
-

@@ -11,10 +11,12 @@ from syncbn.nn.groups import all_reduce_sum, collective_group
 
 
 class _NormalizeByBatch(torch.autograd.Function):
-    """Normalizes with the statistics of the global batch; one all-reduce forward, one backward if the input needs a gradient."""
+    """Normalizes with the statistics of the global batch; one all-reduce forward, one backward if the input needs a
+    gradient.
+    """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -36,7 +38,7 @@ class _NormalizeByBatch(torch.autograd.Function):
         return operators.normalize(input, mean, invstd, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, invstd, count = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = None
@@ -46,7 +48,8 @@ class _NormalizeByBatch(torch.autograd.Function):
             )
         else:
             sums = operators.backward_reduce(grad, input, mean, invstd)
-            # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is in place.
+            # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is
+            # in place.
             grad_bias, grad_weight = (half.clone() for half in sums.chunk(2))
             if needs_input:
                 sums = all_reduce_sum(sums, ctx.group)
@@ -70,14 +73,15 @@ def normalize_by_batch(
     eps: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running ones.
+    """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
+    ones.
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined.
     """
     if group is None and input.size(1) > 0 and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
-    return _NormalizeByBatch.apply(  # type: ignore[no-any-return]
+    return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group
     )
 
@@ -92,8 +96,8 @@ def normalize_by_running(
 ) -> Tensor:
     """Evaluation, and frozen statistics: (x - running_mean) * scale + bias, without communication.
 
-    ATen operators alone, so that an exported program holds no operator of ours; never x * scale + shift, which cancels where
-    |mean| >> std. Keeps no activation for backward unless `weight` needs a gradient.
+    ATen operators alone, so that an exported program holds no operator of ours; never x * scale + shift, which cancels
+    where |mean| >> std. Keeps no activation for backward unless `weight` needs a gradient.
     """
     dtype = reference.compute_dtype(input.dtype)
     scale = (running_var.to(dtype) + eps).rsqrt()
@@ -119,11 +123,13 @@ def sync_batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` over the samples of all ranks.
 
-    In training, normalizes with mean and (biased) variance of the concatenated batches of all ranks of `process_group` (default: all
-    ranks of the job), and moves the running statistics in place: new = (1 - momentum) * old + momentum * batch, the variance
-    unbiased by the global count. Otherwise normalizes with the running statistics and communicates nothing.
+    In training, normalizes with mean and (biased) variance of the concatenated batches of all ranks of `process_group`
+    (default: all ranks of the job), and moves the running statistics in place: new = (1 - momentum) * old + momentum *
+    batch, the variance unbiased by the global count. Otherwise normalizes with the running statistics and communicates
+    nothing.
 
-    Communication: one all-reduce of 4C+1 float64 numbers forward, one of 2C backward; none in a world of one. Every rank has to
+    Communication: one all-reduce of 4C+1 float64 numbers forward, one of 2C backward; none in a world of one. Every
+        rank has to
     call it, with as many samples as it has: batch and spatial sizes may differ, and no sample at all is fine.
 
     Args:
@@ -134,11 +140,12 @@ def sync_batch_norm(
         bias: (C,) or None for 0.
 
     Raises:
-        ValueError: fewer than two dimensions; one value per channel in a single process; one of the running statistics without the
-            other; not training, and no running statistics.
+        ValueError: fewer than two dimensions; one value per channel in a single process; one of the running statistics
+            without the other; not training, and no running statistics.
         RuntimeError: a per-channel argument that is not of length C; this rank is outside `process_group`.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(4, 3, 8, 8)
         >>> y = sync_batch_norm(x, None, None, training=True)
         >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-6)
@@ -171,6 +178,6 @@ def check_arguments(
     for name, vector in named.items():
         if vector is not None and (vector.dim() != 1 or vector.numel() != input.size(1)):
             raise RuntimeError(
-                f"{name} should contain {input.size(1)} elements not {vector.numel()}: the input has {input.size(1)} channels"
-                f" (shape {tuple(input.shape)}), {name} has shape {tuple(vector.shape)}"
+                f"{name} should contain {input.size(1)} elements not {vector.numel()}: the input of shape"
+                f" {tuple(input.shape)} has {input.size(1)} channels, {name} has shape {tuple(vector.shape)}"
             )

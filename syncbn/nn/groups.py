@@ -21,8 +21,8 @@ def collective_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
     group = dist.group.WORLD if process_group is None else process_group
     if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
         raise RuntimeError(
-            f"rank {dist.get_rank()} is not a member of the process group of this layer; pass each rank the group that it"
-            " belongs to (dist.new_group returns a placeholder to ranks outside the group)"
+            f"rank {dist.get_rank()} is not a member of the process group of this layer; give each rank the group that"
+            " it belongs to (dist.new_group returns a placeholder to ranks outside the group)"
         )
     if dist.get_world_size(group) == 1 and not _force_collective:
         return None
@@ -38,9 +38,9 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        # Every rank's output is the same sum, so a rank's input feels the gradients of all outputs. Through `apply` again, for
-        # derivatives of any order.
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        # Every rank's output is the same sum, so a rank's input feels the gradients of all outputs. Through `apply`
+        # again, for derivatives of any order.
         return _AllReduceSum.apply(grad, ctx.group), None
 
 
@@ -49,6 +49,6 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return tensor
     if torch.is_grad_enabled() and tensor.requires_grad:
-        return _AllReduceSum.apply(tensor, group)  # type: ignore[no-any-return]
+        return _AllReduceSum.apply(tensor, group)
     dist.all_reduce(tensor, group=group)
     return tensor

@@ -2,7 +2,9 @@
 
 from torch import nn
 
-_MEMORY = "_thawed_requires_grad"  # on the module: requires_grad as it was, by parameter name; absent or None while free
+_MEMORY = (
+    "_thawed_requires_grad"  # on the module: requires_grad as it was, by parameter name; absent or None while free
+)
 
 
 def is_held(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ class Moments:
     that matters even where |mean| is a million times the standard deviation (see `kernels.packing`).
 
     Example:
+        >>> import torch
         >>> x = torch.randn(8, 3, 4, 4)
         >>> pooled = Moments.of(x[:3]) + Moments.of(x[3:])
         >>> torch.allclose(pooled.mean, x.double().mean((0, 2, 3)))

@@ -1,6 +1,7 @@
 """Freezing and unfreezing parts of a model by name.
 
-Freezing is a state of a layer, not a mode and not a class: it survives `train()`, `eval()` and `deepcopy`, it shows in the repr, and
+Freezing is a state of a layer, not a mode and not a class: it survives `train()`, `eval()` and `deepcopy`, it shows in
+    the repr, and
 parameters, buffers and keys stay what they were.
 """
 
@@ -9,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.holding import hold, is_held, release
-from syncbn.surgery.patterns import Patterns, select
+from syncbn.nn.patterns import Patterns, select
 
 
 def freeze(
@@ -35,9 +36,10 @@ def freeze(
         The names of the modules it touched.
 
     Raises:
-        ValueError: a pattern that selects nothing; nothing to freeze in what is selected; `stats` on a layer without running
-            statistics.
-        TypeError: `stats` on a batch normalization that is not a `SyncBatchNorm`. Nothing has been frozen in any of these cases.
+        ValueError: a pattern that selects nothing; nothing to freeze in what is selected; `stats` on a layer without
+            running statistics.
+        TypeError: `stats` on a batch normalization that is not a `SyncBatchNorm`. Nothing has been frozen in any of
+            these cases.
     """
     targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
     for target, switches in targets.values():
@@ -55,7 +57,9 @@ def unfreeze(
     affine: bool = True,
     weights: bool = False,
 ) -> list[str]:
-    """Undoes `freeze` on what the patterns select: `requires_grad` is again what it was before. Arguments and errors as there."""
+    """Undoes `freeze` on what the patterns select: `requires_grad` is again what it was before. Arguments and errors as
+    there.
+    """
     targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
     for target, switches in targets.values():
         for switch in switches:
@@ -110,8 +114,8 @@ def freezable(
     if not found:
         asked = [name for name, on in (("stats", stats), ("affine", affine), ("weights", weights)) if on]
         raise ValueError(
-            f"match={match!r} selects {len(selected)} modules, and none of them has {' or '.join(asked) or 'anything'} to freeze;"
-            " choose other modules, or weights=True for layers that are no batch normalization"
+            f"match={match!r} selects {len(selected)} modules, and none of them has {' or '.join(asked) or 'anything'}"
+            " to freeze; choose other modules, or weights=True for layers that are no batch normalization"
         )
     return found
 
@@ -119,8 +123,11 @@ def freezable(
 def _check_can_freeze_stats(name: str, layer: _BatchNorm) -> None:
     if not isinstance(layer, SyncBatchNorm):
         raise TypeError(
-            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be frozen, because they move whenever it is in"
-            " training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a single process too)"
+            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be frozen, because they move"
+            " whenever it is in training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a"
+            " single process too)"
         )
     if layer.running_mean is None:
-        raise ValueError(f"{name or 'the module'} keeps no running statistics (track_running_stats=False): nothing to freeze")
+        raise ValueError(
+            f"{name or 'the module'} keeps no running statistics (track_running_stats=False): nothing to freeze"
+        )

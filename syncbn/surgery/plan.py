@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from syncbn.nn.patterns import Patterns
 from syncbn.surgery.freezing import freezable, frozen_switches, set_switch
-from syncbn.surgery.patterns import Patterns
 
 SWITCHES = ("stats", "affine", "weights")
 
@@ -31,9 +31,7 @@ class FreezeRule:
 
     def targets(self, model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
         """The modules that the rule touches, by name, each with its switches."""
-        return freezable(
-            model, self.match, self.exclude, stats=self.stats, affine=self.affine, weights=self.weights
-        )
+        return freezable(model, self.match, self.exclude, stats=self.stats, affine=self.affine, weights=self.weights)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class FreezePlan:
     The order of rules does not matter. Modules that no rule selects are never touched.
 
     Example:
+        >>> from syncbn import SyncBatchNorm
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), SyncBatchNorm(4))
         >>> plan = FreezePlan({"warm": FreezeRule("1", until=100)})
         >>> [switch.module for switch in plan.apply(model, step=0)]
@@ -66,18 +65,23 @@ class FreezePlan:
         """Proves the plan on the model before training; returns warnings.
 
         Raises:
-            ValueError, TypeError: a rule that selects or freezes nothing, or ends before it starts; the message names the rule.
+            ValueError, TypeError: a rule that selects or freezes nothing, or ends before it starts; the message names
+                the rule.
         """
         warnings = []
         for name, rule in self.rules.items():
             if rule.until is not None and rule.until <= (rule.start or 0):
-                raise ValueError(f"{name}.until: expected a time after its start ({rule.start or 0}), got {rule.until} (in steps)")
+                raise ValueError(
+                    f"{name}.until: expected a time after its start ({rule.start or 0}), got {rule.until} (in steps)"
+                )
             try:
                 rule.targets(model)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}.{error}") from error
             if num_steps is not None and (rule.start or 0) >= num_steps:
-                warnings.append(f"{name}: starts at step {rule.start}, after the last step {num_steps - 1}; it has no effect")
+                warnings.append(
+                    f"{name}: starts at step {rule.start}, after the last step {num_steps - 1}; it has no effect"
+                )
             elif self._is_covered(name, model):
                 warnings.append(f"{name}: other rules freeze all of it from beginning to end; it has no effect")
         return warnings
@@ -107,4 +111,7 @@ class FreezePlan:
             rule for key, rule in self.rules.items() if key != name and rule.start is None and rule.until is None
         ]
         frozen = FreezePlan({str(i): rule for i, rule in enumerate(permanent)}).frozen_at(model, 0)
-        return all(set(switches) <= frozen.get(target, set()) for target, (_, switches) in self.rules[name].targets(model).items())
+        return all(
+            set(switches) <= frozen.get(target, set())
+            for target, (_, switches) in self.rules[name].targets(model).items()
+        )

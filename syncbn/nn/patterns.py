@@ -1,7 +1,8 @@
 """Selecting modules by name: the one vocabulary of `match` and `exclude`.
 
-A pattern is a shell glob over dotted module names, in which `*` also crosses dots. A name without a wildcard selects that module
-and everything below it. Wrappers are invisible: names carry no `module.` of DDP and no `_orig_mod.` of `torch.compile`.
+A pattern is a shell glob over dotted module names, in which `*` also crosses dots. A name without a wildcard selects
+that module and everything below it. Wrappers are invisible: names carry no `module.` of DDP and no `_orig_mod.` of
+`torch.compile`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,1 @@
+"""Seeing what batch normalization layers do."""
