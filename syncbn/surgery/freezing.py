@@ -114,8 +114,8 @@ def freezable(
     if not found:
         asked = [name for name, on in (("stats", stats), ("affine", affine), ("weights", weights)) if on]
         raise ValueError(
-            f"match={match!r} selects {len(selected)} modules, and none of them has {' or '.join(asked) or 'anything'}"
-            " to freeze; choose other modules, or weights=True for layers that are no batch normalization"
+            f"match={match!r} selects nothing that has {' or '.join(asked) or 'anything'} to freeze, in"
+            f" {len(selected)} modules; choose others, or weights=True for layers that are no batch normalization"
         )
     return found
 

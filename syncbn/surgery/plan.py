@@ -77,7 +77,7 @@ class FreezePlan:
             try:
                 rule.targets(model)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{name}.{error}") from error
+                raise type(error)(f"{name}: {error}") from error
             if num_steps is not None and (rule.start or 0) >= num_steps:
                 warnings.append(
                     f"{name}: starts at step {rule.start}, after the last step {num_steps - 1}; it has no effect"
@@ -104,6 +104,14 @@ class FreezePlan:
                 set_switch(module, switch, switch in frozen[name])
                 changes.append(Switch(name, switch, switch in frozen[name]))
         return changes
+
+    def table(self, model: nn.Module) -> list[tuple[str, str, str, str]]:
+        """The plan in words: a row (rule, module, switches, steps) for every module that a rule touches."""
+        rows = []
+        for name, rule in self.rules.items():
+            span = f"{rule.start or 0} to {'the end' if rule.until is None else rule.until}"
+            rows += [(name, module, ", ".join(switches), span) for module, (_, switches) in rule.targets(model).items()]
+        return rows
 
     def _is_covered(self, name: str, model: nn.Module) -> bool:
         """Whether rules without a time span already freeze everything that this rule freezes."""

@@ -1,0 +1,39 @@
+# make train    two ranks train the default job          make train ARGS="duration=1ep" NPROC=4
+# make test     lint, types, and every quick test        make test-all adds the slow ones
+PYTHON ?= python3
+NPROC ?= 2
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per rank: two ranks on two cores otherwise fight over them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test test-all lint clean
+
+train: $(VENV)/.train
+	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not root" $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name it with make PYTHON=python3.12 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The training service behind `train.py`; needs the extra `train`."""

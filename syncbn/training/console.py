@@ -1,0 +1,75 @@
+"""What a person sees: log lines, a progress bar where there is a terminal, a table at the end. Rank 0 alone prints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+CONSOLE = Console(soft_wrap=True, highlight=False)
+
+
+class Handler(logging.Handler):
+    """Log records on the shared console, above the progress bar if there is one."""
+
+    def __init__(self, level: int | str = logging.NOTSET) -> None:
+        super().__init__(level)
+        self.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one line."""
+        CONSOLE.print(self.format(record), markup=False)
+
+
+class ShowStep(Protocol):
+    """Tells the progress bar that a step is done."""
+
+    def __call__(self, step: int, loss: float | None = None) -> None: ...
+
+
+@contextmanager
+def progress(num_steps: int, start: int, enabled: bool) -> Iterator[ShowStep | None]:
+    """A progress bar over steps, or None where there is no terminal (then the caller logs lines)."""
+    if not (enabled and CONSOLE.is_terminal):
+        yield None
+        return
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=CONSOLE, transient=True) as bar:
+        task = bar.add_task("train", total=num_steps, completed=start, loss="")
+
+        def show(step: int, loss: float | None = None) -> None:
+            if loss is None:
+                bar.update(task, completed=step)
+            else:
+                bar.update(task, completed=step, loss=f"loss {loss:.4f}")
+
+        yield show
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns: what, and how much."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="left", overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    CONSOLE.print(table)
+
+
+def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table with a header."""
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    CONSOLE.print(table)

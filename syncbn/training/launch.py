@@ -1,0 +1,204 @@
+"""What has to happen before, around and after a job: ranks, run directory, process group, and errors that read well.
+
+Imports torch only where a rank has to talk to the others, so that `train.py --cfg job` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.training.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_STORE_TIMEOUT = timedelta(seconds=60)
+_OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+
+
+def rank() -> int:
+    """This process's rank in the job; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks of the job; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_distributed() -> bool:
+    """Whether torchrun (or anything else that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def prepare() -> None:
+    """Everything that must be in place before Hydra starts: resolvers, and overrides in the form that it wants."""
+    # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
+    register_resolvers()
+
+
+def register_resolvers() -> None:
+    """The interpolations that `configs/` uses."""
+    OmegaConf.register_new_resolver("syncbn.run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("syncbn.on_first_rank", lambda value: value if rank() == 0 else None, replace=True)
+    OmegaConf.register_new_resolver("syncbn.rank_suffix", lambda: f"-rank{rank()}" if rank() else "", replace=True)
+    OmegaConf.register_new_resolver("syncbn.console_level", lambda: "INFO" if rank() == 0 else "ERROR", replace=True)
+
+
+def open_override(argument: str) -> str:
+    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration."""
+    return f"++{argument}" if _OPEN_DICTS.fullmatch(argument) else argument
+
+
+def _run_name(run: str | None) -> str:
+    """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
+    if run is None:
+        return agree("run_name", _fresh_stamp())
+    name = str(run)
+    if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
+        raise ConfigError(f"run: expected a directory name of letters, digits and .+-_ under outputs/, got {name!r}")
+    return name
+
+
+def _fresh_stamp() -> str:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]
+    return next(name for name in names if not Path("outputs", name).exists())
+
+
+_agreed: dict[str, str] = {}
+
+
+def agree(key: str, proposal: str) -> str:
+    """The first proposal of any rank, on every rank, and the same again however often it is asked.
+
+    After an elastic restart too, because torchrun's store outlives the ranks.
+    """
+    if key not in _agreed:
+        shared = store().compare_set(f"syncbn/{key}", "", proposal).decode() if is_distributed() else proposal
+        _agreed[key] = shared
+    return _agreed[key]
+
+
+@cache
+def store() -> Store:
+    """The job's key-value store: the one that torchrun's agent keeps, else one that rank 0 hosts."""
+    from torch.distributed import TCPStore
+
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=rank() == 0 and not agent_hosts_it,
+        timeout=_STORE_TIMEOUT,
+    )
+
+
+@contextmanager
+def process_group(device: str, job: str) -> Iterator[None]:
+    """The job's default process group; destroyed on every path. Does nothing without torchrun.
+
+    Keys carry the attempt and the job, so that neither an elastic restart nor the next job of a multirun meets stale
+    ones.
+    """
+    if not is_distributed():
+        yield
+        return
+    import torch.distributed as dist
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt}", store()),
+        rank=rank(),
+        world_size=world_size(),
+    )
+    try:
+        yield
+    finally:
+        # Without this a gloo job can abort at exit, after all of its work is done.
+        dist.destroy_process_group()
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turns mistakes in the configuration into one message and exit code 2, printed by the first rank that meets it."""
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if _is_first_to_report():
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _is_first_to_report() -> bool:
+    if not is_distributed() or world_size() == 1:
+        return True
+    with suppress(Exception):  # a store that is gone must not hide the message
+        return store().compare_set("syncbn/reported", "", str(rank())).decode() == str(rank())
+    return True
+
+
+def explain(error: BaseException) -> str | None:
+    """What a user should read about a mistake in the configuration; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:  # OmegaConf wraps what a resolver raises
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such choice; choose one of {', '.join(error.options)}"
+    if isinstance(error, ConfigCompositionException):
+        return _explain_override(error)
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(error.message.split())
+        return f"{error.override}: not a valid override, {reason}; quote it for Hydra and for the shell"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return " ".join(str(error).split())
+    return None
+
+
+def _explain_override(error: ConfigCompositionException) -> str:
+    text = " ".join(str(error).split())
+    found = re.search(r"Could not override '([^']+)'", text)
+    if found is None:
+        return text
+    key = found.group(1)
+    if "group" in text.lower():
+        return f"{key}: no such group; {' '.join(text.split()[:40])}"
+    near = get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema, to suggest from."""
+    from dataclasses import fields
+
+    from syncbn.training.config import SCHEMAS, BnConfig, Config, SaveConfig, TrackerConfig
+
+    groups: dict[str, list[type[Any]]] = {name: list(choices.values()) for name, choices in SCHEMAS.items()}
+    groups |= {"save": [SaveConfig], "bn": [BnConfig], "tracker": [TrackerConfig]}
+    keys = [field.name for field in fields(Config)]
+    return keys + sorted(
+        {f"{group}.{f.name}" for group, kinds in groups.items() for kind in kinds for f in fields(kind)}
+    )

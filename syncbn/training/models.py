@@ -1,0 +1,168 @@
+"""Models: the residual network that comes with the service, anybody's own, and pretrained sub-networks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.surgery.converting import convert_sync_batchnorm
+from syncbn.training.config import BnConfig, ConfigError, InitConfig, ResnetSmallConfig
+from syncbn.training.state import read_model_weights
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalization, and a shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), bn=nn.BatchNorm2d(out_channels)
+                )
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H/stride, W/stride)."""
+        output = F.relu(self.bn1(self.conv1(input)))
+        return F.relu(self.bn2(self.conv2(output)) + self.shortcut(input))
+
+
+class ResnetSmall(nn.Module):
+    """A residual network for small images, in two sub-networks: `backbone` (stem, stage1, stage2, ...) and `head`."""
+
+    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int, stages: int) -> None:
+        super().__init__()
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["stem"] = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(in_channels, width, 3, padding=1, bias=False), bn=nn.BatchNorm2d(width), relu=nn.ReLU()
+            )
+        )
+        channels = width
+        for stage in range(stages):
+            out_channels = width * 2**stage
+            blocks = []
+            for block in range(depth):
+                blocks.append(ResidualBlock(channels, out_channels, 2 if stage > 0 and block == 0 else 1))
+                channels = out_channels
+            parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+        self.backbone = nn.Sequential(parts)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to logits (N, num_classes); N may be 0."""
+        return self.head(self.backbone(input).mean((2, 3)))
+
+
+def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.Module:
+    """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
+
+    Raises:
+        ConfigError: a `_target_` that cannot be imported or called; a model without a trainable parameter.
+    """
+    if isinstance(config, ResnetSmallConfig):
+        model: nn.Module = ResnetSmall(in_channels, num_classes, config.width, config.depth, config.stages)
+    else:
+        model = _build_target("model", config)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            if bn.momentum is not None:
+                layer.momentum = None if bn.momentum == "cumulative" else float(bn.momentum)
+            if bn.eps is not None:
+                layer.eps = bn.eps
+    if bn.sync:
+        try:
+            convert_sync_batchnorm(model)
+        except TypeError as error:
+            raise ConfigError(f"bn.sync: {error}; or set bn.sync=false") from None
+    return model
+
+
+def _build_target(key: str, node: dict[str, Any]) -> nn.Module:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        built = instantiate(node)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"{key}._target_={node['_target_']}: {' '.join(str(cause).split())}") from None
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"{key}._target_={node['_target_']}: expected a torch module, got {type(built).__name__}")
+    return built
+
+
+def load_subnet(model: nn.Module, name: str, config: InitConfig) -> str:
+    """Loads a pretrained state into the sub-network `name` of the model; returns a line about what was loaded.
+
+    The file's keys may be those of the sub-network alone, or of a whole model that has it under the same name.
+
+    Raises:
+        ConfigError: no such sub-network, no such file, or a state that does not fit it key for key and shape for shape.
+    """
+    key = f"init.{name}.path"
+    try:
+        subnet = model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise ConfigError(
+            f"init.{name}: the model has no sub-network {name!r}; its top-level ones are {children}"
+        ) from None
+    weights = read_model_weights(Path(config.path), key)
+    under_name = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+    state = under_name or weights
+    own = subnet.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    for problem, keys in (("lacks", missing), ("has besides", unexpected), ("has in another shape", sorted(wrong))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ConfigError(
+                f"{key}: {config.path} {problem} {', '.join(keys[:3])}{more}; expected the state of {name}"
+            )
+    subnet.load_state_dict(state)
+    return f"loaded {len(state)} tensors into {name} from {config.path}"
+
+
+def check_takes_zero_rows(model: nn.Module, sample: Tensor) -> None:
+    """Proves that the model can run on a rank that has no sample in the last batch of an epoch.
+
+    Args:
+        sample: (N, C, H, W), of which no row is used.
+
+    Raises:
+        ConfigError: the model cannot; the message names the innermost module that failed.
+    """
+    training = {module: module.training for module in model.modules()}
+    running: list[str] = []
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: running.append(names[module])) for module in model.modules()
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(sample[:0])
+    except Exception as error:
+        raise ConfigError(
+            "model: cannot take zero rows, which the last batch leaves to some ranks (failed in"
+            f" {running[-1]}: {error}); use flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks"
+            " so that no rank is left without samples"
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode

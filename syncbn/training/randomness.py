@@ -1,0 +1,49 @@
+"""Random numbers as a function of what they are for: (seed, epoch, sample), never of a rank or of what was drawn
+before.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+# The constants of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+_GAMMA = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift; torch's is arithmetic for int64."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finalizer: int64 to well-mixed int64, elementwise."""
+    bits = bits + _signed(_GAMMA)
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_FIRST)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_SECOND)
+    return bits ^ _shift_right(bits, 31)
+
+
+def mix_key(*parts: int) -> int:
+    """Several integers as one well-mixed non-negative one, for seeding generators."""
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        key = mix(key ^ _signed(part))
+    return int(key.item()) & ((1 << 63) - 1)
+
+
+def integers(high: int, index: Tensor, *key: int) -> Tensor:
+    """For every sample index an integer of 0 <= value < high that depends on the index and the key alone.
+
+    Args:
+        high: exclusive bound, far below 2^62 (the bias is high / 2^62).
+        index: int64, any shape; the output has the same.
+        key: what the draw is for: seed, epoch, purpose.
+    """
+    bits = mix(mix(index) ^ _signed(mix_key(*key)))
+    return _shift_right(bits, 2) % high

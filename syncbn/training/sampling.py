@@ -1,0 +1,68 @@
+"""Which samples make up a step: a function of (seed, epoch, step), cut over however many ranks there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from syncbn.training.randomness import mix_key
+
+_SHUFFLE = 1  # purpose of the draw, part of its key
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of one micro-batch."""
+
+    index: Tensor
+    """int64, the samples of this rank; may be empty."""
+    num_global: int
+    """Samples of the micro-batch over all ranks."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Cuts an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads, never drops.
+
+    Every sample of an epoch is visited once. The last step of an epoch takes what is left, so it may leave a rank with
+    fewer samples than the others, or with none. Shards differ by at most one sample.
+    """
+
+    num_samples: int
+    batch_size: int
+    """Samples per step over all ranks."""
+    accumulate: int
+    seed: int
+    rank: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every sample once."""
+        return -(-self.num_samples // self.batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def shards(self, step: int) -> list[Shard]:
+        """This rank's part of each micro-batch of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(self.num_samples, self.seed, epoch)
+        batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+        micro_batches = batch.tensor_split(min(self.accumulate, len(batch)))
+        return [Shard(part.tensor_split(self.world_size)[self.rank], len(part)) for part in micro_batches]
+
+    def smallest_micro_batch(self) -> int:
+        """Samples of the smallest micro-batch of an epoch, over all ranks."""
+        last = self.num_samples - (self.steps_per_epoch - 1) * self.batch_size
+        return last // min(self.accumulate, last)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(mix_key(seed, epoch, _SHUFFLE))
+    return torch.randperm(num_samples, generator=generator)

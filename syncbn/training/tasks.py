@@ -1,0 +1,216 @@
+"""What `train.py` does with a checked configuration: build everything, run the task, close everything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from syncbn.surgery.plan import FreezePlan, FreezeRule
+from syncbn.training import console, launch, losses, models, state
+from syncbn.training import data as datasets
+from syncbn.training.config import Config, ConfigError, apply_overrides, parse, to_dict
+from syncbn.training.duration import Duration
+from syncbn.training.loop import Trainer
+from syncbn.training.metrics import evaluate as evaluate_split
+from syncbn.training.state import Checkpoints
+from syncbn.training.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Runs the task on this rank; returns its metrics (the same on every rank).
+
+    Args:
+        job: a name that differs between the jobs of one multirun.
+        overrides: what was given on the command line; tasks that take their configuration from `load` apply it to that.
+
+    Raises:
+        ConfigError: a mistake in the configuration, found before training starts.
+    """
+    device = _device(config)
+    with ExitStack() as stack:
+        stack.enter_context(launch.process_group(device.type, job))
+        if config.task == "eval":
+            return evaluate(config, run_dir, device, overrides)
+        return train(config, run_dir, device, stack)
+
+
+def evaluate(config: Config, run_dir: Path, device: torch.device, overrides: Sequence[str]) -> dict[str, float]:
+    """`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
+    assert config.load is not None
+    path = Path(config.load)
+    checkpoint = state.read(state.best_or_newest(path, "load") if path.is_dir() else path, "load")
+    if "config" not in checkpoint or "model" not in checkpoint:
+        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
+    config = parse(apply_overrides(checkpoint["config"], overrides))
+    data = datasets.load(config.data)
+    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
+    model = model.to(device, DTYPES[config.precision])
+    model.load_state_dict(checkpoint["model"])
+    metrics = {
+        f"{name}/{key}": value
+        for name, split in (("val", data.val), ("test", data.test))
+        for key, value in evaluate_split(
+            model,
+            data,
+            split,
+            losses.build(config.loss),
+            rank=launch.rank(),
+            world_size=launch.world_size(),
+            device=device,
+            dtype=DTYPES[config.precision],
+        ).items()
+    }
+    if launch.rank() == 0:
+        with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": checkpoint["step"], **metrics}) + "\n")
+        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+        console.print_table(f"{config.load}, step {checkpoint['step']}", [*rows, ("run directory", _shown(run_dir))])
+    return metrics
+
+
+def train(config: Config, run_dir: Path, device: torch.device, stack: ExitStack) -> dict[str, float]:
+    """`task=train`."""
+    rank, world_size = launch.rank(), launch.world_size()
+    data = datasets.load(config.data)
+    torch.manual_seed(config.seed)  # the same initial weights on every rank
+    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
+    model = model.to(device, DTYPES[config.precision])
+    for name, init in config.init.items():
+        log.info(models.load_subnet(model, name, init))
+
+    config_dict = to_dict(config)
+    tracker = Tracker(config.tracker, run_dir, config_dict, active=rank == 0)
+    failed = True
+    stack.callback(lambda: tracker.close(failed=failed))
+    trainer = Trainer(
+        config,
+        run_dir,
+        data,
+        model,
+        losses.build(config.loss),
+        FreezePlan({}),
+        tracker,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        dtype=DTYPES[config.precision],
+    )
+    trainer.plan = _freeze_plan(config, model, trainer)
+    _check_model(model, trainer, data)
+    checkpoint = _checkpoint_to_resume(config, trainer.checkpoints)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("resumed from %s at step %d", checkpoint, trainer.counters.step)
+    _announce(config, run_dir, trainer)
+    metrics = trainer.run(config_dict)
+    failed = False
+    if rank == 0:
+        _print_summary(metrics, config, run_dir, trainer)
+    return metrics
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is not available here; use device=cpu or device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _freeze_plan(config: Config, model: nn.Module, trainer: Trainer) -> FreezePlan:
+    """The plan of the configuration, proven on the model."""
+
+    def in_steps(value: object) -> int | None:
+        return None if value is None else Duration.parse(str(value)).in_steps(trainer.steps_per_epoch)
+
+    rules = {
+        name: FreezeRule(
+            match=rule.match,
+            exclude=rule.exclude,
+            stats=rule.stats,
+            affine=rule.affine,
+            weights=rule.weights,
+            start=in_steps(rule.start),
+            until=in_steps(rule.until),
+        )
+        for name, rule in config.freeze.items()
+    }
+    plan = FreezePlan(rules)
+    try:
+        warnings = plan.check(model, trainer.num_steps)
+    except (ValueError, TypeError) as error:
+        remedy = "" if config.bn.sync else " (bn.sync=true converts the model)"
+        raise ConfigError(f"freeze.{error}{remedy}") from None
+    for warning in warnings:
+        log.warning("freeze.%s", warning)
+    return plan
+
+
+def _check_model(model: nn.Module, trainer: Trainer, data: datasets.Data) -> None:
+    """What would fail, or differ between world sizes, later."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("model: has no parameter to train")
+    for step in {0, trainer.counters.step}:
+        frozen = trainer.plan.frozen_at(model, step)
+        modules = dict(model.named_modules())
+        if frozen and all(
+            frozen.get(name, set()) & {"affine", "weights"}
+            for name, module in modules.items()
+            if next(module.parameters(recurse=False), None) is not None
+        ):
+            raise ConfigError(f"freeze: every parameter is frozen at step {step}; leave something to train")
+    if trainer.sampler.smallest_micro_batch() < trainer.world_size:
+        images, _ = data.train_batch(torch.arange(1), 0, 0, trainer.dtype)
+        models.check_takes_zero_rows(model, images.to(trainer.device))
+    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    if dropout:
+        log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
+
+
+def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> Path | None:
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        return Path(config.resume)
+    found = checkpoints.all()
+    return found[-1] if found else None
+
+
+def _announce(config: Config, run_dir: Path, trainer: Trainer) -> None:
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    log.info(
+        "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
+        trainer.world_size, trainer.device.type, config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
+        num_parameters, _shown(run_dir),
+    )  # fmt: skip
+    if trainer.rank == 0 and trainer.plan.rules:
+        rows = trainer.plan.table(trainer.model)
+        console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
+
+
+def _shown(run_dir: Path) -> str:
+    return os.path.relpath(run_dir)
+
+
+def _print_summary(metrics: dict[str, float], config: Config, run_dir: Path, trainer: Trainer) -> None:
+    rows = [(name, f"{metrics[name]:.4f}") for name in ("val/accuracy", "val/loss", "test/accuracy", "test/loss")]
+    rows += [
+        ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
+        ("global batch", f"{config.batch_size} samples over {trainer.world_size} rank(s)"),
+        ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
+        ("run directory", _shown(run_dir)),
+    ]
+    console.print_table("summary (weights of the best validation)", rows)

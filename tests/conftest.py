@@ -1,0 +1,33 @@
+"""Fixtures that every test may use."""
+
+import os
+
+os.environ["WANDB_MODE"] = "offline"  # no test may reach for a server
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.ranks import Pool
+
+settings.register_profile("syncbn", deadline=None, derandomize=True, max_examples=30, print_blob=True)
+settings.load_profile("syncbn")
+
+
+@pytest.fixture(scope="session")
+def _pool():
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def ranks(_pool):
+    """`ranks(world_size, function, *args)`: the function on gloo ranks; see tests/ranks.py."""
+    return _pool.run
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
