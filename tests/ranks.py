@@ -56,7 +56,7 @@ class Pool:
                 if call == self._num_calls:
                     outcomes[rank] = (succeeded, value)
         except queue.Empty:
-            self.close()
+            self._kill()
             silent = sorted(set(range(world_size)) - outcomes.keys())
             failures = [f"rank {rank}:\n{value}" for rank, (succeeded, value) in outcomes.items() if not succeeded]
             raise RankError("\n".join([f"ranks {silent} did not answer within {timeout} s", *failures])) from None
@@ -66,7 +66,11 @@ class Pool:
         return [outcomes[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:
-        """Ends the workers; the next call starts new ones."""
+        """Ends the workers for good."""
+        self._kill()
+        self._directory.cleanup()
+
+    def _kill(self) -> None:
         for process, _ in self._workers:
             process.kill()
             process.join()

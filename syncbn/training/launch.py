@@ -48,6 +48,7 @@ def prepare() -> None:
     """Everything that must be in place before Hydra starts: resolvers, and overrides in the form that it wants."""
     # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
     sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
     register_resolvers()
 

@@ -103,7 +103,7 @@ def read(path: Path, key: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{key}: {str(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")

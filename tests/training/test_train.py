@@ -1,0 +1,223 @@
+"""train.py end to end, as a user starts it."""
+
+import pytest
+import torch
+import yaml
+
+from tests.training.jobs import read_metrics, run_job, start
+from tests.training.wandb_file import read_history
+
+
+@pytest.fixture(scope="module")
+def default_job(tmp_path_factory):
+    """The default job on two ranks: its working directory, and what it printed."""
+    cwd = tmp_path_factory.mktemp("default")
+    done = start(cwd, num_ranks=2, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd, done.stdout
+
+
+@pytest.fixture(scope="module")
+def default_run(default_job):
+    return next((default_job[0] / "outputs").iterdir())
+
+
+def test_the_default_job_learns_the_digits(default_run):
+    final = read_metrics(default_run)[-1]
+    assert max(r["val/accuracy"] for r in read_metrics(default_run) if "val/accuracy" in r) >= 0.975
+    assert final["test/accuracy"] >= 0.95
+
+
+def test_two_ranks_make_exactly_one_run_directory(default_job):
+    assert len(list((default_job[0] / "outputs").iterdir())) == 1
+
+
+def test_the_run_directory_holds_config_metrics_checkpoints_and_one_wandb_run(default_run):
+    config = yaml.safe_load((default_run / ".hydra/config.yaml").read_text())
+    assert config["batch_size"] == 64
+    assert sorted(path.name for path in (default_run / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step_00000345.pt",
+        "step_00000460.pt",
+    ]
+    assert len(list(default_run.glob("wandb/offline-run-*"))) == 1
+
+
+def test_each_message_is_printed_once(default_job):
+    lines = [line for line in default_job[1].splitlines() if line.strip()]
+    assert len(lines) == len(set(lines))
+    assert sum("2 rank(s) on cpu" in line for line in lines) == 1
+    assert sum("test/accuracy" in line for line in lines) == 1
+
+
+def test_metrics_are_one_flat_record_per_line_with_steps_that_never_go_back(default_run):
+    records = read_metrics(default_run)
+    steps = [record["step"] for record in records]
+    assert steps == sorted(steps)
+    assert not any(isinstance(value, dict) for record in records for value in record.values())
+    training = [record for record in records if "train/loss" in record]
+    assert {"train/lr", "train/samples_per_second", "epoch"} <= training[0].keys()
+    assert "bn/backbone.stem.bn/running_var" in training[0]
+    assert sum("test/accuracy" in record for record in records) == 1  # the test set is used once
+
+
+def test_wandb_has_the_same_numbers_once_at_the_same_steps(default_run):
+    logged = [{key: value for key, value in row.items() if "/hist/" not in key} for row in read_history(default_run)]
+    expected = read_metrics(default_run)
+    assert len(expected) > 20
+    internal = {"_step", "_runtime", "_timestamp"}
+    assert [{key: row[key] for key in row.keys() - internal} for row in logged] == expected
+
+
+def test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers(default_job, default_run):
+    evaluated = run_job(default_job[0], "task=eval", f"load={default_run}")
+    numbers, final = read_metrics(evaluated)[-1], read_metrics(default_run)[-1]
+    assert numbers["test/accuracy"] == final["test/accuracy"]
+    assert numbers["test/loss"] == pytest.approx(final["test/loss"], abs=1e-6)
+
+
+# A global batch of 287 leaves 2 of the 1,437 digits for the last batch of an epoch: at 4 ranks two of them get none.
+INVARIANCE = ["batch_size=287", "log_every=1", "eval_every=100", "tracker=none"]
+WORLDS = (1, 2, 4)
+
+
+def load_last(run_dir):
+    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
+
+
+def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(tmp_path):
+    overrides = [*INVARIANCE, "precision=fp64", "duration=20"]
+    runs = [run_job(tmp_path, *overrides, f"run=w{world}", num_ranks=world) for world in WORLDS]
+    models = [load_last(run)["model"] for run in runs]
+    losses = [[r["train/loss"] for r in read_metrics(run) if "train/loss" in r] for run in runs]
+    assert len(losses[0]) == 20
+    moved = [
+        key
+        for key, value in models[0].items()
+        if "running_var" in key and not torch.allclose(value, torch.ones(()).double())
+    ]
+    assert len(moved) == 9
+    for model, loss in zip(models[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], abs=1e-9)
+        for key, value in model.items():
+            assert (value - models[0][key]).abs().max() < 1e-9, key
+
+
+def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(tmp_path):
+    # After one step the momentum buffer of SGD is the gradient plus weight_decay times the (equal) initial weights.
+    overrides = [*INVARIANCE, "duration=1"]
+    states = [load_last(run_job(tmp_path, *overrides, f"run=w{world}", num_ranks=world)) for world in WORLDS]
+    for state in states[1:]:
+        pairs = zip(states[0]["optimizer"]["state"].values(), state["optimizer"]["state"].values(), strict=True)
+        for first, other in pairs:
+            assert (first["momentum_buffer"] - other["momentum_buffer"]).abs().max() < 1e-5
+        for key, value in state["model"].items():
+            assert (value - states[0]["model"][key]).abs().max() < 1e-5, key
+
+
+def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(tmp_path):
+    pretrained = run_job(tmp_path, "duration=1ep", "data.classes=[0,1,2,3,4]", "tracker=none", "run=a", num_ranks=2)
+    before = torch.load(pretrained / "checkpoints/best.pt", weights_only=True)["model"]
+    tuned = run_job(
+        tmp_path,
+        "duration=1ep",
+        "data.classes=[5,6,7,8,9]",
+        "tracker=none",
+        "freeze=backbone",
+        f"init.backbone.path={pretrained}",
+        num_ranks=2,
+    )
+    after = load_last(tuned)["model"]
+    backbone = [key for key in after if key.startswith("backbone.")]
+    assert len(backbone) == 54
+    assert all(torch.equal(after[key], before[key]) for key in backbone)
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+def test_the_same_run_name_goes_on_where_it_stopped(tmp_path):
+    whole = run_job(tmp_path, "duration=30", "schedule=constant", "tracker=none", "run=whole")
+    run_job(tmp_path, "duration=12", "schedule=constant", "tracker=none", "run=parts")
+    parts = run_job(tmp_path, "duration=30", "schedule=constant", "tracker=none", "run=parts")
+    expected, actual = load_last(whole)["model"], load_last(parts)["model"]
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_multirun_gives_each_job_its_own_directory(tmp_path):
+    done = start(tmp_path, "-m", "optimizer.lr=0.1,0.05", "duration=2", "tracker=none", "run=sweep", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    rates = [read_metrics(tmp_path / "outputs/sweep" / job)[0]["train/lr"] for job in ("0", "1")]
+    assert rates[0] == pytest.approx(2 * rates[1])
+
+
+def test_fashion_mnist_quick_runs_on_files_of_its_format(tmp_path):
+    from tests.training.test_data import fashion_files
+
+    files = tmp_path / "files"
+    files.mkdir()
+    fashion_files(files, num_train=5200)
+    run = run_job(
+        tmp_path, "experiment=fashion_mnist_quick", f"data.path={files}", "model.width=2", "duration=1", num_ranks=2
+    )
+    assert "val/accuracy" in read_metrics(run)[-2]
+
+
+def test_a_model_that_cannot_take_zero_rows_is_named_at_start(tmp_path):
+    (tmp_path / "views.py").write_text(VIEWS)
+    done = start(
+        tmp_path,
+        "model=custom",
+        "model._target_=views.Net",
+        "batch_size=359",
+        "duration=1",
+        "tracker=none",
+        num_ranks=2,
+    )
+    assert done.returncode != 0
+    assert "error: model: cannot take zero rows" in done.stderr
+    assert "use flatten(1)" in done.stderr
+
+
+VIEWS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.view(x.size(0), -1))
+"""
+
+
+MINE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) * self.gain
+"""
+
+
+def test_a_model_from_a_users_own_package(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    run = run_job(tmp_path, "model=custom", "model._target_=mine.Net", "+model.gain=2", "duration=3", "tracker=none")
+    assert load_last(run)["step"] == 3
+
+
+def test_uneven_micro_batches_are_exact(tmp_path):
+    states = {}
+    for accumulate in (1, 3):
+        overrides = [*INVARIANCE, "precision=fp64", "duration=5", f"accumulate={accumulate}"]
+        # Frozen statistics take the batch out of the normalization: then accumulation must change nothing at all.
+        frozen = ["freeze.bn.match=backbone", "freeze.bn.affine=false"]
+        states[accumulate] = load_last(run_job(tmp_path, *overrides, *frozen, f"run=a{accumulate}", num_ranks=2))[
+            "model"
+        ]
+    for key, value in states[1].items():
+        assert (states[3][key] - value).abs().max() < 1e-12, key
