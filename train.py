@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from syncbn.training import launch
-from syncbn.training.config import parse
+from syncbn.training.parsing import parse
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

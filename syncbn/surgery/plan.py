@@ -61,6 +61,11 @@ class FreezePlan:
     def __init__(self, rules: Mapping[str, FreezeRule]) -> None:
         self.rules = dict(rules)
 
+    @property
+    def boundaries(self) -> set[int]:
+        """The steps at which a rule begins or ends; between them `apply` has nothing to do."""
+        return {time for rule in self.rules.values() for time in (rule.start, rule.until) if time is not None}
+
     def check(self, model: nn.Module, num_steps: int | None = None) -> list[str]:
         """Proves the plan on the model before training; returns warnings.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ class Data:
         """Normalized images and their labels."""
         return self._normalize(split.images[index], dtype), split.labels[index]
 
+    @cached_property
+    def _pixel_stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel of the training images, float64."""
+        std, mean = torch.std_mean(self.train.images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
+        return mean, std.clamp(min=1e-6)
+
     def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        if not hasattr(self, "_pixel_stats"):
-            wide = self.train.images.to(torch.float64)
-            std, mean = torch.std_mean(wide, dim=(0, 2, 3), keepdim=True)
-            object.__setattr__(self, "_pixel_stats", (mean, std.clamp(min=1e-6)))
-        mean, std = self._pixel_stats  # type: ignore[attr-defined]
+        mean, std = self._pixel_stats
         return (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
 
 

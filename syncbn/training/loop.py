@@ -17,8 +17,6 @@ test the best model, once
 from __future__ import annotations
 
 import logging
-import math
-import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.stats.monitor import Monitor
 from syncbn.surgery.plan import FreezePlan
-from syncbn.training import console, schedules
+from syncbn.training import console, optimizers, schedules
 from syncbn.training.config import Config
+from syncbn.training.counters import Counters, SaveClock, Throughput
 from syncbn.training.data import Data, Split
 from syncbn.training.duration import Duration
 from syncbn.training.losses import Loss
 from syncbn.training.metrics import evaluate
+from syncbn.training.place import Place
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
 from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, write_atomically
@@ -47,73 +47,33 @@ log = logging.getLogger(__name__)
 _DROPOUT = 5  # purpose of the draw, part of its key
 
 
-class Counters:
-    """Where the run is: steps done, and the best validation so far (accuracy, and among equals the loss)."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.best_accuracy, self.best_loss = -1.0, math.inf
-        self.best_step = 0
-
-    def is_best(self, accuracy: float, loss: float) -> bool:
-        """Whether this validation, of the present step, beats all before; then it is the best from now on."""
-        if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
-            return False
-        self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of them."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes them over."""
-        vars(self).update(state_dict)
-
-
 class Trainer:
-    """Trains one model; everything that it needs is handed in, built.
-
-    Args:
-        rank, world_size: of the default process group; 0 and 1 without one.
-        dtype: of images and parameters.
-    """
+    """Trains one model; everything that it needs is handed in, built."""
 
     def __init__(
         self,
         config: Config,
         run_dir: Path,
+        place: Place,
         data: Data,
+        sampler: Sampler,
         model: nn.Module,
         loss: Loss,
         plan: FreezePlan,
         tracker: Tracker,
-        *,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
-        # what is trained
-        self.config, self.run_dir = config, run_dir
-        self.data, self.model, self.loss, self.plan = data, model, loss, plan
-        self.wrapped: nn.Module = model  # in DDP where there are several ranks; see _apply_plan
-        # where
-        self.rank, self.world_size, self.device, self.dtype = rank, world_size, device, dtype
+        # what is trained, and where
+        self.config, self.place, self.data, self.sampler = config, place, data, sampler
+        self.model, self.loss, self.plan = model, loss, plan
+        self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
-        self.sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, rank, world_size)
-        self.steps_per_epoch = self.sampler.steps_per_epoch
-        self.num_steps = self._in_steps(config.duration)
-        self.eval_every, self.log_every = self._in_steps(config.eval_every), self._in_steps(config.log_every)
-        # how
-        options = config.optimizer
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=options.nesterov,
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.num_steps, self.eval_every, self.log_every = (
+            max(1, Duration.parse(text).in_steps(self.steps_per_epoch))
+            for text in (config.duration, config.eval_every, config.log_every)
         )
+        # how
+        self.optimizer = optimizers.build(config.optimizer, model)
         self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
         # what survives
         self.counters = Counters()
@@ -126,16 +86,15 @@ class Trainer:
             counters=self.counters,
             frozen=FrozenSwitches(model),
         )
-        self.save_clock = _SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
+        self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
-        self.tracker, self.monitor = tracker, Monitor(model)
-        self.totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum and count since the last log line
-        self.clock = _Throughput()
+        self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
+        self.totals = self._zeros()  # loss sum and count since the last log line
 
     def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """Trains to the end; returns the final metrics."""
         with ExitStack() as stack:
-            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.rank == 0))
+            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
             self.clock.start()
             while self.counters.step < self.num_steps:
                 self._apply_plan(self.counters.step)
@@ -149,7 +108,7 @@ class Trainer:
                     show(step)
                 if step % self.eval_every == 0 or is_last:
                     self._validate(step, config_dict)
-                if self.rank == 0 and (self.save_clock.is_due(step) or is_last):
+                if self.place.is_first and (self.save_clock.is_due(step) or is_last):
                     self.checkpoints.save(step, config_dict)
         return self._finish()
 
@@ -161,15 +120,15 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
-        torch.manual_seed(mix_key(self.config.seed, step, self.rank, _DROPOUT))
+        torch.manual_seed(mix_key(self.config.seed, step, self.place.rank, _DROPOUT))
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = self._zeros()
         for number, shard in enumerate(shards):
             is_last = number == len(shards) - 1
             with nullcontext() if is_last else self._without_communication():
                 totals += self._backward(step, shard, nominal)
-        if self.world_size > 1:
+        if self.place.world_size > 1:
             dist.all_reduce(totals)
         self._correct_gradients(nominal / totals[1].clamp(min=1.0))
         self.optimizer.step()
@@ -183,10 +142,11 @@ class Trainer:
 
     def _backward(self, step: int, shard: Shard, nominal: int) -> Tensor:
         """Adds the gradient of one micro-batch; returns [loss sum, count] of this rank."""
+        assert self.wrapped is not None
         epoch = self.sampler.epoch_of(step)
-        images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.dtype)
-        loss_sum, count = self.loss(self.wrapped(images.to(self.device)), labels.to(self.device))
-        (loss_sum * (self.world_size / nominal)).backward()
+        images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
+        loss_sum, count = self.loss(self.wrapped(images.to(self.place.device)), labels.to(self.place.device))
+        (loss_sum * (self.place.world_size / nominal)).backward()
         return torch.stack([loss_sum.detach().to(torch.float64), count.to(torch.float64)])
 
     def _correct_gradients(self, factor: Tensor) -> None:
@@ -202,16 +162,19 @@ class Trainer:
             rank's own
         gradients.
         """
+        if self.wrapped is not None and step not in self.plan.boundaries:
+            return
         changes = self.plan.apply(self.model, step)
         for change in changes:
             verb = "froze" if change.frozen else "unfroze"
             log.info("step %d: %s %s of %s", step, verb, change.switch, change.module)
-        is_wrapped = self.wrapped is not self.model
-        if self.world_size > 1 and (changes or not is_wrapped):
+        if self.place.world_size == 1:
+            self.wrapped = self.model
+        elif changes or self.wrapped is None:
             # Buffers need no broadcast: synchronized statistics are equal on all ranks by construction.
             self.wrapped = DistributedDataParallel(
                 self.model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
+                device_ids=[self.place.device] if self.place.device.type == "cuda" else None,
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
@@ -225,7 +188,7 @@ class Trainer:
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/samples_per_second": self.clock.samples_per_second(),
         }
-        if self.rank == 0:
+        if self.place.is_first:
             self.tracker.log(step, metrics, self.monitor.snapshot())
         if show is not None:
             show(step, metrics["train/loss"])
@@ -239,29 +202,20 @@ class Trainer:
     def _validate(self, step: int, config_dict: dict[str, Any]) -> None:
         with self.clock.paused():
             metrics = {f"val/{name}": value for name, value in self._evaluate(self.data.val).items()}
-            if self.counters.is_best(metrics["val/accuracy"], metrics["val/loss"]) and self.rank == 0:
+            if self.counters.is_best(metrics["val/accuracy"], metrics["val/loss"]) and self.place.is_first:
                 content = {"step": step, "config": config_dict, "model": self.model.state_dict()}
                 write_atomically(self.checkpoints.directory / BEST, content)
             log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
 
     def _evaluate(self, split: Split) -> dict[str, float]:
-        return evaluate(
-            self.model,
-            self.data,
-            split,
-            self.loss,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return evaluate(self.model, self.data, split, self.loss, self.place)
 
     def _finish(self) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
-        if self.world_size > 1:
+        if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
-        best = torch.load(self.checkpoints.directory / BEST, map_location=self.device, weights_only=True)
+        best = torch.load(self.checkpoints.directory / BEST, map_location=self.place.device, weights_only=True)
         self.model.load_state_dict(best["model"])
         final = {
             "val/accuracy": self.counters.best_accuracy,
@@ -273,61 +227,5 @@ class Trainer:
         self.tracker.summarize(final)
         return final
 
-    def _in_steps(self, text: str) -> int:
-        return max(1, Duration.parse(text).in_steps(self.sampler.steps_per_epoch))
-
-
-class _Throughput:
-    """Samples per second of training alone: evaluation and checkpoints do not count."""
-
-    def __init__(self) -> None:
-        self._samples = self._all_samples = 0
-        self._seconds = self._all_seconds = 0.0
-        self._since = time.perf_counter()
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def add(self, samples: int) -> None:
-        self._samples += samples
-
-    def samples_per_second(self) -> float:
-        """Since the last call."""
-        self._stop()
-        rate = self._samples / max(self._seconds, 1e-9)
-        self._all_samples, self._all_seconds = self._all_samples + self._samples, self._all_seconds + self._seconds
-        self._samples, self._seconds = 0, 0.0
-        return rate
-
-    def overall(self) -> float:
-        """Since the start."""
-        return self._all_samples / max(self._all_seconds, 1e-9)
-
-    def paused(self) -> ExitStack:
-        self._stop()
-        stack = ExitStack()
-        stack.callback(self.start)
-        return stack
-
-    def _stop(self) -> None:
-        now = time.perf_counter()
-        self._seconds += now - self._since
-        self._since = now
-
-
-class _SaveClock:
-    """When the next checkpoint is due: every so many steps, or minutes."""
-
-    def __init__(self, every: Duration, steps_per_epoch: int) -> None:
-        self._seconds = every.value * 60 if every.unit == "minutes" else None
-        self._steps = None if every.unit == "minutes" else max(1, every.in_steps(steps_per_epoch))
-        self._last = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        if self._steps is not None:
-            return step % self._steps == 0
-        assert self._seconds is not None
-        if time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True
+    def _zeros(self) -> Tensor:
+        return torch.zeros(2, dtype=torch.float64, device=self.place.device)

@@ -9,35 +9,26 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.training.data import Data, Split
 from syncbn.training.losses import Loss
+from syncbn.training.place import Place
 
 EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with running statistics, so it changes no result
 
 
-def evaluate(
-    model: nn.Module,
-    data: Data,
-    split: Split,
-    loss: Loss,
-    *,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Data, split: Split, loss: Loss, place: Place) -> dict[str, float]:
     """`accuracy` and `loss` over a split, the same on every rank; the model's modes are restored.
 
     Every rank has to call it: the metrics are reduced over the default process group.
     """
-    accuracy = MulticlassAccuracy(data.num_classes, average="micro", validate_args=False).to(device)
-    mean_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+    accuracy = MulticlassAccuracy(data.num_classes, average="micro", validate_args=False).to(place.device)
+    mean_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(place.device)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
         for batch in torch.arange(len(split)).split(EVAL_BATCH_SIZE):
-            index = batch.tensor_split(world_size)[rank]
+            index = batch.tensor_split(place.world_size)[place.rank]
             if len(index) == 0:
                 continue
-            images, labels = (tensor.to(device) for tensor in data.eval_batch(split, index, dtype))
+            images, labels = (tensor.to(place.device) for tensor in data.eval_batch(split, index, place.dtype))
             outputs = model(images)
             total, count = loss(outputs, labels)
             accuracy.update(outputs, labels)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,13 @@ from torch import nn
 from syncbn.surgery.plan import FreezePlan, FreezeRule
 from syncbn.training import console, launch, losses, models, state
 from syncbn.training import data as datasets
-from syncbn.training.config import Config, ConfigError, apply_overrides, parse, to_dict
+from syncbn.training.config import Config, ConfigError
 from syncbn.training.duration import Duration
 from syncbn.training.loop import Trainer
 from syncbn.training.metrics import evaluate as evaluate_split
+from syncbn.training.parsing import apply_overrides, parse, to_dict
+from syncbn.training.place import Place
+from syncbn.training.sampling import Sampler
 from syncbn.training.state import Checkpoints
 from syncbn.training.tracker import Tracker
 
@@ -38,14 +41,14 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
         ConfigError: a mistake in the configuration, found before training starts.
     """
     device = _device(config)
-    with ExitStack() as stack:
-        stack.enter_context(launch.process_group(device.type, job))
+    place = Place(launch.rank(), launch.world_size(), device, DTYPES[config.precision])
+    with launch.process_group(device.type, job):
         if config.task == "eval":
-            return evaluate(config, run_dir, device, overrides)
-        return train(config, run_dir, device, stack)
+            return evaluate(config, run_dir, place, overrides)
+        return train(config, run_dir, place)
 
 
-def evaluate(config: Config, run_dir: Path, device: torch.device, overrides: Sequence[str]) -> dict[str, float]:
+def evaluate(config: Config, run_dir: Path, place: Place, overrides: Sequence[str]) -> dict[str, float]:
     """`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
     assert config.load is not None
     path = Path(config.load)
@@ -53,25 +56,15 @@ def evaluate(config: Config, run_dir: Path, device: torch.device, overrides: Seq
     if "config" not in checkpoint or "model" not in checkpoint:
         raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
     config = parse(apply_overrides(checkpoint["config"], overrides))
-    data = datasets.load(config.data)
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
-    model = model.to(device, DTYPES[config.precision])
+    place = replace(place, dtype=DTYPES[config.precision])
+    data, model = _build(config, place)
     model.load_state_dict(checkpoint["model"])
-    metrics = {
-        f"{name}/{key}": value
-        for name, split in (("val", data.val), ("test", data.test))
-        for key, value in evaluate_split(
-            model,
-            data,
-            split,
-            losses.build(config.loss),
-            rank=launch.rank(),
-            world_size=launch.world_size(),
-            device=device,
-            dtype=DTYPES[config.precision],
-        ).items()
-    }
-    if launch.rank() == 0:
+    loss = losses.build(config.loss)
+    metrics: dict[str, float] = {}
+    for name, split in (("val", data.val), ("test", data.test)):
+        values = evaluate_split(model, data, split, loss, place)
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+    if place.is_first:
         with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": checkpoint["step"], **metrics}) + "\n")
         rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
@@ -79,45 +72,35 @@ def evaluate(config: Config, run_dir: Path, device: torch.device, overrides: Seq
     return metrics
 
 
-def train(config: Config, run_dir: Path, device: torch.device, stack: ExitStack) -> dict[str, float]:
+def train(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     """`task=train`."""
-    rank, world_size = launch.rank(), launch.world_size()
-    data = datasets.load(config.data)
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
-    model = model.to(device, DTYPES[config.precision])
+    data, model = _build(config, place)
     for name, init in config.init.items():
         log.info(models.load_subnet(model, name, init))
-
+    sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
+    plan = _freeze_plan(config, model, sampler.steps_per_epoch)
     config_dict = to_dict(config)
-    tracker = Tracker(config.tracker, run_dir, config_dict, active=rank == 0)
-    failed = True
-    stack.callback(lambda: tracker.close(failed=failed))
-    trainer = Trainer(
-        config,
-        run_dir,
-        data,
-        model,
-        losses.build(config.loss),
-        FreezePlan({}),
-        tracker,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        dtype=DTYPES[config.precision],
-    )
-    trainer.plan = _freeze_plan(config, model, trainer)
-    _check_model(model, trainer, data)
-    checkpoint = _checkpoint_to_resume(config, trainer.checkpoints)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        log.info("resumed from %s at step %d", checkpoint, trainer.counters.step)
-    _announce(config, run_dir, trainer)
-    metrics = trainer.run(config_dict)
-    failed = False
-    if rank == 0:
+    with Tracker(config.tracker, run_dir, config_dict, active=place.is_first) as tracker:
+        loss = losses.build(config.loss)
+        trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker)
+        checkpoint = _checkpoint_to_resume(config, trainer.checkpoints)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            log.info("resumed from %s at step %d", checkpoint, trainer.counters.step)
+        _check(trainer)
+        _announce(config, run_dir, trainer)
+        metrics = trainer.run(config_dict)
+    if place.is_first:
         _print_summary(metrics, config, run_dir, trainer)
     return metrics
+
+
+def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
+    """Data and model; the same initial weights on every rank."""
+    data = datasets.load(config.data)
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
+    return data, model.to(place.device, place.dtype)
 
 
 def _device(config: Config) -> torch.device:
@@ -130,11 +113,11 @@ def _device(config: Config) -> torch.device:
     return device
 
 
-def _freeze_plan(config: Config, model: nn.Module, trainer: Trainer) -> FreezePlan:
+def _freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) -> FreezePlan:
     """The plan of the configuration, proven on the model."""
 
     def in_steps(value: object) -> int | None:
-        return None if value is None else Duration.parse(str(value)).in_steps(trainer.steps_per_epoch)
+        return None if value is None else Duration.parse(str(value)).in_steps(steps_per_epoch)
 
     rules = {
         name: FreezeRule(
@@ -150,7 +133,7 @@ def _freeze_plan(config: Config, model: nn.Module, trainer: Trainer) -> FreezePl
     }
     plan = FreezePlan(rules)
     try:
-        warnings = plan.check(model, trainer.num_steps)
+        warnings = plan.check(model, Duration.parse(config.duration).in_steps(steps_per_epoch))
     except (ValueError, TypeError) as error:
         remedy = "" if config.bn.sync else " (bn.sync=true converts the model)"
         raise ConfigError(f"freeze.{error}{remedy}") from None
@@ -159,22 +142,17 @@ def _freeze_plan(config: Config, model: nn.Module, trainer: Trainer) -> FreezePl
     return plan
 
 
-def _check_model(model: nn.Module, trainer: Trainer, data: datasets.Data) -> None:
-    """What would fail, or differ between world sizes, later."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("model: has no parameter to train")
-    for step in {0, trainer.counters.step}:
+def _check(trainer: Trainer) -> None:
+    """What would fail, or differ between world sizes, in the middle of a run."""
+    model, place = trainer.model, trainer.place
+    with_parameters = {name for name, module in model.named_modules() if [*module.parameters(recurse=False)]}
+    for step in sorted({trainer.counters.step, *trainer.plan.boundaries}):
         frozen = trainer.plan.frozen_at(model, step)
-        modules = dict(model.named_modules())
-        if frozen and all(
-            frozen.get(name, set()) & {"affine", "weights"}
-            for name, module in modules.items()
-            if next(module.parameters(recurse=False), None) is not None
-        ):
+        if all(frozen.get(name, set()) & {"affine", "weights"} for name in with_parameters):
             raise ConfigError(f"freeze: every parameter is frozen at step {step}; leave something to train")
-    if trainer.sampler.smallest_micro_batch() < trainer.world_size:
-        images, _ = data.train_batch(torch.arange(1), 0, 0, trainer.dtype)
-        models.check_takes_zero_rows(model, images.to(trainer.device))
+    if trainer.sampler.smallest_micro_batch() < place.world_size:
+        images, _ = trainer.data.train_batch(torch.arange(1), 0, 0, place.dtype)
+        models.check_takes_zero_rows(model, images.to(place.device))
     dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     if dropout:
         log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
@@ -190,13 +168,14 @@ def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> Path | No
 
 
 def _announce(config: Config, run_dir: Path, trainer: Trainer) -> None:
+    place = trainer.place
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     log.info(
         "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
-        trainer.world_size, trainer.device.type, config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
+        place.world_size, place.device.type, config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
         num_parameters, _shown(run_dir),
     )  # fmt: skip
-    if trainer.rank == 0 and trainer.plan.rules:
+    if place.is_first and trainer.plan.rules:
         rows = trainer.plan.table(trainer.model)
         console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
 
@@ -209,7 +188,7 @@ def _print_summary(metrics: dict[str, float], config: Config, run_dir: Path, tra
     rows = [(name, f"{metrics[name]:.4f}") for name in ("val/accuracy", "val/loss", "test/accuracy", "test/loss")]
     rows += [
         ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
-        ("global batch", f"{config.batch_size} samples over {trainer.world_size} rank(s)"),
+        ("global batch", f"{config.batch_size} samples over {trainer.place.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
         ("run directory", _shown(run_dir)),
     ]

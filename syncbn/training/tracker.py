@@ -51,6 +51,12 @@ class Tracker:
         if self._wandb is not None:
             self._guard(lambda: self._wandb.summary.update(dict(metrics)))
 
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
     def close(self, *, failed: bool = False) -> None:
         """Ends the wandb run and closes the file."""
         if self._wandb is not None:

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from syncbn.training import launch
-from syncbn.training.config import Config, parse
+from syncbn.training.config import Config
+from syncbn.training.parsing import parse
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))

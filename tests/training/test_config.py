@@ -143,7 +143,7 @@ def test_what_is_no_duration_is_a_value_error(text):
 
 
 def test_a_group_cannot_be_chosen_over_a_stored_configuration():
-    from syncbn.training.config import apply_overrides, to_dict
+    from syncbn.training.parsing import apply_overrides, to_dict
 
     stored = to_dict(compose_config())
     assert apply_overrides(stored, ["optimizer.lr=0.5"])["optimizer"]["lr"] == 0.5

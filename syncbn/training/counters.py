@@ -1,0 +1,94 @@
+"""Where a run is, how fast it goes, and when the next checkpoint is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from syncbn.training.duration import Duration
+
+
+class Counters:
+    """Where the run is: steps done, and the best validation so far (accuracy, and among equals the loss)."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.best_accuracy, self.best_loss = -1.0, math.inf
+        self.best_step = 0
+
+    def is_best(self, accuracy: float, loss: float) -> bool:
+        """Whether this validation, of the present step, beats all before; then it is the best from now on."""
+        if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
+            return False
+        self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes them over."""
+        vars(self).update(state_dict)
+
+
+class Throughput:
+    """Samples per second of training alone: evaluation and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self._samples = self._all_samples = 0
+        self._seconds = self._all_seconds = 0.0
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Training goes on from here."""
+        self._since = time.perf_counter()
+
+    def add(self, samples: int) -> None:
+        """Counts the samples of a step, over all ranks."""
+        self._samples += samples
+
+    def samples_per_second(self) -> float:
+        """Since the last call."""
+        self._stop()
+        rate = self._samples / max(self._seconds, 1e-9)
+        self._all_samples, self._all_seconds = self._all_samples + self._samples, self._all_seconds + self._seconds
+        self._samples, self._seconds = 0, 0.0
+        return rate
+
+    def overall(self) -> float:
+        """Since the start."""
+        return self._all_samples / max(self._all_seconds, 1e-9)
+
+    def paused(self) -> ExitStack:
+        """A context whose time does not count."""
+        self._stop()
+        stack = ExitStack()
+        stack.callback(self.start)
+        return stack
+
+    def _stop(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+
+
+class SaveClock:
+    """When the next checkpoint is due: every so many steps, or minutes."""
+
+    def __init__(self, every: Duration, steps_per_epoch: int) -> None:
+        self._seconds = every.value * 60 if every.unit == "minutes" else None
+        self._steps = None if every.unit == "minutes" else max(1, every.in_steps(steps_per_epoch))
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this many steps."""
+        if self._steps is not None:
+            return step % self._steps == 0
+        assert self._seconds is not None
+        if time.monotonic() - self._last < self._seconds:
+            return False
+        self._last = time.monotonic()
+        return True

@@ -1,0 +1,42 @@
+"""What the README says is true: its example runs, its commands compose, its files exist."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.training.jobs import ROOT, compose_config
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(
+    r"`(?:torchrun --nproc-per-node \d )?(?:python )?train\.py([^`]*)`", README.split("## Common tasks")[1]
+)
+
+
+def test_the_example_runs():
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 14
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command):
+    arguments = [argument for argument in shlex.split(command) if not argument.startswith("-") and argument != "job"]
+    if any("," in argument and "[" not in argument for argument in arguments):
+        arguments = [argument.split(",")[0] for argument in arguments]  # a sweep: its first job
+    assert compose_config(*arguments).task in ("train", "eval")
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_file_in_the_tree_exists():
+    tree = README.split("## What is where")[1].split("```")[1]
+    for path in re.findall(r"^(\S+)", tree, re.MULTILINE):
+        assert (ROOT / path).exists()
