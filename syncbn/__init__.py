@@ -10,18 +10,19 @@ _HOMES = {
     "SyncBatchNorm": "syncbn.nn.batchnorm",
     "sync_batch_norm": "syncbn.nn.functional",
     "convert_sync_batchnorm": "syncbn.surgery.converting",
+    "new_bn_groups": "syncbn.nn.groups",
     "revert_sync_batchnorm": "syncbn.surgery.converting",
     "freeze": "syncbn.surgery.freezing",
     "unfreeze": "syncbn.surgery.freezing",
     "FreezePlan": "syncbn.surgery.plan",
     "Monitor": "syncbn.stats.monitor",
 }
-__all__ = ["FreezePlan", "Monitor", "SyncBatchNorm", "convert_sync_batchnorm", "freeze", "revert_sync_batchnorm",
-           "sync_batch_norm", "unfreeze"]  # fmt: skip
+__all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
+    from syncbn.nn.groups import new_bn_groups as new_bn_groups
     from syncbn.stats.monitor import Monitor as Monitor
     from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm
     from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm

@@ -70,7 +70,7 @@ def _split(total: Pair, exponent: Tensor) -> Pair:
     return high, (total[0] - high) + total[1]
 
 
-def pack(count: Tensor | int, pivot: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def pack(count: Tensor | float, pivot: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The payload `[n, S1 high, S1 low, S2 high, S2 low]`, 4C+1 float64 numbers.
 
     Args:

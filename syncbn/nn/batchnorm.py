@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_by_running
-from syncbn.nn.groups import collective_group
+from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.holding import hold, is_held, release
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
@@ -57,10 +59,14 @@ class SyncBatchNorm(_BatchNorm):
         bias: False for a learnable weight without a bias.
         activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output.
 
+    `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
+    a sub-group raises at its first training forward afterwards, until `process_group` is set.
+
     Raises:
         ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single
-            process.
-        RuntimeError: an input that has not C channels; a rank outside the process group.
+            process; eps not above 0 in training.
+        RuntimeError: an input that has not C channels; a rank outside the process group; a sub-group that was lost in
+            pickling.
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -69,7 +75,8 @@ class SyncBatchNorm(_BatchNorm):
         1
     """
 
-    process_group: dist.ProcessGroup | None = None
+    # Defaults for layers that were converted or pickled without them.
+    process_group: dist.ProcessGroup | LostGroup | None = None
     activation: str | None = None
     _stats_frozen: bool = False
 
@@ -134,7 +141,7 @@ class SyncBatchNorm(_BatchNorm):
                 f"expected {self.num_features} channels in dimension 1 of the input, got {input.size(1)}"
                 f" (input shape {tuple(input.shape)})"
             )
-        check_arguments(input, self.running_mean, self.running_var, self.weight, self.bias)
+        check_arguments(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, self.training)
 
     @property
     def stats_frozen(self) -> bool:
@@ -181,6 +188,20 @@ class SyncBatchNorm(_BatchNorm):
         from syncbn.surgery.converting import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        memo[id(self.process_group)] = self.process_group  # a group is a handle: copies of the layer share it
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if isinstance(self.process_group, dist.ProcessGroup):
+            is_world = dist.is_initialized() and self.process_group is dist.group.WORLD
+            state["process_group"] = None if is_world else LostGroup(dist.get_world_size(self.process_group))
+        return state
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -140,8 +140,8 @@ def sync_batch_norm(
         bias: (C,) or None for 0.
 
     Raises:
-        ValueError: fewer than two dimensions; one value per channel in a single process; one of the running statistics
-            without the other; not training, and no running statistics.
+        ValueError: fewer than two dimensions; eps not above 0; one value per channel in a single process; one of the
+            running statistics without the other; not training, and no running statistics.
         RuntimeError: a per-channel argument that is not of length C; this rank is outside `process_group`.
 
     Example:
@@ -151,7 +151,7 @@ def sync_batch_norm(
         >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-6)
         True
     """
-    check_arguments(input, running_mean, running_var, weight, bias)
+    check_arguments(input, running_mean, running_var, weight, bias, eps, training)
     if training:
         group = collective_group(process_group)
         return normalize_by_batch(input, weight, bias, running_mean, running_var, None, momentum, eps, group)
@@ -166,8 +166,13 @@ def check_arguments(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
+    training: bool,
 ) -> None:
     """Rejects, before any rank communicates, what cannot be normalized."""
+    if eps < 0 or (training and eps == 0):
+        kind = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")
     if input.dim() < 2:
         raise ValueError(f"expected at least 2D input (N, C, ...), got {input.dim()}D input")
     if not input.is_floating_point():

@@ -1,5 +1,9 @@
 """Which ranks a layer sums over, and the sum itself."""
 
+import os
+import socket
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,14 +12,26 @@ from torch import Tensor
 _force_collective = False
 
 
-def collective_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+@dataclass(frozen=True)
+class LostGroup:
+    """Stands where a pickled layer had a sub-group: a group is a handle into a running job, and cannot be stored."""
+
+    size: int
+
+
+def collective_group(process_group: dist.ProcessGroup | LostGroup | None) -> dist.ProcessGroup | None:
     """The group to sum over, or None where there is nothing to sum: no distributed job, or a group of one.
 
     `process_group=None` means all ranks of the job.
 
     Raises:
-        RuntimeError: this rank is not a member of `process_group`.
+        RuntimeError: this rank is not a member of `process_group`, or the group was lost in pickling.
     """
+    if isinstance(process_group, LostGroup):
+        raise RuntimeError(
+            f"this layer summed over a sub-group of {process_group.size} ranks, which pickling left out; set its"
+            " process_group to a group of this job, or to None for all ranks"
+        )
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if process_group is None else process_group
@@ -26,6 +42,41 @@ def collective_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGro
         )
     if dist.get_world_size(group) == 1 and not _force_collective:
         return None
+    return group
+
+
+def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
+    """Cuts the job into groups of `size` neighbouring ranks; returns the one that this rank belongs to.
+
+    Every rank has to call it, in the same order as other calls that make groups.
+
+    Args:
+        size: ranks per group, a divisor of the world size; or "node" for the ranks of each machine (by torchrun's
+            GROUP_RANK, else by host name; machines may have different numbers of ranks).
+
+    Returns:
+        This rank's group, or None (all ranks) without a distributed job and where one group holds the whole world.
+
+    Raises:
+        ValueError: a size that is no positive divisor of the world size, or another word than "node".
+    """
+    if not (size == "node" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)):
+        raise ValueError(f'size: expected a number of ranks or "node", got {size!r}')
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    world_size = dist.get_world_size()
+    if size == "node":
+        nodes: list[str] = [""] * world_size
+        dist.all_gather_object(nodes, os.environ.get("GROUP_RANK") or socket.gethostname())
+        members = [[rank for rank in range(world_size) if nodes[rank] == node] for node in dict.fromkeys(nodes)]
+    else:
+        assert isinstance(size, int)
+        if world_size % size:
+            raise ValueError(f"size: expected a divisor of the world size {world_size}, got {size}")
+        members = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    if len(members) == 1:
+        return None
+    group, _ = dist.new_subgroups_by_enumeration(members)
     return group
 
 

@@ -193,14 +193,22 @@ class BnConfig:
 
     sync: bool
     """Convert to SyncBatchNorm; False leaves statistics local to each rank."""
-    group: str
-    """The ranks to sum over."""
+    group: Any
+    """The ranks to sum over: "world", "node", or a number of neighbouring ranks."""
+    buffers: str
+    """Running statistics that differ between ranks: "pool" them before evaluation and checkpoint, or keep "per_group".
+    """
     momentum: Any
     """None: as built; a number; "cumulative" for torch's momentum=None."""
     eps: float | None
 
     def __post_init__(self) -> None:
-        require_choice("bn.group", self.group, ("world",))
+        is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
+        require(
+            self.group in ("world", "node") or is_number, "bn.group", "world, node, or a number of ranks", self.group
+        )
+        require(self.sync or self.group == "world", "bn.group", "world where bn.sync=false", self.group)
+        require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)
         require(valid, "bn.momentum", "null, cumulative, or a number above 0 and at most 1", self.momentum)

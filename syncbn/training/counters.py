@@ -83,6 +83,11 @@ class SaveClock:
         self._steps = None if every.unit == "minutes" else max(1, every.in_steps(steps_per_epoch))
         self._last = time.monotonic()
 
+    @property
+    def goes_by_time(self) -> bool:
+        """Whether the clock on the wall decides, which differs between ranks."""
+        return self._seconds is not None
+
     def is_due(self, step: int) -> bool:
         """Whether to save after this many steps."""
         if self._steps is not None:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.stats.monitor import Monitor
+from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console, optimizers, schedules
 from syncbn.training.config import Config
@@ -108,8 +109,10 @@ class Trainer:
                     show(step)
                 if step % self.eval_every == 0 or is_last:
                     self._validate(step, config_dict)
-                if self.place.is_first and (self.save_clock.is_due(step) or is_last):
-                    self.checkpoints.save(step, config_dict)
+                if self._all_ranks(self.save_clock.is_due(step)) or is_last:
+                    self._pool_buffers()
+                    if self.place.is_first:
+                        self.checkpoints.save(step, config_dict)
         return self._finish()
 
     def resume(self, path: Path) -> None:
@@ -201,12 +204,26 @@ class Trainer:
 
     def _validate(self, step: int, config_dict: dict[str, Any]) -> None:
         with self.clock.paused():
+            self._pool_buffers()
             metrics = {f"val/{name}": value for name, value in self._evaluate(self.data.val).items()}
             if self.counters.is_best(metrics["val/accuracy"], metrics["val/loss"]) and self.place.is_first:
                 content = {"step": step, "config": config_dict, "model": self.model.state_dict()}
                 write_atomically(self.checkpoints.directory / BEST, content)
             log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
+
+    def _pool_buffers(self) -> None:
+        """One set of running statistics for evaluation and checkpoints where ranks gathered them on their own."""
+        if self.place.world_size > 1 and self.config.bn.buffers == "pool":
+            pool_running_stats(unsynchronized_layers(self.model), weight=self.sampler.num_seen(self.counters.step))
+
+    def _all_ranks(self, here: bool) -> bool:
+        """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
+        if self.place.world_size == 1 or not self.save_clock.goes_by_time:
+            return here
+        answer = torch.tensor(here, device=self.place.device, dtype=torch.int32)
+        dist.broadcast(answer, src=0)
+        return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, split: Split) -> dict[str, float]:
         return evaluate(self.model, self.data, split, self.loss, self.place)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.nn.groups import new_bn_groups
 from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.training.config import BnConfig, ConfigError, InitConfig, ResnetSmallConfig
 from syncbn.training.state import read_model_weights
@@ -84,7 +85,11 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.M
                 layer.eps = bn.eps
     if bn.sync:
         try:
-            convert_sync_batchnorm(model)
+            group = None if bn.group == "world" else new_bn_groups(bn.group)
+        except ValueError as error:
+            raise ConfigError(f"bn.group: {error}") from None
+        try:
+            convert_sync_batchnorm(model, group)
         except TypeError as error:
             raise ConfigError(f"bn.sync: {error}; or set bn.sync=false") from None
     return model

@@ -51,7 +51,17 @@ class Sampler:
     def shards(self, step: int) -> list[Shard]:
         """This rank's part of each micro-batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.num_samples, self.seed, epoch)
+        return self._cut(_epoch_order(self.num_samples, self.seed, epoch), position)
+
+    def num_seen(self, step: int) -> int:
+        """Samples that this rank has seen before a step, from the beginning of the run."""
+        epochs, position = divmod(step, self.steps_per_epoch)
+        order = torch.arange(self.num_samples)
+        sizes = [sum(len(shard.index) for shard in self._cut(order, at)) for at in range(self.steps_per_epoch)]
+        return epochs * sum(sizes) + sum(sizes[:position])
+
+    def _cut(self, order: Tensor, position: int) -> list[Shard]:
+        """This rank's part of each micro-batch of the step at `position` of an epoch."""
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
         micro_batches = batch.tensor_split(min(self.accumulate, len(batch)))
         return [Shard(part.tensor_split(self.world_size)[self.rank], len(part)) for part in micro_batches]

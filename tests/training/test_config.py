@@ -33,6 +33,8 @@ MISTAKES = [
     (["init.backbone.pth=x"], "init.backbone.pth: no such key; did you mean init.backbone.path?"),
     (["model=custom"], "model._target_: required"),
     (["task=eval"], "load: expected a checkpoint or a run directory for task=eval"),
+    (["bn.group=rack"], "bn.group: expected world, node, or a number of ranks, got 'rack'"),
+    (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
     (["data.classes=[1]"], "data.classes: expected two or more labels, each once, got [1]"),
 ]
 MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [

@@ -221,3 +221,22 @@ def test_uneven_micro_batches_are_exact(tmp_path):
         ]
     for key, value in states[1].items():
         assert (states[3][key] - value).abs().max() < 1e-12, key
+
+
+@pytest.mark.parametrize("options", [["bn.group=1"], ["bn.sync=false"]], ids=str)
+def test_statistics_of_groups_are_pooled_before_they_are_evaluated_and_saved(tmp_path, options):
+    # Learning rate next to nothing: every rank sees its share of the same data through the same network, and the pooled
+    # statistics are those that synchronized layers gather, but for the spread of the batches over which they average.
+    same = ["duration=1ep", "optimizer.lr=1e-9", "tracker=none", "precision=fp64", "batch_size=479", "bn.momentum=1.0"]
+    pooled = load_last(run_job(tmp_path, *same, *options, "run=pooled", num_ranks=2))["model"]
+    synced = load_last(run_job(tmp_path, *same, "run=synced", num_ranks=2))["model"]
+    means, variances = ("backbone.stem.bn.running_mean", "backbone.stem.bn.running_var")
+    # The last batch of 479 samples is cut into 240 and 239, whose statistics have momentum 1: the pool is their union.
+    assert (pooled[means] - synced[means]).abs().max() < 1e-3
+    assert (pooled[variances] / synced[variances] - 1).abs().max() < 1e-3
+
+
+def test_bn_groups_that_do_not_divide_the_world_are_a_clear_error(tmp_path):
+    done = start(tmp_path, "bn.group=3", "tracker=none", num_ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: bn.group: size: expected a divisor of the world size 2, got 3") == 1

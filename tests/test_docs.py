@@ -1,0 +1,34 @@
+"""What the documentation says is true: its programs run, its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.jobs import ROOT, TORCHRUN
+
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def run(command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_loop_of_your_own_prints_the_same_at_one_and_two_ranks():
+    alone, pair = (
+        run([sys.executable, "docs/own_loop.py"]),
+        run([TORCHRUN, "--nproc-per-node", "2", "docs/own_loop.py"]),
+    )
+    numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", text)] for text in (alone, pair)]
+    assert len(numbers[0]) == 4
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
+    assert numbers[0][0] > 0.9
