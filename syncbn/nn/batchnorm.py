@@ -77,7 +77,6 @@ class SyncBatchNorm(_BatchNorm):
 
     # Defaults for layers that were converted or pickled without them.
     process_group: dist.ProcessGroup | LostGroup | None = None
-    activation: str | None = None
     _stats_frozen: bool = False
 
     def __init__(
@@ -111,29 +110,53 @@ class SyncBatchNorm(_BatchNorm):
                     f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
                 )
             output = output + residual
-        return output if self.activation is None else _ACTIVATIONS[self.activation](output)
+        activation = self._activation_name()
+        return output if activation is None else _ACTIVATIONS[activation](output)
+
+    def _counter(self) -> Tensor | None:
+        return self.num_batches_tracked
+
+    def _activation_name(self) -> str | None:
+        return self.__dict__.get("activation")  # absent on a converted layer
 
     def _normalize(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        if self._stats_frozen or not self.training:
-            if self.running_mean is not None and self.running_var is not None:
-                return normalize_by_running(
-                    input, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-                )
-            return normalize_by_batch(input, self.weight, self.bias, None, None, None, 0.0, self.eps, None)
-        group = collective_group(self.process_group)
-        tracked = self.track_running_stats
-        return normalize_by_batch(
+        # Buffers take part in evaluation even where a training step would not move them (track_running_stats=False).
+        tracked = self.track_running_stats or not self.training
+        return self._normalize_with(
             input,
-            self.weight,
-            self.bias,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
-            self.num_batches_tracked if tracked else None,
+            self._counter(),
+            self.weight,
+            self.bias,
+            self.training,
             self.momentum,
             self.eps,
-            group,
         )
+
+    def _normalize_with(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        """Chooses the row of the table of modes."""
+        if self._stats_frozen:
+            running_mean, running_var, training = self.running_mean, self.running_var, False
+        if not training:
+            if running_mean is not None and running_var is not None:
+                return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
+            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None)
+        group = collective_group(self.process_group)
+        counter = num_batches_tracked if running_mean is not None else None
+        return normalize_by_batch(input, weight, bias, running_mean, running_var, counter, momentum, eps, group)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() >= 2 and input.size(1) != self.num_features:
@@ -205,8 +228,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
-        if self.activation is not None:
-            parts.append(f"activation={self.activation}")
+        if self._activation_name() is not None:
+            parts.append(f"activation={self._activation_name()}")
         frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
         if frozen:
             parts.append(f"frozen={'+'.join(frozen)}")

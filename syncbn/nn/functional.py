@@ -104,10 +104,10 @@ def normalize_by_running(
     if weight is not None:
         scale = scale * weight.to(dtype)
     centred = input.to(dtype) - reference.per_channel(running_mean.to(dtype), input)
-    output = centred * reference.per_channel(scale, input)
-    if bias is not None:
-        output = output + reference.per_channel(bias.to(dtype), input)
-    return output.to(input.dtype)
+    if bias is None:
+        return (centred * reference.per_channel(scale, input)).to(input.dtype)
+    shift = reference.per_channel(bias.to(dtype), input)
+    return torch.addcmul(shift, centred, reference.per_channel(scale, input)).to(input.dtype)
 
 
 def sync_batch_norm(

@@ -81,8 +81,8 @@ def set_switch(module: nn.Module, switch: str, frozen: bool) -> None:
     """Freezes or frees one of "stats", "affine" and "weights" on this one module."""
     if switch == "stats":
         assert isinstance(module, SyncBatchNorm)
-        change = module.freeze if frozen else module.unfreeze
-        change(stats=True, affine=False)
+        change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may have its own
+        change(module, stats=True, affine=False)
     elif frozen:
         hold(module)
     else:

@@ -96,6 +96,7 @@ def test_one_collective_each_way_in_training_and_none_otherwise(
 
 def check_globally_empty_batch():
     layer = SyncBatchNorm(3)
+    layer(torch.randn(4, 3, 2) * 3 + 1)  # so that statistics that decay would show
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     input = torch.empty(0, 3, 4, 4, requires_grad=True)
     layer(input).sum().backward()
