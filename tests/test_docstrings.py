@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 
 import syncbn
 
@@ -22,6 +23,13 @@ def test_examples(name):
 
 def test_every_public_name_resolves():
     assert all(getattr(syncbn, name).__module__.startswith("syncbn.") for name in syncbn.__all__)
+
+
+def test_the_layer_and_its_maths_are_importable_from_nn():
+    from syncbn.nn import Moments, SyncBatchNorm, sync_batch_norm
+
+    assert (SyncBatchNorm, sync_batch_norm) == (syncbn.SyncBatchNorm, syncbn.sync_batch_norm)
+    assert Moments.of(torch.zeros(2, 3)).count == 2
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.holding import hold, is_held, release
+from syncbn.nn.wrappers import check_wrapper
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
@@ -101,7 +102,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
         self.activation = activation
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one."""
         output = self._normalize(input)
         if residual is not None:
@@ -148,6 +149,7 @@ class SyncBatchNorm(_BatchNorm):
         eps: float,
     ) -> Tensor:
         """Chooses the row of the table of modes."""
+        check_wrapper()
         if self._stats_frozen:
             running_mean, running_var, training = self.running_mean, self.running_var, False
         if not training:

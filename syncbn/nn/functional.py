@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.kernels import operators, reference
-from syncbn.nn.groups import all_reduce_sum, collective_group
+from syncbn.nn.groups import all_reduce_sum, collective_group, is_distributed
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -77,9 +77,10 @@ def normalize_by_batch(
     ones.
 
     Raises:
-        ValueError: a single process with a single value per channel, whose variance is undefined.
+        ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
+            ranks, or of one, the output is the bias: there the last batch of an epoch may well be a single sample.)
     """
-    if group is None and input.size(1) > 0 and input.numel() == input.size(1):
+    if not is_distributed() and input.size(1) > 0 and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group

@@ -10,6 +10,19 @@ from torch import Tensor
 
 # Tests and benchmarks alone set this: it makes a world of one call the collective that it does not need.
 _force_collective = False
+# The trainer sets this: one process is then a world of one rank, by the rules for any other number of ranks.
+_world_of_one = False
+
+
+def is_distributed() -> bool:
+    """Whether this process is a rank of a job, be it the only one."""
+    return _world_of_one or (dist.is_available() and dist.is_initialized())
+
+
+def treat_as_world_of_one() -> None:
+    """Makes a process without a process group behave like the only rank of a job."""
+    global _world_of_one
+    _world_of_one = True
 
 
 @dataclass(frozen=True)

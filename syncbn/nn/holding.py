@@ -7,6 +7,14 @@ _MEMORY = (
 )
 
 
+_num_changes = 0
+
+
+def num_changes() -> int:
+    """How often anything has been held or released in this process: lets others notice that they should look again."""
+    return _num_changes
+
+
 def is_held(module: nn.Module) -> bool:
     """Whether the module's own parameters are held."""
     return getattr(module, _MEMORY, None) is not None
@@ -19,6 +27,8 @@ def hold(module: nn.Module) -> None:
     """
     if is_held(module):
         return
+    global _num_changes
+    _num_changes += 1
     parameters = dict(module.named_parameters(recurse=False))
     setattr(module, _MEMORY, {name: parameter.requires_grad for name, parameter in parameters.items()})
     for parameter in parameters.values():
@@ -30,6 +40,8 @@ def release(module: nn.Module) -> None:
     """Gives `requires_grad` back as it was before `hold`."""
     if not is_held(module):
         return
+    global _num_changes
+    _num_changes += 1
     before = getattr(module, _MEMORY)
     for name, parameter in module.named_parameters(recurse=False):
         parameter.requires_grad_(before.get(name, parameter.requires_grad))

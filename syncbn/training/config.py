@@ -129,11 +129,14 @@ class SgdConfig:
     momentum: float
     weight_decay: float
     nesterov: bool
+    on_unfreeze: str
+    """The momentum of a parameter that is unfrozen: "keep" it from before it was frozen, or "reset" it."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", "a number above 0", self.lr)
         require(0 <= self.momentum < 1, "optimizer.momentum", "0 or more and below 1", self.momentum)
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
+        require_choice("optimizer.on_unfreeze", self.on_unfreeze, ("keep", "reset"))
         require(not self.nesterov or self.momentum > 0, "optimizer.nesterov", "false where optimizer.momentum=0", True)
 
 
@@ -233,7 +236,11 @@ class InitConfig:
     """A pretrained sub-network."""
 
     path: str
-    """A checkpoint of ours, a run directory, or a state dict saved by torch."""
+    """A checkpoint of ours, a run directory, or a state dict saved by torch or safetensors."""
+    prefix: str | None = None
+    """What its keys have in front; None: the name of the sub-network, where they have it."""
+    strict: bool = True
+    """Everything has to fit; False loads what does."""
 
 
 @dataclass

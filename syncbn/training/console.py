@@ -69,7 +69,9 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """A table with a header."""
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     CONSOLE.print(table)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from syncbn.training.duration import Duration
 
@@ -20,6 +23,7 @@ class Counters:
 
     def is_best(self, accuracy: float, loss: float) -> bool:
         """Whether this validation, of the present step, beats all before; then it is the best from now on."""
+        loss = loss if math.isfinite(loss) else math.inf  # NaN compares as neither better nor worse
         if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
             return False
         self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
@@ -32,6 +36,27 @@ class Counters:
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Takes them over."""
         vars(self).update(state_dict)
+
+
+class Totals:
+    """Loss sum and count since the last log line, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both, so that the first log line after a resume is that of an uninterrupted run."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes them over."""
+        self.values.copy_(state_dict["values"])
+
+    def take(self) -> tuple[float, float]:
+        """Both, starting anew; the one wait for the device of a logging step."""
+        loss_sum, count = self.values.tolist()
+        self.values.zero_()
+        return loss_sum, count
 
 
 class Throughput:
@@ -62,12 +87,14 @@ class Throughput:
         """Since the start."""
         return self._all_samples / max(self._all_seconds, 1e-9)
 
-    def paused(self) -> ExitStack:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """A context whose time does not count."""
         self._stop()
-        stack = ExitStack()
-        stack.callback(self.start)
-        return stack
+        try:
+            yield
+        finally:
+            self.start()
 
     def _stop(self) -> None:
         now = time.perf_counter()

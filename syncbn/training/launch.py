@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _STORE_TIMEOUT = timedelta(seconds=60)
+_KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
 _OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 
 
@@ -49,8 +51,25 @@ def prepare() -> None:
     # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
-    sys.argv[1:] = [open_override(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
     register_resolvers()
+
+
+_held_back: list[str] = []
+
+
+def _hold_back(arguments: list[str]) -> list[str]:
+    """Keeps from Hydra what a task with `load` applies to the stored configuration, in which the keys may be others."""
+    if not any(argument.startswith("task=") and argument != "task=train" for argument in arguments):
+        return arguments
+    kept = [a for a in arguments if a.startswith("-") or "=" not in a or _KEPT.match(a.lstrip("+~"))]
+    _held_back[:] = [argument for argument in arguments if argument not in kept]
+    return kept
+
+
+def held_back() -> list[str]:
+    """The overrides that are meant for a stored configuration."""
+    return list(_held_back)
 
 
 def register_resolvers() -> None:
@@ -69,30 +88,39 @@ def open_override(argument: str) -> str:
 def _run_name(run: str | None) -> str:
     """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
     if run is None:
-        return agree("run_name", _fresh_stamp())
+        return agree("run_name", _reserve_stamp)
     name = str(run)
     if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
         raise ConfigError(f"run: expected a directory name of letters, digits and .+-_ under outputs/, got {name!r}")
     return name
 
 
-def _fresh_stamp() -> str:
+def _reserve_stamp() -> str:
+    """A time stamp whose directory nobody else has, not even a job that started at the same moment."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]
-    return next(name for name in names if not Path("outputs", name).exists())
+    for name in [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]:
+        with suppress(FileExistsError):
+            Path("outputs", name).mkdir(parents=True)
+            return name
+    raise ConfigError("run: 999 runs started in this second; name this one with run=...")
 
 
 _agreed: dict[str, str] = {}
 
 
-def agree(key: str, proposal: str) -> str:
-    """The first proposal of any rank, on every rank, and the same again however often it is asked.
+def agree(key: str, propose: Callable[[], str]) -> str:
+    """What rank 0 proposes, on every rank, and the same again however often it is asked.
 
     After an elastic restart too, because torchrun's store outlives the ranks.
     """
     if key not in _agreed:
-        shared = store().compare_set(f"syncbn/{key}", "", proposal).decode() if is_distributed() else proposal
-        _agreed[key] = shared
+        if is_distributed():
+            name = f"syncbn/{key}"
+            if rank() == 0 and not store().check([name]):
+                store().set(name, propose())
+            _agreed[key] = store().get(name).decode()
+        else:
+            _agreed[key] = propose()
     return _agreed[key]
 
 
@@ -148,7 +176,17 @@ def clear_errors() -> Iterator[None]:
             raise
         if _is_first_to_report():
             print(f"error: {message}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            _discard_run_directory()
         sys.exit(2)
+
+
+def _discard_run_directory() -> None:
+    """Removes the directory of a run that has not begun: nothing in it but what Hydra wrote."""
+    if "run_name" in _agreed:
+        directory = Path("outputs", _agreed["run_name"])
+        if directory.is_dir() and all(path.name == ".hydra" for path in directory.iterdir()):
+            shutil.rmtree(directory)
 
 
 def _is_first_to_report() -> bool:
@@ -184,10 +222,16 @@ def _explain_override(error: ConfigCompositionException) -> str:
     found = re.search(r"Could not override '([^']+)'", text)
     if found is None:
         return text
-    key = found.group(1)
-    if "group" in text.lower():
-        return f"{key}: no such group; {' '.join(text.split()[:40])}"
-    near = get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    key, keys = found.group(1), known_keys()
+    if key in keys:  # of another choice of the group, since this one does not have it
+        group = key.split(".")[0]
+        return (
+            f"{key}: the chosen {group} has no such key; choose another {group}=..., or see python train.py --cfg job"
+        )
+    if key.startswith("model."):
+        return f"{key}: no such key; an argument of a model of your own needs a +, as in +{key}=..."
+    near = get_close_matches(key, keys, n=1, cutoff=0.6)
+    near += [known for known in keys if known.endswith(f".{key}")]
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
 
 

@@ -17,6 +17,8 @@ test the best model, once
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console, optimizers, schedules
 from syncbn.training.config import Config
-from syncbn.training.counters import Counters, SaveClock, Throughput
+from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
 from syncbn.training.duration import Duration
 from syncbn.training.losses import Loss
 from syncbn.training.metrics import evaluate
 from syncbn.training.place import Place
+from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
 from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, write_atomically
@@ -62,6 +65,7 @@ class Trainer:
         loss: Loss,
         plan: FreezePlan,
         tracker: Tracker,
+        drift: Drift,
     ) -> None:
         # what is trained, and where
         self.config, self.place, self.data, self.sampler = config, place, data, sampler
@@ -77,7 +81,7 @@ class Trainer:
         self.optimizer = optimizers.build(config.optimizer, model)
         self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
         # what survives
-        self.counters = Counters()
+        self.counters, self.totals = Counters(), Totals(place.device)
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
@@ -85,12 +89,13 @@ class Trainer:
             optimizer=self.optimizer,
             schedule=self.schedule,
             counters=self.counters,
+            totals=self.totals,
+            drift=drift,
             frozen=FrozenSwitches(model),
         )
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
-        self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
-        self.totals = self._zeros()  # loss sum and count since the last log line
+        self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
 
     def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """Trains to the end; returns the final metrics."""
@@ -116,8 +121,12 @@ class Trainer:
         return self._finish()
 
     def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint."""
+        """Goes on from a checkpoint, which may be another run's."""
         self.checkpoints.load(path, "resume")
+        best, beside = self.checkpoints.directory / BEST, path.with_name(BEST)
+        if not best.exists() and beside.exists() and self.place.is_first:
+            self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(beside, best)
 
     def _train_step(self, step: int) -> None:
         self.model.train()
@@ -136,7 +145,7 @@ class Trainer:
         self._correct_gradients(nominal / totals[1].clamp(min=1.0))
         self.optimizer.step()
         self.schedule.step()
-        self.totals += totals
+        self.totals.values += totals
         self.clock.add(nominal)
 
     def _without_communication(self) -> AbstractContextManager[None]:
@@ -168,9 +177,21 @@ class Trainer:
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
         changes = self.plan.apply(self.model, step)
-        for change in changes:
-            verb = "froze" if change.frozen else "unfroze"
-            log.info("step %d: %s %s of %s", step, verb, change.switch, change.module)
+        for frozen in (True, False):
+            modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
+            if modules:
+                verb, more = (
+                    "froze" if frozen else "unfroze",
+                    f" and {len(modules) - 3} more" if len(modules) > 3 else "",
+                )
+                log.info("step %d: %s %s%s", step, verb, ", ".join(modules[:3]), more)
+        if self.config.optimizer.on_unfreeze == "reset":
+            for change in changes:
+                for parameter in self.model.get_submodule(change.module).parameters(recurse=False):
+                    if not change.frozen:
+                        self.optimizer.state.pop(parameter, None)
+        if changes:
+            self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
         if self.place.world_size == 1:
             self.wrapped = self.model
         elif changes or self.wrapped is None:
@@ -183,8 +204,7 @@ class Trainer:
             )
 
     def _log(self, step: int, show: console.ShowStep | None) -> None:
-        loss_sum, count = self.totals.tolist()  # the one wait for the device of a logging step
-        self.totals.zero_()
+        loss_sum, count = self.totals.take()
         metrics = {
             "epoch": step / self.steps_per_epoch,
             "train/loss": loss_sum / max(count, 1.0),
@@ -206,6 +226,13 @@ class Trainer:
         with self.clock.paused():
             self._pool_buffers()
             metrics = {f"val/{name}": value for name, value in self._evaluate(self.data.val).items()}
+            if not math.isfinite(metrics["val/loss"]):
+                log.warning(
+                    "step %d: the validation loss is %s; this model counts as no better than any",
+                    step,
+                    metrics["val/loss"],
+                )
+            metrics |= self.drift.measure(self.model)
             if self.counters.is_best(metrics["val/accuracy"], metrics["val/loss"]) and self.place.is_first:
                 content = {"step": step, "config": config_dict, "model": self.model.state_dict()}
                 write_atomically(self.checkpoints.directory / BEST, content)
@@ -232,6 +259,7 @@ class Trainer:
         """The test set, once, with the weights that validated best."""
         if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
+        drift = self.drift.measure(self.model)  # of the weights that training ended with
         best = torch.load(self.checkpoints.directory / BEST, map_location=self.place.device, weights_only=True)
         self.model.load_state_dict(best["model"])
         final = {
@@ -239,6 +267,7 @@ class Trainer:
             "val/loss": self.counters.best_loss,
             **{f"test/{name}": value for name, value in self._evaluate(self.data.test).items()},
             "train/samples_per_second": self.clock.overall(),
+            **drift,
         }
         self.tracker.log(self.num_steps, {k: v for k, v in final.items() if k.startswith("test/")})
         self.tracker.summarize(final)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.training.data import Data, Split
@@ -20,7 +22,8 @@ def evaluate(model: nn.Module, data: Data, split: Split, loss: Loss, place: Plac
     Every rank has to call it: the metrics are reduced over the default process group.
     """
     accuracy = MulticlassAccuracy(data.num_classes, average="micro", validate_args=False).to(place.device)
-    mean_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(place.device)
+    # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
+    loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
@@ -28,14 +31,18 @@ def evaluate(model: nn.Module, data: Data, split: Split, loss: Loss, place: Plac
             index = batch.tensor_split(place.world_size)[place.rank]
             if len(index) == 0:
                 continue
-            images, labels = (tensor.to(place.device) for tensor in data.eval_batch(split, index, place.dtype))
-            outputs = model(images)
-            total, count = loss(outputs, labels)
+            images, labels = data.eval_batch(split, index, place.dtype)
+            outputs, labels = model(images.to(place.device)), labels.to(place.device)
+            total, number = loss(outputs, labels)
             accuracy.update(outputs, labels)
-            mean_loss.update(total.to(torch.float64) / count, weight=count)
+            loss_sum.update(total)
+            count.update(number)
     for module, mode in modes.items():
         module.training = mode
-    return {"accuracy": _value(accuracy.compute()), "loss": _value(mean_loss.compute())}
+    with warnings.catch_warnings():
+        # A rank without a sample of a small split has nothing to add, and that is fine.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        return {"accuracy": _value(accuracy.compute()), "loss": _value(loss_sum.compute() / count.compute())}
 
 
 def _value(metric: Tensor) -> float:

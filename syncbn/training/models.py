@@ -1,20 +1,17 @@
-"""Models: the residual network that comes with the service, anybody's own, and pretrained sub-networks."""
+"""Models: the residual network that comes with the service, and anybody's own."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.groups import new_bn_groups
 from syncbn.surgery.converting import convert_sync_batchnorm
-from syncbn.training.config import BnConfig, ConfigError, InitConfig, ResnetSmallConfig
-from syncbn.training.state import read_model_weights
+from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig
 
 
 class ResidualBlock(nn.Module):
@@ -91,7 +88,8 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.M
         try:
             convert_sync_batchnorm(model, group)
         except TypeError as error:
-            raise ConfigError(f"bn.sync: {error}; or set bn.sync=false") from None
+            reason = str(error).partition("; leave it out")[0]
+            raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
     return model
 
 
@@ -107,67 +105,3 @@ def _build_target(key: str, node: dict[str, Any]) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{key}._target_={node['_target_']}: expected a torch module, got {type(built).__name__}")
     return built
-
-
-def load_subnet(model: nn.Module, name: str, config: InitConfig) -> str:
-    """Loads a pretrained state into the sub-network `name` of the model; returns a line about what was loaded.
-
-    The file's keys may be those of the sub-network alone, or of a whole model that has it under the same name.
-
-    Raises:
-        ConfigError: no such sub-network, no such file, or a state that does not fit it key for key and shape for shape.
-    """
-    key = f"init.{name}.path"
-    try:
-        subnet = model.get_submodule(name)
-    except AttributeError:
-        children = ", ".join(child for child, _ in model.named_children())
-        raise ConfigError(
-            f"init.{name}: the model has no sub-network {name!r}; its top-level ones are {children}"
-        ) from None
-    weights = read_model_weights(Path(config.path), key)
-    under_name = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
-    state = under_name or weights
-    own = subnet.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    for problem, keys in (("lacks", missing), ("has besides", unexpected), ("has in another shape", sorted(wrong))):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ConfigError(
-                f"{key}: {config.path} {problem} {', '.join(keys[:3])}{more}; expected the state of {name}"
-            )
-    subnet.load_state_dict(state)
-    return f"loaded {len(state)} tensors into {name} from {config.path}"
-
-
-def check_takes_zero_rows(model: nn.Module, sample: Tensor) -> None:
-    """Proves that the model can run on a rank that has no sample in the last batch of an epoch.
-
-    Args:
-        sample: (N, C, H, W), of which no row is used.
-
-    Raises:
-        ConfigError: the model cannot; the message names the innermost module that failed.
-    """
-    training = {module: module.training for module in model.modules()}
-    running: list[str] = []
-    names = {module: name or "the model" for name, module in model.named_modules()}
-    handles = [
-        module.register_forward_pre_hook(lambda module, _: running.append(names[module])) for module in model.modules()
-    ]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(sample[:0])
-    except Exception as error:
-        raise ConfigError(
-            "model: cannot take zero rows, which the last batch leaves to some ranks (failed in"
-            f" {running[-1]}: {error}); use flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks"
-            " so that no rank is left without samples"
-        ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.surgery.freezing import frozen_switches, set_switch
 from syncbn.training.config import ConfigError
 
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -43,13 +43,9 @@ class Checkpoints:
         """Writes the state after `step` steps and removes the oldest beyond `keep`."""
         path = self.directory / f"step_{step:08d}.pt"
         write_atomically(path, {"step": step, "config": config, **{k: p.state_dict() for k, p in self.parts.items()}})
-        for old in self.all()[: -self.keep]:
+        for old in _by_step(self.directory)[: -self.keep]:
             old.unlink()
         return path
-
-    def all(self) -> list[Path]:
-        """The checkpoints by step, oldest first (the best one is not among them)."""
-        return sorted(path for path in self.directory.glob("step_*.pt") if _NAME.fullmatch(path.name))
 
     def load(self, path: Path, key: str) -> int:
         """Puts the state back into the parts; returns the number of steps done."""
@@ -57,24 +53,36 @@ class Checkpoints:
         for name, part in self.parts.items():
             if name not in content:
                 raise ConfigError(f"{key}: {path} is not a training checkpoint, it has no {name!r}")
-            part.load_state_dict(content[name])
+            load_into(part, content[name], path, key)
         return int(content["step"])
 
 
 class FrozenSwitches:
-    """The frozen switches of a model's layers, which its state dict does not carry."""
+    """The frozen switches of a model's modules, which its state dict does not carry."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SyncBatchNorm)}
+        self._modules = dict(model.named_modules())
 
     def state_dict(self) -> dict[str, Any]:
-        """Per layer: statistics frozen, affine frozen."""
-        return {name: [layer.stats_frozen, layer.affine_frozen] for name, layer in self._layers.items()}
+        """The frozen ones of "stats", "affine" and "weights" of every module that has one."""
+        switches = {name: sorted(frozen_switches(module)) for name, module in self._modules.items()}
+        return {name: frozen for name, frozen in switches.items() if frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Freezes and unfreezes accordingly."""
-        for name, (stats, affine) in state_dict.items():
-            self._layers[name].unfreeze(stats=not stats, affine=not affine).freeze(stats=stats, affine=affine)
+        for name, module in self._modules.items():
+            target = set(state_dict.get(name, ()))
+            for switch in sorted(target ^ frozen_switches(module)):
+                set_switch(module, switch, switch in target)
+
+
+def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> None:
+    """`part.load_state_dict`, its complaints as a ConfigError that names the key."""
+    try:
+        part.load_state_dict(content)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ConfigError(f"{key}: {path} does not fit this configuration: {reason}") from None
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
@@ -101,10 +109,14 @@ def read(path: Path, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{key}: expected a checkpoint, found no file {str(path)!r}")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({reason})") from None
+        # Not torch's message: it suggests to load the file with code execution switched on.
+        raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{key}: {str(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")
     return content
@@ -115,17 +127,37 @@ def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
     if path.is_dir():
         path = best_or_newest(path, key)
     content = read(path, key)
-    weights = content.get("model", content) if "step" in content else content
+    weights = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
     if not all(isinstance(value, Tensor) for value in weights.values()):
         raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors")
-    return weights
+    return {_without_wrapper(name): value for name, value in weights.items()}
+
+
+def _without_wrapper(name: str) -> str:
+    """A key as it is without DDP's and torch.compile's prefixes."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest training checkpoint of a run directory."""
+    return next(reversed(_by_step(run_dir / "checkpoints")), None)
 
 
 def best_or_newest(run_dir: Path, key: str) -> Path:
     """The best checkpoint of a run directory, else its newest."""
-    directory = run_dir / "checkpoints"
-    candidates = [directory / BEST, *sorted(directory.glob("step_*.pt"), reverse=True)]
-    found = next((path for path in candidates if path.is_file()), None)
+    best = run_dir / "checkpoints" / BEST
+    found = best if best.is_file() else newest(run_dir)
     if found is None:
         raise ConfigError(f"{key}: {str(run_dir)!r} has no checkpoint under checkpoints/")
     return found
+
+
+def step_of(path: Path) -> int:
+    """The number of steps done at a training checkpoint, from its name; 0 for another name."""
+    found = _NAME.fullmatch(path.name)
+    return int(found.group(1)) if found else 0
+
+
+def _by_step(directory: Path) -> list[Path]:
+    """The training checkpoints, oldest first (the best one is not among them)."""
+    return sorted(path for path in directory.glob("step_*.pt") if _NAME.fullmatch(path.name))

@@ -4,12 +4,13 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.training import state
 from syncbn.training.config import ConfigError, InitConfig
-from syncbn.training.models import load_subnet
+from syncbn.training.pretrained import Drift, load_subnet
 
 
 def make_checkpoints(directory, keep=2):
@@ -22,7 +23,8 @@ def test_the_newest_are_kept(tmp_path):
     _, checkpoints = make_checkpoints(tmp_path)
     for step in (5, 100, 20):
         checkpoints.save(step, {})
-    assert [path.name for path in checkpoints.all()] == ["step_00000020.pt", "step_00000100.pt"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000020.pt", "step_00000100.pt"]
 
 
 def test_state_and_frozen_switches_come_back(tmp_path):
@@ -68,29 +70,86 @@ class Net(nn.Module):
         self.head = nn.Linear(width, 2)
 
 
-@pytest.mark.parametrize("whole_model", [True, False])
-def test_a_sub_network_is_loaded_from_a_whole_model_or_its_own_state(tmp_path, whole_model):
-    source, target = Net(), Net()
-    source.backbone[1].running_mean.fill_(3.0)
-    torch.save(source.state_dict() if whole_model else source.backbone.state_dict(), tmp_path / "a.pt")
+def save(state, directory, kind):
+    path = directory / f"a.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        save_file(dict(state), path)
+    else:
+        torch.save({"state_dict": state} if kind == "wrapped" else dict(state), path)
+    return path
+
+
+SOURCES = {
+    "its own state": lambda net: net.backbone.state_dict(),
+    "a whole model": lambda net: net.state_dict(),
+    "a model in DDP": lambda net: {f"module.{key}": value for key, value in net.state_dict().items()},
+}
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "wrapped"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_sub_network_is_loaded_from_any_state_dict(tmp_path, source, kind):
+    donor, target = Net(), Net()
+    donor.backbone[1].running_mean.fill_(3.0)
     head = target.head.weight.clone()
-    assert "loaded 7 tensors into backbone" in load_subnet(target, "backbone", InitConfig(str(tmp_path / "a.pt")))
-    assert torch.equal(target.backbone[0].weight, source.backbone[0].weight)
+    report = load_subnet(target, "backbone", InitConfig(str(save(SOURCES[source](donor), tmp_path, kind))))
+    assert len(report.loaded) == 7
+    assert report.problems() == []
+    assert torch.equal(target.backbone[0].weight, donor.backbone[0].weight)
     assert torch.equal(target.backbone[1].running_mean, torch.full((3,), 3.0))
     assert torch.equal(target.head.weight, head)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda s: s.pop("backbone.1.running_mean"), r"lacks 1.running_mean; expected the state of backbone"),
-        (lambda s: s.update({"backbone.x": torch.zeros(1)}), "has besides x"),
-        (lambda s: s.update({"backbone.0.weight": torch.zeros(9, 9)}), "has in another shape 0.weight"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_an_error_that_names_the_keys(tmp_path, damage, message):
-    content = Net().state_dict()
+def test_a_prefix_of_ones_own(tmp_path):
+    donor, target = Net(), Net()
+    path = save({f"encoder.net.{k}": v for k, v in donor.backbone.state_dict().items()}, tmp_path, "torch")
+    load_subnet(target, "backbone", InitConfig(str(path), prefix="encoder.net."))
+    assert torch.equal(target.backbone[0].weight, donor.backbone[0].weight)
+    with pytest.raises(
+        ConfigError, match=r"init.backbone.prefix: no key of .* begins with 'enc\.'; they begin with encoder\."
+    ):
+        load_subnet(target, "backbone", InitConfig(str(path), prefix="enc."))
+
+
+DAMAGE = {
+    "missing": (lambda s: s.pop("backbone.1.weight"), "lacks 1.weight"),
+    "unexpected": (lambda s: s.update({"backbone.x": torch.zeros(1)}), "has besides x"),
+    "mismatched": (lambda s: s.update({"backbone.0.weight": torch.zeros(9, 9)}), "has in another shape 0.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_an_error_or_a_warning_that_names_the_keys(tmp_path, kind, caplog):
+    damage, message = DAMAGE[kind]
+    content = dict(Net().state_dict())
     damage(content)
-    torch.save(dict(content), tmp_path / "a.pt")
-    with pytest.raises(ConfigError, match=f"init.backbone.path: .*{message}"):
-        load_subnet(Net(), "backbone", InitConfig(str(tmp_path / "a.pt")))
+    path = save(content, tmp_path, "torch")
+    with pytest.raises(ConfigError, match=rf"init.backbone.path: .*{message}; .*or set init.backbone.strict=false"):
+        load_subnet(Net(), "backbone", InitConfig(str(path)))
+    report = load_subnet(Net(), "backbone", InitConfig(str(path), strict=False))
+    assert [len(getattr(report, name)) for name in DAMAGE] == [int(name == kind) for name in DAMAGE]
+    assert message in caplog.text
+
+
+def test_missing_running_statistics_are_called_out(tmp_path, caplog):
+    content = dict(Net().backbone.state_dict())
+    del content["1.running_var"]
+    load_subnet(Net(), "backbone", InitConfig(str(save(content, tmp_path, "torch")), strict=False))
+    assert "these layers normalize with mean 0 and variance 1: 1.running_var" in caplog.text
+
+
+def test_a_state_of_which_nothing_fits_is_an_error_also_where_it_need_not_be_strict(tmp_path):
+    path = save({"a": torch.zeros(3)}, tmp_path, "torch")
+    with pytest.raises(ConfigError, match=r"nothing in .* fits backbone: it lacks .*; it has besides a"):
+        load_subnet(Net(), "backbone", InitConfig(str(path), strict=False))
+
+
+def test_drift_is_the_largest_move_of_a_running_mean_in_running_std():
+    model, drift = Net(), Drift()
+    model.backbone[1].running_var.fill_(4.0 - 1e-5)
+    drift.remember(model, "backbone")
+    assert drift.measure(model) == {"drift/backbone": 0.0}
+    model.backbone[1].running_mean[1] += 3.0
+    restored = Drift()
+    restored.load_state_dict(drift.state_dict())
+    assert restored.measure(model)["drift/backbone"] == pytest.approx(1.5)

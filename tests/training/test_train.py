@@ -1,10 +1,12 @@
 """train.py end to end, as a user starts it."""
 
+import json
+
 import pytest
 import torch
 import yaml
 
-from tests.training.jobs import read_metrics, run_job, start
+from tests.training.jobs import ROOT, read_metrics, run_job, start
 from tests.training.wandb_file import read_history
 
 
@@ -115,23 +117,71 @@ def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(
             assert (value - states[0]["model"][key]).abs().max() < 1e-5, key
 
 
-def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(tmp_path):
-    pretrained = run_job(tmp_path, "duration=1ep", "data.classes=[0,1,2,3,4]", "tracker=none", "run=a", num_ranks=2)
-    before = torch.load(pretrained / "checkpoints/best.pt", weights_only=True)["model"]
-    tuned = run_job(
-        tmp_path,
-        "duration=1ep",
-        "data.classes=[5,6,7,8,9]",
-        "tracker=none",
-        "freeze=backbone",
-        f"init.backbone.path={pretrained}",
-        num_ranks=2,
-    )
+def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(tmp_path):
+    plan = ["freeze.stem.match=backbone.stem", "freeze.stem.weights=true", "freeze.stem.start=3", "freeze.stem.until=8",
+            "freeze.top.match=backbone.stage3", "freeze.top.stats=false", "freeze.top.until=6"]  # fmt: skip
+    overrides = [*INVARIANCE, "precision=fp64", "duration=12", "accumulate=2", "batch_size=60", *plan]
+    runs = [run_job(tmp_path, *overrides, f"run=w{world}", num_ranks=world) for world in (1, 3)]
+    models = [load_last(run)["model"] for run in runs]
+    for key, value in models[0].items():
+        assert (models[1][key] - value).abs().max() < 1e-9, key
+    switches = [record for record in read_metrics(runs[1]) if "freeze/backbone.stem.bn/stats" in record]
+    assert [(record["step"], record["freeze/backbone.stem.bn/stats"]) for record in switches] == [(3, 1.0), (8, 0.0)]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A working directory with the run that `experiment=pretrain` makes."""
+    cwd = tmp_path_factory.mktemp("experiments")
+    run_job(cwd, "experiment=pretrain", "duration=1ep", "tracker=none", num_ranks=2)
+    return cwd
+
+
+def test_the_finetune_experiments_end_in_a_table_with_a_drift_of_zero_where_it_must_be(pretrained):
+    names = ["finetune_frozen", "finetune_bn_unfrozen", "finetune_gradual", "finetune_mistake"]
+    sweep = [f"experiment={','.join(names)}", "duration=60", "tracker=none", "run=sweep"]
+    done = start(pretrained, "-m", *sweep, num_ranks=2, timeout=240)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("sweep outputs/sweep") :]
+    assert all(name in table for name in names)
+    summaries = [json.loads((pretrained / f"outputs/sweep/{job}/summary.json").read_text()) for job in range(4)]
+    drifts = {name: summary["metrics"]["drift/backbone"] for name, summary in zip(names, summaries, strict=True)}
+    assert drifts["finetune_frozen"] == 0.0
+    assert all(drifts[name] > 0.05 for name in names[1:])  # the mistake: parameters frozen, statistics moving
+
+
+def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(pretrained):
+    before = torch.load(pretrained / "outputs/pretrain/checkpoints/best.pt", weights_only=True)["model"]
+    tuned = run_job(pretrained, "experiment=finetune_frozen", "duration=1ep", "tracker=none", num_ranks=2)
     after = load_last(tuned)["model"]
     backbone = [key for key in after if key.startswith("backbone.")]
     assert len(backbone) == 54
     assert all(torch.equal(after[key], before[key]) for key in backbone)
     assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "fashion" not in name])
+def test_every_experiment_runs_in_fast_mode(pretrained, name):
+    run = run_job(pretrained, f"experiment={name}", "duration=1", "tracker=none", "run=fast_" + name)
+    assert "test/accuracy" in read_metrics(run)[-1]
+
+
+def test_the_momentum_of_an_unfrozen_parameter_is_kept_or_reset(tmp_path):
+    same = ["duration=4", "schedule=constant", "tracker=none", "freeze.a.match=backbone.stem.bn", "freeze.a.stats=false",
+            "freeze.a.start=2", "freeze.a.until=3", "optimizer.momentum=0.5", "save.every=1", "save.keep=9"]  # fmt: skip
+    kept, reset = (run_job(tmp_path, *same, f"optimizer.on_unfreeze={c}", f"run={c}") for c in ("keep", "reset"))
+
+    def momentum(run, step):  # of the stem's gamma, the second parameter
+        state = torch.load(run / f"checkpoints/step_{step:08d}.pt", weights_only=True)["optimizer"]["state"]
+        return state[1]["momentum_buffer"]
+
+    assert torch.equal(momentum(kept, 3), momentum(kept, 2))  # frozen in step 2: it waits
+    # The last step adds the same gradient to half of what was kept, or to nothing.
+    assert torch.allclose(momentum(kept, 4), 0.5 * momentum(kept, 2) + momentum(reset, 4), atol=1e-7)
+    assert momentum(kept, 2).abs().max() > 1e-4
 
 
 def test_the_same_run_name_goes_on_where_it_stopped(tmp_path):
@@ -234,6 +284,33 @@ def test_statistics_of_groups_are_pooled_before_they_are_evaluated_and_saved(tmp
     # The last batch of 479 samples is cut into 240 and 239, whose statistics have momentum 1: the pool is their union.
     assert (pooled[means] - synced[means]).abs().max() < 1e-3
     assert (pooled[variances] / synced[variances] - 1).abs().max() < 1e-3
+
+
+def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_path):
+    # Four stages pool 8x8 images to 1x1: the last batch (20 = 19 + 1) has a single value per channel at the top.
+    same = ["data=synthetic", "data.num_samples=26", "data.size=8", "batch_size=19", "model.stages=4", "model.width=4",
+            "duration=3ep", "tracker=none", "precision=fp64"]  # fmt: skip
+    alone, pair = (load_last(run_job(tmp_path, *same, f"run=w{n}", num_ranks=n))["model"] for n in (0, 2))
+    assert all((pair[key] - value).abs().max() < 1e-9 for key, value in alone.items())
+
+
+def test_a_mistake_leaves_no_directory_behind(tmp_path):
+    start(tmp_path, "optimizer.lr=abc")
+    start(tmp_path, "freeze.a.match=nothing", num_ranks=2)
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_the_stored_configuration_is_resolved_and_complete(default_run):
+    stored = yaml.safe_load((default_run / "config.yaml").read_text())
+    assert stored["optimizer"] == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True,
+                                   "on_unfreeze": "reset"}  # fmt: skip
+    assert "${" not in (default_run / "config.yaml").read_text()
+
+
+def test_a_model_with_another_number_of_classes_is_named_at_start(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE.replace("64, 10", "64, 7"))
+    done = start(tmp_path, "model=custom", "model._target_=mine.Net", "+model.gain=1")
+    assert done.stderr == "error: model: expected logits of shape (2, 10), got (2, 7)\n"
 
 
 def test_bn_groups_that_do_not_divide_the_world_are_a_clear_error(tmp_path):

@@ -1,0 +1,99 @@
+"""Going on with a run: which checkpoint, and which configuration.
+
+The stored configuration is the run's. What the command line says again is compared with it: a few keys may change
+between attempts, for any other a difference is an error, because the run would silently be another one from there on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from syncbn.training.config import SCHEMAS, Config, ConfigError
+from syncbn.training.parsing import flatten, parse, to_dict
+from syncbn.training.state import newest, read
+
+# What may differ from one attempt to the next: where and how long it runs, and how it is watched.
+MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "save", "tracker",
+              "data.path", "init")  # fmt: skip
+_GROUPS = (*SCHEMAS, "freeze", "tracker")
+_ANYTHING = ("experiment", "debug")  # choices that may set any key
+
+
+def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint that this run goes on from; None for a new run.
+
+    Raises:
+        ConfigError: `resume=none` in a directory that holds a run already; no checkpoint where one was named.
+    """
+    present = newest(run_dir)
+    if config.resume == "auto":
+        return present
+    if present is not None and config.resume == "none":
+        raise ConfigError(f"resume: {run_dir} holds a run already; choose another name with run=..., or resume=auto")
+    if config.resume == "none":
+        return None
+    path = Path(config.resume)
+    if path.is_dir():
+        found = newest(path)
+        if found is None:
+            raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
+        return found
+    return path
+
+
+def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of the run that `path` belongs to, with what the command line may change.
+
+    Raises:
+        ConfigError: a key given on the command line differs from the stored one and may not change.
+    """
+    stored, current = read(path, "resume")["config"], to_dict(config)
+    before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
+    merged = OmegaConf.create(stored)
+    for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
+        if any(key == prefix or key.startswith(f"{prefix}.") for prefix in MAY_CHANGE):
+            OmegaConf.update(merged, key, now.get(key), force_add=True)
+        elif before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: the run that {path} belongs to has {before.get(key)!r}, got {now.get(key)!r}; leave it as it"
+                " was, or start another run with run=..."
+            )
+    container = OmegaConf.to_container(merged)
+    assert isinstance(container, dict)
+    return parse({str(key): value for key, value in container.items()})
+
+
+def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
+    """The keys that the command line sets, one by one or by choosing a group."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if name in _ANYTHING:
+            return keys
+        below = {key for key in keys if key.startswith(f"{name}.")}
+        given |= below | ({name} if name in keys or (not below and name not in _GROUPS) else set())
+    return given & keys
+
+
+def cut_back(metrics: Path, step: int) -> None:
+    """Removes what was recorded after `step`, and test results, which the end of the run records anew."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, left by a kill
+        if record["step"] <= step and not any(key.startswith("test/") for key in record):
+            kept.append(line + "\n")
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(metrics)

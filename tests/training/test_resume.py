@@ -1,0 +1,131 @@
+"""Going on with a run: the same trajectory, the same configuration, and no result that nobody measured."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from syncbn.training.config import ConfigError
+from syncbn.training.parsing import to_dict
+from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
+from syncbn.training.state import write_atomically
+from tests.training.jobs import compose_config, read_metrics, run_job, start
+from tests.training.test_train import load_last
+
+SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none", "batch_size=16"]
+
+
+def check_refused(done, message):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith(f"error: {message}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def without_speed(record):
+    return {key: value for key, value in record.items() if key != "train/samples_per_second"}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation(tmp_path, num_ranks):
+    same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=2", "data.shift=1",
+            "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
+    whole = run_job(tmp_path, *same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
+    parts = tmp_path / "outputs/parts"
+    shutil.copytree(whole, parts)
+    for cut in (5, 12):  # as if the job had been killed after these steps, before it could record more
+        for path in (parts / "checkpoints").glob("step_*.pt"):
+            path.unlink()
+        shutil.copyfile(whole / f"checkpoints/step_{cut:08d}.pt", parts / f"checkpoints/step_{cut:08d}.pt")
+        (parts / "summary.json").unlink()
+        run_job(tmp_path, *same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
+    expected, actual = load_last(whole), load_last(parts)
+    assert all(torch.equal(actual["model"][key], value) for key, value in expected["model"].items())
+    assert actual["schedule"] == expected["schedule"]
+    measured = [[without_speed(record) for record in read_metrics(run)] for run in (parts, whole)]
+    assert measured[0] == measured[1]
+
+
+def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(tmp_path):
+    run = run_job(tmp_path, *SMALL, "duration=3", "optimizer.lr=0.2", "run=a")
+    check_refused(start(tmp_path, *SMALL, "optimizer.lr=0.3", "run=a"), "optimizer.lr: the run that ")
+    check_refused(start(tmp_path, "data=digits", "run=a"), "data.")
+    run_job(tmp_path, "duration=5", "run=a")  # the stored configuration, longer
+    assert load_last(run)["step"] == 5
+    assert load_last(run)["config"]["optimizer"]["lr"] == 0.2
+    assert load_last(run)["config"]["data"]["name"] == "synthetic"
+
+
+def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(tmp_path):
+    run = run_job(tmp_path, *SMALL, "duration=3", "run=a")
+    before = read_metrics(run)
+    done = start(tmp_path, *SMALL, "duration=3", "run=a")
+    assert "this run is finished" in done.stdout
+    assert read_metrics(run) == before
+
+
+def test_resume_none_in_a_directory_that_holds_a_run_is_refused(tmp_path):
+    run_job(tmp_path, *SMALL, "duration=2", "run=a")
+    check_refused(start(tmp_path, *SMALL, "duration=2", "run=a", "resume=none"), "resume: ")
+
+
+def test_a_run_can_go_on_from_another_runs_checkpoint_or_directory(tmp_path):
+    first = run_job(tmp_path, *SMALL, "duration=10", "run=a")
+    second = run_job(tmp_path, *SMALL, "duration=11", f"resume={first}", "run=b")
+    assert load_last(second)["step"] == 11
+    check_refused(start(tmp_path, *SMALL, "run=c", "resume=nowhere.pt"), "resume: expected a checkpoint, found no file")
+
+
+def test_another_shape_is_one_message(tmp_path):
+    run = run_job(tmp_path, *SMALL, "duration=2", "run=a")
+    check_refused(start(tmp_path, "task=eval", f"load={run}", "model.width=8"), "load: ")
+
+
+def test_eval_applies_overrides_to_the_stored_configuration(tmp_path):
+    run = run_job(tmp_path, *SMALL, "duration=2", "run=a")
+    noisy = run_job(tmp_path, "task=eval", f"load={run}", "data.noise=3.0")
+    same = run_job(tmp_path, "task=eval", f"load={run}")
+    assert read_metrics(noisy)[-1]["val/loss"] != read_metrics(same)[-1]["val/loss"]
+    check_refused(start(tmp_path, "task=eval", f"load={run}", "data=digits"), "data: comes from load here")
+    check_refused(start(tmp_path, "task=eval", f"load={run}", "run=a"), "run: ")
+
+
+def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 1, "train/loss": 1.0}, {"step": 2, "val/loss": 1.0}, {"step": 3}, {"step": 2, "test/loss": 0.1}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 1, "tra')
+    cut_back(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+
+
+def stored_run(directory, *overrides):
+    config = compose_config(*overrides)
+    path = directory / "checkpoints/step_00000007.pt"
+    write_atomically(path, {"step": 7, "config": to_dict(config)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["seed=1"], "seed"),
+        (["model.width=8"], "model.width"),
+        (["freeze=backbone"], "freeze.backbone.affine"),
+        (["++freeze.mine.match=head"], "freeze.mine.match"),
+        (["data=synthetic"], "data.channels"),
+        (["bn.momentum=0.01"], "bn.momentum"),
+    ],
+)
+def test_what_may_not_change_is_named(tmp_path, overrides, key):
+    path = stored_run(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{key}: the run that"):
+        merge_with_stored(compose_config(*overrides), path, overrides)
+
+
+def test_what_may_change_is_taken_and_the_rest_is_the_runs(tmp_path):
+    path = stored_run(tmp_path, "seed=5", "freeze=backbone")
+    overrides = ["duration=9ep", "save.every=1ep", "tracker=none", "log_every=7"]
+    merged = merge_with_stored(compose_config(*overrides), path, overrides)
+    assert (merged.seed, merged.duration, merged.save.every, merged.tracker.mode) == (5, "9ep", "1ep", "disabled")
+    assert list(merged.freeze) == ["backbone"]
+    assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path) == path
