@@ -32,3 +32,10 @@ def test_the_loop_of_your_own_prints_the_same_at_one_and_two_ranks():
     assert len(numbers[0]) == 4
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
     assert numbers[0][0] > 0.9
+
+
+def test_every_test_that_the_documentation_names_exists():
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    defined = {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named
+    assert named <= defined

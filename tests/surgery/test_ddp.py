@@ -123,17 +123,22 @@ def test_a_frozen_part_is_equal_by_sha256_after_two_hundred_steps_on_two_ranks(r
     assert first == second
 
 
-def check_round_trip():
-    """Freeze, 50 steps, unfreeze, 50 steps; the whole state, bit-equal on all ranks."""
-    model = make_model()
-    freeze(model, "0", weights=True)
-    train(model, 50)
-    unfreeze(model, "0", weights=True)
-    train(model, 50, first_step=50)
+def assert_equal_on_all_ranks(model):
     for value in model.state_dict().values():
         gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, value)
         assert all(torch.equal(other, gathered[0]) for other in gathered)
+
+
+def check_round_trip():
+    """Freeze, 50 steps, unfreeze, 50 steps; the whole state bit-equal on all ranks after each."""
+    model = make_model()
+    freeze(model, "0", weights=True)
+    train(model, 50)
+    assert_equal_on_all_ranks(model)
+    unfreeze(model, "0", weights=True)
+    train(model, 50, first_step=50)
+    assert_equal_on_all_ranks(model)
     assert model[0][1].num_batches_tracked == 50
     return model.state_dict()
 

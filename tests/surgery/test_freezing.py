@@ -111,6 +111,24 @@ def test_names_carry_no_wrapper():
     assert names[:4] == ["", "0", "0.backbone", "0.backbone.0"]
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5), (4, 3, 2, 3, 4), (2, 3, 2, 2, 2, 2)], ids=str)
+def test_layers_of_every_rank_freeze(shape):
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3) if len(shape) == 4 else SyncBatchNorm(3)))
+    freeze(model)
+    before = copy.deepcopy(model.state_dict())
+    model.train()(torch.randn(shape) + 1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_membership_and_order_of_the_optimizers_parameters_never_change():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    freeze(model, "backbone", weights=True)
+    unfreeze(model, "backbone", weights=True)
+    assert [id(parameter) for parameter in model.parameters()] == before
+
+
 class TestPlan:
     def test_a_switch_is_frozen_while_any_active_rule_selects_it(self):
         model = Net()

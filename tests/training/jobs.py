@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from syncbn.training import launch
+from syncbn.training import launch, tasks
 from syncbn.training.config import Config
 from syncbn.training.parsing import parse
+from syncbn.training.place import Place
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -57,3 +60,25 @@ def run_job(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
+    """What train.py does, on this rank of a process group that exists (or in this process, without one)."""
+    before, stdout = Path.cwd(), sys.stdout
+    os.chdir(cwd)
+    try:
+        kept = launch._hold_back([launch.open_override(override) for override in overrides])
+        config = compose_config(*kept)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        run_dir = Path("outputs", config.run or "unnamed").resolve()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        place = Place(rank, world_size, torch.device("cpu"), tasks.DTYPES[config.precision])
+        if config.task == "eval":
+            tasks.evaluate(config, run_dir, place)
+        else:
+            tasks.train(config, run_dir, place, overrides)
+        return run_dir
+    finally:
+        launch._held_back.clear()
+        sys.stdout = stdout
+        os.chdir(before)

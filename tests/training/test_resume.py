@@ -1,6 +1,7 @@
 """Going on with a run: the same trajectory, the same configuration, and no result that nobody measured."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -10,16 +11,10 @@ from syncbn.training.config import ConfigError
 from syncbn.training.parsing import to_dict
 from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
 from syncbn.training.state import write_atomically
-from tests.training.jobs import compose_config, read_metrics, run_job, start
+from tests.training.jobs import compose_config, read_metrics
 from tests.training.test_train import load_last
 
 SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none", "batch_size=16"]
-
-
-def check_refused(done, message):
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith(f"error: {message}"), done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def without_speed(record):
@@ -27,10 +22,10 @@ def without_speed(record):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation(tmp_path, num_ranks):
+def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation(job, tmp_path, num_ranks):
     same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=2", "data.shift=1",
             "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
-    whole = run_job(tmp_path, *same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
+    whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
     parts = tmp_path / "outputs/parts"
     shutil.copytree(whole, parts)
     for cut in (5, 12):  # as if the job had been killed after these steps, before it could record more
@@ -38,7 +33,7 @@ def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation
             path.unlink()
         shutil.copyfile(whole / f"checkpoints/step_{cut:08d}.pt", parts / f"checkpoints/step_{cut:08d}.pt")
         (parts / "summary.json").unlink()
-        run_job(tmp_path, *same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
+        job(*same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
     expected, actual = load_last(whole), load_last(parts)
     assert all(torch.equal(actual["model"][key], value) for key, value in expected["model"].items())
     assert actual["schedule"] == expected["schedule"]
@@ -46,51 +41,59 @@ def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation
     assert measured[0] == measured[1]
 
 
-def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(tmp_path):
-    run = run_job(tmp_path, *SMALL, "duration=3", "optimizer.lr=0.2", "run=a")
-    check_refused(start(tmp_path, *SMALL, "optimizer.lr=0.3", "run=a"), "optimizer.lr: the run that ")
-    check_refused(start(tmp_path, "data=digits", "run=a"), "data.")
-    run_job(tmp_path, "duration=5", "run=a")  # the stored configuration, longer
+def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(job, tmp_path):
+    run = job(*SMALL, "duration=3", "optimizer.lr=0.2", "run=a")
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: the run that "):
+        job(*SMALL, "optimizer.lr=0.3", "run=a")
+    with pytest.raises(ConfigError, match=r"^data."):
+        job("data=digits", "run=a")
+    job("duration=5", "run=a")  # the stored configuration, longer
     assert load_last(run)["step"] == 5
     assert load_last(run)["config"]["optimizer"]["lr"] == 0.2
     assert load_last(run)["config"]["data"]["name"] == "synthetic"
 
 
-def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(tmp_path):
-    run = run_job(tmp_path, *SMALL, "duration=3", "run=a")
+def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(job, caplog):
+    run = job(*SMALL, "duration=3", "run=a")
     before = read_metrics(run)
-    done = start(tmp_path, *SMALL, "duration=3", "run=a")
-    assert "this run is finished" in done.stdout
+    with caplog.at_level(logging.INFO):
+        job(*SMALL, "duration=3", "run=a")
+    assert "this run is finished" in caplog.text
     assert read_metrics(run) == before
 
 
-def test_resume_none_in_a_directory_that_holds_a_run_is_refused(tmp_path):
-    run_job(tmp_path, *SMALL, "duration=2", "run=a")
-    check_refused(start(tmp_path, *SMALL, "duration=2", "run=a", "resume=none"), "resume: ")
+def test_resume_none_in_a_directory_that_holds_a_run_is_refused(job, tmp_path):
+    job(*SMALL, "duration=2", "run=a")
+    with pytest.raises(ConfigError, match=r"^resume: "):
+        job(*SMALL, "duration=2", "run=a", "resume=none")
 
 
-def test_a_run_can_go_on_from_another_runs_checkpoint_or_directory(tmp_path):
-    first = run_job(tmp_path, *SMALL, "duration=10", "run=a")
-    second = run_job(tmp_path, *SMALL, "duration=11", f"resume={first}", "run=b")
+def test_a_run_can_go_on_from_another_runs_checkpoint_or_directory(job, tmp_path):
+    first = job(*SMALL, "duration=10", "run=a")
+    second = job(*SMALL, "duration=11", f"resume={first}", "run=b")
     assert load_last(second)["step"] == 11
-    check_refused(start(tmp_path, *SMALL, "run=c", "resume=nowhere.pt"), "resume: expected a checkpoint, found no file")
+    with pytest.raises(ConfigError, match=r"^resume: expected a checkpoint, found no file"):
+        job(*SMALL, "run=c", "resume=nowhere.pt")
 
 
-def test_another_shape_is_one_message(tmp_path):
-    run = run_job(tmp_path, *SMALL, "duration=2", "run=a")
-    check_refused(start(tmp_path, "task=eval", f"load={run}", "model.width=8"), "load: ")
+def test_another_shape_is_one_message(job, tmp_path):
+    run = job(*SMALL, "duration=2", "run=a")
+    with pytest.raises(ConfigError, match=r"^load: "):
+        job("task=eval", f"load={run}", "model.width=8")
 
 
-def test_eval_applies_overrides_to_the_stored_configuration(tmp_path):
-    run = run_job(tmp_path, *SMALL, "duration=2", "run=a")
-    noisy = run_job(tmp_path, "task=eval", f"load={run}", "data.noise=3.0")
-    same = run_job(tmp_path, "task=eval", f"load={run}")
+def test_eval_applies_overrides_to_the_stored_configuration(job, tmp_path):
+    run = job(*SMALL, "duration=2", "run=a")
+    noisy = job("task=eval", f"load={run}", "data.noise=3.0", "run=noisy")
+    same = job("task=eval", f"load={run}", "run=same")
     assert read_metrics(noisy)[-1]["val/loss"] != read_metrics(same)[-1]["val/loss"]
-    check_refused(start(tmp_path, "task=eval", f"load={run}", "data=digits"), "data: comes from load here")
-    check_refused(start(tmp_path, "task=eval", f"load={run}", "run=a"), "run: ")
+    with pytest.raises(ConfigError, match=r"^data: comes from load here"):
+        job("task=eval", f"load={run}", "data=digits")
+    with pytest.raises(ConfigError, match=r"^run: "):
+        job("task=eval", f"load={run}", "run=a")
 
 
-def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(tmp_path):
+def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(job, tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [{"step": 1, "train/loss": 1.0}, {"step": 2, "val/loss": 1.0}, {"step": 3}, {"step": 2, "test/loss": 0.1}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 1, "tra')
@@ -116,13 +119,13 @@ def stored_run(directory, *overrides):
         (["bn.momentum=0.01"], "bn.momentum"),
     ],
 )
-def test_what_may_not_change_is_named(tmp_path, overrides, key):
+def test_what_may_not_change_is_named(job, tmp_path, overrides, key):
     path = stored_run(tmp_path)
     with pytest.raises(ConfigError, match=f"^{key}: the run that"):
         merge_with_stored(compose_config(*overrides), path, overrides)
 
 
-def test_what_may_change_is_taken_and_the_rest_is_the_runs(tmp_path):
+def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):
     path = stored_run(tmp_path, "seed=5", "freeze=backbone")
     overrides = ["duration=9ep", "save.every=1ep", "tracker=none", "log_every=7"]
     merged = merge_with_stored(compose_config(*overrides), path, overrides)

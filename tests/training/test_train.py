@@ -105,10 +105,10 @@ def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(tmp_path):
             assert (value - models[0][key]).abs().max() < 1e-9, key
 
 
-def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(tmp_path):
+def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(job, tmp_path):
     # After one step the momentum buffer of SGD is the gradient plus weight_decay times the (equal) initial weights.
     overrides = [*INVARIANCE, "duration=1"]
-    states = [load_last(run_job(tmp_path, *overrides, f"run=w{world}", num_ranks=world)) for world in WORLDS]
+    states = [load_last(job(*overrides, f"run=w{world}", num_ranks=world)) for world in WORLDS]
     for state in states[1:]:
         pairs = zip(states[0]["optimizer"]["state"].values(), state["optimizer"]["state"].values(), strict=True)
         for first, other in pairs:
@@ -117,11 +117,11 @@ def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(
             assert (value - states[0]["model"][key]).abs().max() < 1e-5, key
 
 
-def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(tmp_path):
+def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(job, tmp_path):
     plan = ["freeze.stem.match=backbone.stem", "freeze.stem.weights=true", "freeze.stem.start=3", "freeze.stem.until=8",
             "freeze.top.match=backbone.stage3", "freeze.top.stats=false", "freeze.top.until=6"]  # fmt: skip
     overrides = [*INVARIANCE, "precision=fp64", "duration=12", "accumulate=2", "batch_size=60", *plan]
-    runs = [run_job(tmp_path, *overrides, f"run=w{world}", num_ranks=world) for world in (1, 3)]
+    runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 3)]
     models = [load_last(run)["model"] for run in runs]
     for key, value in models[0].items():
         assert (models[1][key] - value).abs().max() < 1e-9, key
@@ -150,9 +150,9 @@ def test_the_finetune_experiments_end_in_a_table_with_a_drift_of_zero_where_it_m
     assert all(drifts[name] > 0.05 for name in names[1:])  # the mistake: parameters frozen, statistics moving
 
 
-def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(pretrained):
+def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(job, pretrained):
     before = torch.load(pretrained / "outputs/pretrain/checkpoints/best.pt", weights_only=True)["model"]
-    tuned = run_job(pretrained, "experiment=finetune_frozen", "duration=1ep", "tracker=none", num_ranks=2)
+    tuned = job("experiment=finetune_frozen", "duration=1ep", "tracker=none", num_ranks=2, cwd=pretrained)
     after = load_last(tuned)["model"]
     backbone = [key for key in after if key.startswith("backbone.")]
     assert len(backbone) == 54
@@ -164,15 +164,15 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "fashion" not in name])
-def test_every_experiment_runs_in_fast_mode(pretrained, name):
-    run = run_job(pretrained, f"experiment={name}", "duration=1", "tracker=none", "run=fast_" + name)
+def test_every_experiment_runs_in_fast_mode(job, pretrained, name):
+    run = job(f"experiment={name}", "duration=1", "tracker=none", "run=fast_" + name, cwd=pretrained)
     assert "test/accuracy" in read_metrics(run)[-1]
 
 
-def test_the_momentum_of_an_unfrozen_parameter_is_kept_or_reset(tmp_path):
+def test_the_momentum_of_an_unfrozen_parameter_is_kept_or_reset(job, tmp_path):
     same = ["duration=4", "schedule=constant", "tracker=none", "freeze.a.match=backbone.stem.bn", "freeze.a.stats=false",
             "freeze.a.start=2", "freeze.a.until=3", "optimizer.momentum=0.5", "save.every=1", "save.keep=9"]  # fmt: skip
-    kept, reset = (run_job(tmp_path, *same, f"optimizer.on_unfreeze={c}", f"run={c}") for c in ("keep", "reset"))
+    kept, reset = (job(*same, f"optimizer.on_unfreeze={c}", f"run={c}") for c in ("keep", "reset"))
 
     def momentum(run, step):  # of the stem's gamma, the second parameter
         state = torch.load(run / f"checkpoints/step_{step:08d}.pt", weights_only=True)["optimizer"]["state"]
@@ -184,10 +184,10 @@ def test_the_momentum_of_an_unfrozen_parameter_is_kept_or_reset(tmp_path):
     assert momentum(kept, 2).abs().max() > 1e-4
 
 
-def test_the_same_run_name_goes_on_where_it_stopped(tmp_path):
-    whole = run_job(tmp_path, "duration=30", "schedule=constant", "tracker=none", "run=whole")
-    run_job(tmp_path, "duration=12", "schedule=constant", "tracker=none", "run=parts")
-    parts = run_job(tmp_path, "duration=30", "schedule=constant", "tracker=none", "run=parts")
+def test_the_same_run_name_goes_on_where_it_stopped(job, tmp_path):
+    whole = job("duration=30", "schedule=constant", "tracker=none", "run=whole")
+    job("duration=12", "schedule=constant", "tracker=none", "run=parts")
+    parts = job("duration=30", "schedule=constant", "tracker=none", "run=parts")
     expected, actual = load_last(whole)["model"], load_last(parts)["model"]
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
@@ -199,7 +199,7 @@ def test_multirun_gives_each_job_its_own_directory(tmp_path):
     assert rates[0] == pytest.approx(2 * rates[1])
 
 
-def test_fashion_mnist_quick_runs_on_files_of_its_format(tmp_path):
+def test_fashion_mnist_quick_runs_on_files_of_its_format(job, tmp_path):
     from tests.training.test_data import fashion_files
 
     files = tmp_path / "files"
@@ -260,26 +260,24 @@ def test_a_model_from_a_users_own_package(tmp_path):
     assert load_last(run)["step"] == 3
 
 
-def test_uneven_micro_batches_are_exact(tmp_path):
+def test_uneven_micro_batches_are_exact(job, tmp_path):
     states = {}
     for accumulate in (1, 3):
         overrides = [*INVARIANCE, "precision=fp64", "duration=5", f"accumulate={accumulate}"]
         # Frozen statistics take the batch out of the normalization: then accumulation must change nothing at all.
         frozen = ["freeze.bn.match=backbone", "freeze.bn.affine=false"]
-        states[accumulate] = load_last(run_job(tmp_path, *overrides, *frozen, f"run=a{accumulate}", num_ranks=2))[
-            "model"
-        ]
+        states[accumulate] = load_last(job(*overrides, *frozen, f"run=a{accumulate}", num_ranks=2))["model"]
     for key, value in states[1].items():
         assert (states[3][key] - value).abs().max() < 1e-12, key
 
 
 @pytest.mark.parametrize("options", [["bn.group=1"], ["bn.sync=false"]], ids=str)
-def test_statistics_of_groups_are_pooled_before_they_are_evaluated_and_saved(tmp_path, options):
+def test_statistics_of_groups_are_pooled_before_they_are_evaluated_and_saved(job, tmp_path, options):
     # Learning rate next to nothing: every rank sees its share of the same data through the same network, and the pooled
     # statistics are those that synchronized layers gather, but for the spread of the batches over which they average.
     same = ["duration=1ep", "optimizer.lr=1e-9", "tracker=none", "precision=fp64", "batch_size=479", "bn.momentum=1.0"]
-    pooled = load_last(run_job(tmp_path, *same, *options, "run=pooled", num_ranks=2))["model"]
-    synced = load_last(run_job(tmp_path, *same, "run=synced", num_ranks=2))["model"]
+    pooled = load_last(job(*same, *options, "run=pooled", num_ranks=2))["model"]
+    synced = load_last(job(*same, "run=synced", num_ranks=2))["model"]
     means, variances = ("backbone.stem.bn.running_mean", "backbone.stem.bn.running_var")
     # The last batch of 479 samples is cut into 240 and 239, whose statistics have momentum 1: the pool is their union.
     assert (pooled[means] - synced[means]).abs().max() < 1e-3

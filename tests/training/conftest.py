@@ -1,0 +1,21 @@
+"""Jobs without the start-up of a process: most of what a test of the trainer would wait for."""
+
+import pytest
+
+from tests.training.jobs import run_rank
+
+
+@pytest.fixture
+def job(ranks, tmp_path):
+    """`job(*overrides, num_ranks=1, cwd=tmp_path)`: trains or evaluates as train.py does; returns the run directory.
+
+    One rank runs in this process, several on the pool of workers. What has to go through the command line, torchrun or
+    Hydra's run directories uses `start` and `run_job` instead.
+    """
+
+    def run(*overrides, num_ranks=1, cwd=tmp_path):
+        if num_ranks == 1:
+            return run_rank(cwd, overrides)
+        return ranks(num_ranks, run_rank, cwd, overrides)[0]
+
+    return run
