@@ -170,8 +170,16 @@ def test_every_experiment_runs_in_fast_mode(job, pretrained, name):
 
 
 def test_the_momentum_of_an_unfrozen_parameter_is_kept_or_reset(job, tmp_path):
-    same = ["duration=4", "schedule=constant", "tracker=none", "freeze.a.match=backbone.stem.bn", "freeze.a.stats=false",
-            "freeze.a.start=2", "freeze.a.until=3", "optimizer.momentum=0.5", "save.every=1", "save.keep=9"]  # fmt: skip
+    rule = ["freeze.a.match=backbone.stem.bn", "freeze.a.stats=false", "freeze.a.start=2", "freeze.a.until=3"]
+    same = [
+        *rule,
+        "duration=4",
+        "schedule=constant",
+        "tracker=none",
+        "optimizer.momentum=0.5",
+        "save.every=1",
+        "save.keep=9",
+    ]
     kept, reset = (job(*same, f"optimizer.on_unfreeze={c}", f"run={c}") for c in ("keep", "reset"))
 
     def momentum(run, step):  # of the stem's gamma, the second parameter
