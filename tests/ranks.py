@@ -91,8 +91,10 @@ def _work(tasks: Any, results: Any) -> None:
             store = dist.FileStore(path, world_size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_GROUP_TIMEOUT)
             try:
+                dist.barrier()  # all are connected: none may leave while another still knocks
                 torch.manual_seed(0)
                 outcome = (True, function(*args))
+                dist.barrier()  # nor while a sub-group of the function's is being connected
             finally:
                 dist.destroy_process_group()
         except BaseException:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -39,6 +40,11 @@ def rank() -> int:
 def world_size() -> int:
     """The number of ranks of the job; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def attempt() -> str:
+    """How often torchrun has restarted the job."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def is_distributed() -> bool:
@@ -151,15 +157,19 @@ def process_group(device: str, job: str) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt}", store()),
+        store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),
         rank=rank(),
         world_size=world_size(),
     )
     try:
+        dist.barrier()  # all are connected: none may leave, be it with an error, while another still knocks
         yield
+    except Exception as error:
+        if explain(error) is None:  # before the group goes: then the other ranks fail too, and theirs are not the cause
+            _report_failure(error)
+        raise
     finally:
         # Without this a gloo job can abort at exit, after all of its work is done.
         dist.destroy_process_group()
@@ -189,11 +199,21 @@ def _discard_run_directory() -> None:
             shutil.rmtree(directory)
 
 
+def _report_failure(error: Exception) -> None:
+    """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
+    if world_size() > 1:
+        if _is_first_to_report():
+            print(f"rank {rank()} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        raise SystemExit(1) from error
+
+
 def _is_first_to_report() -> bool:
     if not is_distributed() or world_size() == 1:
         return True
     with suppress(Exception):  # a store that is gone must not hide the message
-        return store().compare_set("syncbn/reported", "", str(rank())).decode() == str(rank())
+        return store().compare_set(f"syncbn/reported/{attempt()}", "", str(rank())).decode() == str(rank())
     return True
 
 

@@ -11,6 +11,7 @@ for step in range(start, num_steps):
     every log_every:  metrics and BN statistics to the tracker
     every eval_every: validation; the best model so far is kept
     every save.every: a checkpoint
+        asked to stop:    a checkpoint, and leave
 test the best model, once
 """
 
@@ -43,8 +44,10 @@ from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
-from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, write_atomically
+from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read
+from syncbn.training.stopping import StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
+from syncbn.training.wrapping import wrap
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +69,15 @@ class Trainer:
         plan: FreezePlan,
         tracker: Tracker,
         drift: Drift,
+        stop: StopRequest,
     ) -> None:
         # what is trained, and where
         self.config, self.place, self.data, self.sampler = config, place, data, sampler
         self.model, self.loss, self.plan = model, loss, plan
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
+        self.stop = stop
+        self.stop_flag: Tensor | None = None  # of the last step: whether any rank had been asked to stop
         self.steps_per_epoch = sampler.steps_per_epoch
         self.num_steps, self.eval_every, self.log_every = (
             max(1, Duration.parse(text).in_steps(self.steps_per_epoch))
@@ -98,27 +104,55 @@ class Trainer:
         self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
 
     def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
-        """Trains to the end; returns the final metrics."""
+        """Trains to the end; returns the final metrics.
+
+        Raises:
+            Stopped: after a signal; the state is saved, and a run that resumes it goes on as if nothing had happened.
+        """
         with ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
             show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
-            self.clock.start()
-            while self.counters.step < self.num_steps:
-                self._apply_plan(self.counters.step)
-                self._train_step(self.counters.step)
-                self.counters.step += 1
-                step = self.counters.step
-                is_last = step == self.num_steps
-                if step % self.log_every == 0 or is_last:
-                    self._log(step, show)
-                elif show is not None:
-                    show(step)
-                if step % self.eval_every == 0 or is_last:
-                    self._validate(step, config_dict)
-                if self._all_ranks(self.save_clock.is_due(step)) or is_last:
-                    self._pool_buffers()
-                    if self.place.is_first:
-                        self.checkpoints.save(step, config_dict)
-        return self._finish()
+            try:
+                self._run_steps(config_dict, show)
+                return self._finish()
+            except StopAgreed:
+                self._save(config_dict)
+                log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
+                raise Stopped(self.counters.step) from None
+
+    def _run_steps(self, config_dict: dict[str, Any], show: console.ShowStep | None) -> None:
+        self.clock.start()
+        if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
+            self._validate(config_dict)  # a signal came before or while it was evaluated
+        while self.counters.step < self.num_steps:
+            if self._stop_was_agreed():
+                raise StopAgreed
+            self._apply_plan(self.counters.step)
+            self._train_step(self.counters.step)
+            self.counters.step += 1
+            if self._is_due(self.log_every):
+                self._log(show)
+            elif show is not None:
+                show(self.counters.step)
+            if self._is_due(self.eval_every):
+                self._validate(config_dict)
+            if self._all_ranks(self.save_clock.is_due(self.counters.step)) or self.counters.step == self.num_steps:
+                self._save(config_dict)
+
+    def _is_due(self, every: int) -> bool:
+        step = self.counters.step
+        return step > 0 and (step % every == 0 or step == self.num_steps)
+
+    def _stop_was_agreed(self) -> bool:
+        """Whether any rank had been asked to stop before the last step; it rode on that step's all-reduce."""
+        if self.place.world_size == 1:
+            return self.stop.requested
+        return self.stop_flag is not None and bool(self.stop_flag.item() > 0)  # of a step that is over: hardly a wait
+
+    def _save(self, config_dict: dict[str, Any]) -> None:
+        self._pool_buffers()
+        if self.place.is_first:
+            self.checkpoints.save(self.counters.step, config_dict)
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint, which may be another run's."""
@@ -135,17 +169,19 @@ class Trainer:
         torch.manual_seed(mix_key(self.config.seed, step, self.place.rank, _DROPOUT))
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
-        totals = self._zeros()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.place.device)  # loss sum, count, asked to stop
+        totals[2] = float(self.stop.requested)
         for number, shard in enumerate(shards):
             is_last = number == len(shards) - 1
             with nullcontext() if is_last else self._without_communication():
-                totals += self._backward(step, shard, nominal)
+                totals[:2] += self._backward(step, shard, nominal)
         if self.place.world_size > 1:
             dist.all_reduce(totals)
+        self.stop_flag = totals[2]
         self._correct_gradients(nominal / totals[1].clamp(min=1.0))
         self.optimizer.step()
         self.schedule.step()
-        self.totals.values += totals
+        self.totals.values += totals[:2]
         self.clock.add(nominal)
 
     def _without_communication(self) -> AbstractContextManager[None]:
@@ -155,11 +191,15 @@ class Trainer:
     def _backward(self, step: int, shard: Shard, nominal: int) -> Tensor:
         """Adds the gradient of one micro-batch; returns [loss sum, count] of this rank."""
         assert self.wrapped is not None
-        epoch = self.sampler.epoch_of(step)
-        images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
-        loss_sum, count = self.loss(self.wrapped(images.to(self.place.device)), labels.to(self.place.device))
+        loss_sum, count = self._losses(self.wrapped, step, shard)
         (loss_sum * (self.place.world_size / nominal)).backward()
         return torch.stack([loss_sum.detach().to(torch.float64), count.to(torch.float64)])
+
+    def _losses(self, wrapped: nn.Module, step: int, shard: Shard) -> tuple[Tensor, Tensor]:
+        """Loss sum and count of this rank's part of a micro-batch."""
+        epoch = self.sampler.epoch_of(step)
+        images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
+        return self.loss(wrapped(images.to(self.place.device)), labels.to(self.place.device))
 
     def _correct_gradients(self, factor: Tensor) -> None:
         """From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples."""
@@ -171,8 +211,7 @@ class Trainer:
         """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
 
         DDP fixes the list of parameters it reduces when it wraps: unfrozen later, they would silently train on each
-            rank's own
-        gradients.
+        rank's own gradients.
         """
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
@@ -180,10 +219,8 @@ class Trainer:
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
             if modules:
-                verb, more = (
-                    "froze" if frozen else "unfroze",
-                    f" and {len(modules) - 3} more" if len(modules) > 3 else "",
-                )
+                verb = "froze" if frozen else "unfroze"
+                more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
                 log.info("step %d: %s %s%s", step, verb, ", ".join(modules[:3]), more)
         if self.config.optimizer.on_unfreeze == "reset":
             for change in changes:
@@ -192,18 +229,13 @@ class Trainer:
                         self.optimizer.state.pop(parameter, None)
         if changes:
             self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
-        if self.place.world_size == 1:
-            self.wrapped = self.model
-        elif changes or self.wrapped is None:
-            # Buffers need no broadcast: synchronized statistics are equal on all ranks by construction.
-            self.wrapped = DistributedDataParallel(
-                self.model,
-                device_ids=[self.place.device] if self.place.device.type == "cuda" else None,
-                forward_sync_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        if changes or self.wrapped is None:
+            shard = self.sampler.shards(step)[0]
+            self.model.train()
+            self.wrapped = wrap(self.model, self.place, lambda wrapped: self._losses(wrapped, step, shard)[0])
 
-    def _log(self, step: int, show: console.ShowStep | None) -> None:
+    def _log(self, show: console.ShowStep | None) -> None:
+        step = self.counters.step
         loss_sum, count = self.totals.take()
         metrics = {
             "epoch": step / self.steps_per_epoch,
@@ -222,21 +254,19 @@ class Trainer:
                 metrics["train/samples_per_second"],
             )  # fmt: skip
 
-    def _validate(self, step: int, config_dict: dict[str, Any]) -> None:
+    def _validate(self, config_dict: dict[str, Any]) -> None:
+        step = self.counters.step
         with self.clock.paused():
             self._pool_buffers()
             metrics = {f"val/{name}": value for name, value in self._evaluate(self.data.val).items()}
-            if not math.isfinite(metrics["val/loss"]):
-                log.warning(
-                    "step %d: the validation loss is %s; this model counts as no better than any",
-                    step,
-                    metrics["val/loss"],
-                )
+            loss = metrics["val/loss"]
+            if not math.isfinite(loss):
+                log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
             metrics |= self.drift.measure(self.model)
-            if self.counters.is_best(metrics["val/accuracy"], metrics["val/loss"]) and self.place.is_first:
-                content = {"step": step, "config": config_dict, "model": self.model.state_dict()}
-                write_atomically(self.checkpoints.directory / BEST, content)
-            log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
+            self.counters.evaluated_step = step
+            if self.counters.is_best(metrics["val/accuracy"], loss) and self.place.is_first:
+                self.checkpoints.save_best(step, config_dict)
+            log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], loss)
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
 
     def _pool_buffers(self) -> None:
@@ -253,14 +283,15 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, split: Split) -> dict[str, float]:
-        return evaluate(self.model, self.data, split, self.loss, self.place)
+        return evaluate(self.model, self.data, split, self.loss, self.place, self.stop)
 
     def _finish(self) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
+        self.checkpoints.wait()
         if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         drift = self.drift.measure(self.model)  # of the weights that training ended with
-        best = torch.load(self.checkpoints.directory / BEST, map_location=self.place.device, weights_only=True)
+        best = read(self.checkpoints.directory / BEST, "run")
         self.model.load_state_dict(best["model"])
         final = {
             "val/accuracy": self.counters.best_accuracy,
@@ -272,6 +303,3 @@ class Trainer:
         self.tracker.log(self.num_steps, {k: v for k, v in final.items() if k.startswith("test/")})
         self.tracker.summarize(final)
         return final
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(2, dtype=torch.float64, device=self.place.device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +18,9 @@ from syncbn.training.config import ConfigError
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
+DIGEST = "sha256"
+
+log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -26,7 +32,11 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints of one run directory, written in the background.
+
+    Saving stops the job for as long as it takes to copy the state; a thread hashes and writes it, one at a time. A
+    write that fails is reported at once, leaves the last good checkpoint where it was, and fails the job when it
+    closes.
 
     Args:
         directory: where they lie; made when the first is written.
@@ -38,14 +48,31 @@ class Checkpoints:
         self.directory = directory
         self.keep = keep
         self.parts = parts
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._failed: BaseException | None = None
 
-    def save(self, step: int, config: dict[str, Any]) -> Path:
-        """Writes the state after `step` steps and removes the oldest beyond `keep`."""
-        path = self.directory / f"step_{step:08d}.pt"
-        write_atomically(path, {"step": step, "config": config, **{k: p.state_dict() for k, p in self.parts.items()}})
-        for old in _by_step(self.directory)[: -self.keep]:
-            old.unlink()
-        return path
+    def save(self, step: int, config: dict[str, Any]) -> None:
+        """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, "config": config, **state})
+
+    def save_best(self, step: int, config: dict[str, Any]) -> None:
+        """Saves the model alone, as the best so far."""
+        self._submit(self.directory / BEST, {"step": step, "config": config, "model": self.parts["model"].state_dict()})
+
+    def wait(self) -> None:
+        """Until everything that was saved lies on the disk, or has failed."""
+        if self._pending is not None:
+            self._pending.exception()
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits, and raises what went wrong with any write."""
+        self.wait()
+        self._writer.shutdown()
+        if self._failed is not None:
+            raise RuntimeError(f"a checkpoint could not be written: {self._failed}") from self._failed
 
     def load(self, path: Path, key: str) -> int:
         """Puts the state back into the parts; returns the number of steps done."""
@@ -55,6 +82,52 @@ class Checkpoints:
                 raise ConfigError(f"{key}: {path} is not a training checkpoint, it has no {name!r}")
             load_into(part, content[name], path, key)
         return int(content["step"])
+
+    def _submit(self, path: Path, content: dict[str, Any]) -> None:
+        self.wait()  # at most one in flight
+        self._pending = self._writer.submit(self._write, path, _copied(content))
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        try:
+            write_atomically(path, content)
+            for old in by_step(self.directory)[: -self.keep]:
+                old.unlink()
+        except BaseException as error:
+            self._failed = error
+            log.error("writing %s failed, the last good checkpoint stays: %s", path, error)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors as copies on the CPU, so that training may go on while they are written."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over the content: keys, plain values, and the types, shapes and bytes of tensors."""
+    total = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, Tensor):
+            total.update(f"tensor {item.dtype} {tuple(item.shape)} ".encode())
+            total.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(item, dict):
+            total.update(f"dict {len(item)} ".encode())
+            for key, below in item.items():
+                total.update(repr(key).encode())
+                add(below)
+        elif isinstance(item, list | tuple):
+            total.update(f"list {len(item)} ".encode())
+            for below in item:
+                add(below)
+        else:
+            total.update(repr(item).encode())
+
+    add(value)
+    return total.hexdigest()
 
 
 class FrozenSwitches:
@@ -86,12 +159,15 @@ def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> 
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Writes so that `path` is at every moment the old file, the new file or absent, never a part of one."""
+    """Writes so that `path` is at every moment the old file, the new file or absent, never a part of one.
+
+    A digest of the content goes in with it, which `read` checks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            torch.save({**content, DIGEST: digest(content)}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -119,6 +195,11 @@ def read(path: Path, key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{key}: {str(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")
+    expected = content.pop(DIGEST, None)
+    if expected is None and {"step", "config", "model"} <= content.keys():
+        raise ConfigError(f"{key}: {str(path)!r} has lost its digest; expected a checkpoint as train.py wrote it")
+    if expected is not None and expected != digest(content):
+        raise ConfigError(f"{key}: {str(path)!r} has been changed since it was written, its digest does not fit")
     return content
 
 
@@ -139,8 +220,17 @@ def _without_wrapper(name: str) -> str:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest training checkpoint of a run directory."""
-    return next(reversed(_by_step(run_dir / "checkpoints")), None)
+    """The newest training checkpoint of a run directory that is whole; a warning for each that is not."""
+    for path in reversed(by_step(run_dir / "checkpoints")):
+        try:
+            content = read(path, "resume")
+        except ConfigError as error:
+            log.warning("%s; it is passed over", error)
+            continue
+        if "step" in content and "model" in content:
+            return path
+        log.warning("%s is not a checkpoint of a run; it is passed over", path)
+    return None
 
 
 def best_or_newest(run_dir: Path, key: str) -> Path:
@@ -158,6 +248,6 @@ def step_of(path: Path) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _by_step(directory: Path) -> list[Path]:
+def by_step(directory: Path) -> list[Path]:
     """The training checkpoints, oldest first (the best one is not among them)."""
     return sorted(path for path in directory.glob("step_*.pt") if _NAME.fullmatch(path.name))

@@ -24,6 +24,7 @@ from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
 from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
 from syncbn.training.sampling import Sampler
+from syncbn.training.stopping import StopRequest
 from syncbn.training.sweep import read_summary, write_summary
 from syncbn.training.tracker import Tracker
 
@@ -84,6 +85,14 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
 
 def train(config: Config, run_dir: Path, place: Place, overrides: Sequence[str]) -> dict[str, float]:
     """`task=train`."""
+    stop = StopRequest()
+    with stop.listen():
+        return _train(config, run_dir, place, overrides, stop)
+
+
+def _train(
+    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], stop: StopRequest
+) -> dict[str, float]:
     checkpoint = checkpoint_to_resume(config, run_dir)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
@@ -98,11 +107,10 @@ def train(config: Config, run_dir: Path, place: Place, overrides: Sequence[str])
     config_dict = to_dict(config)
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
-        if checkpoint is not None:
-            cut_back(run_dir / "metrics.jsonl", state.step_of(checkpoint))
+        cut_back(run_dir / "metrics.jsonl", 0 if checkpoint is None else state.step_of(checkpoint))
     with Tracker(config.tracker, run_dir, config_dict, active=place.is_first) as tracker:
         loss = losses.build(config.loss)
-        trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift)
+        trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
         if checkpoint is not None:
             trainer.resume(checkpoint)
             log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)

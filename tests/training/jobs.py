@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,6 +49,65 @@ def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0
         timeout=timeout,
         check=False,
     )
+
+
+class LiveJob:
+    """A train.py under torchrun that a test may hurt; always ended when the test is over.
+
+    Waiting is reading: `wait_for` blocks on the job's output, up to a timeout that ends the job.
+    """
+
+    def __init__(
+        self, cwd: Path, *overrides: str, num_ranks: int, options: tuple[str, ...] = (), timeout: float = 120.0
+    ) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.pop(name, None)
+        command = [TORCHRUN, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py"), *overrides]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+        self._timer = threading.Timer(timeout, self.end)
+
+    def __enter__(self) -> LiveJob:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.end()
+        self.process.stdout.close()
+
+    def wait_for(self, text: str) -> None:
+        """Until the job prints a line with this text."""
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"the job ended without printing {text!r}:\n{self.output}")
+
+    def finish(self) -> int:
+        """Until the job ends by itself; its exit code."""
+        self.output += self.process.stdout.read()
+        return self.process.wait()
+
+    def workers(self) -> list[int]:
+        """The process ids of the ranks, in the order of their start."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def end(self) -> None:
+        """Kills whatever is left of it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def run_job(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0) -> Path:

@@ -21,7 +21,7 @@ def without_speed(record):
     return {key: value for key, value in record.items() if key != "train/samples_per_second"}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation(job, tmp_path, num_ranks):
     same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=2", "data.shift=1",
             "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip

@@ -23,6 +23,7 @@ def test_the_newest_are_kept(tmp_path):
     _, checkpoints = make_checkpoints(tmp_path)
     for step in (5, 100, 20):
         checkpoints.save(step, {})
+    checkpoints.close()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000020.pt", "step_00000100.pt"]
 
@@ -30,12 +31,73 @@ def test_the_newest_are_kept(tmp_path):
 def test_state_and_frozen_switches_come_back(tmp_path):
     model, checkpoints = make_checkpoints(tmp_path)
     model[1].freeze(affine=False)
-    path = checkpoints.save(7, {"seed": 1})
+    checkpoints.save(7, {"seed": 1})
+    checkpoints.close()
+    path = tmp_path / "checkpoints/step_00000007.pt"
     other, loading = make_checkpoints(tmp_path)
     assert loading.load(path, "resume") == 7
     assert torch.equal(other[0].weight, model[0].weight)
     assert other[1].stats_frozen
     assert not other[1].affine_frozen
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_one(tmp_path, caplog):
+    _, checkpoints = make_checkpoints(tmp_path, keep=9)
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.save(step, {})
+    checkpoints.close()
+    paths = [tmp_path / f"checkpoints/step_{step:08d}.pt" for step in (1, 2, 3, 4, 5)]
+    paths[4].write_bytes(paths[4].read_bytes()[:-100])  # truncated
+    torch.save({"hello": 1}, paths[3])  # foreign
+    content = torch.load(paths[2], weights_only=True)
+    content["model"]["0.weight"][0, 0] += 1e-3  # tampered with
+    torch.save(content, paths[2])
+    assert state.newest(tmp_path) == paths[1]
+    assert len(caplog.records) == 3
+    assert "has been changed since it was written" in caplog.text
+    with pytest.raises(ConfigError, match=r"load: .*its digest does not fit"):
+        state.read(paths[2], "load")
+    del content["sha256"]
+    torch.save(content, paths[2])
+    with pytest.raises(ConfigError, match=r"load: .*its digest"):
+        state.read(paths[2], "load")
+
+
+def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path):
+    model, checkpoints = make_checkpoints(tmp_path)
+    expected = model[0].weight.clone()
+    checkpoints.save(1, {})
+    with torch.no_grad():
+        model[0].weight.add_(1.0)  # while the first is perhaps still being written
+    checkpoints.close()
+    saved = state.read(tmp_path / "checkpoints/step_00000001.pt", "load")
+    assert torch.equal(saved["model"]["0.weight"], expected)
+
+
+def test_a_full_disk_is_reported_at_once_fails_the_job_at_its_end_and_keeps_the_last_good_one(
+    tmp_path, caplog, monkeypatch
+):
+    _, checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(1, {})
+    checkpoints.wait()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.torch, "save", full)
+    checkpoints.save(2, {})
+    checkpoints.wait()
+    assert "step_00000002.pt failed, the last good checkpoint stays: [Errno 28] No space left" in caplog.text
+    with pytest.raises(RuntimeError, match=r"a checkpoint could not be written: .*No space left"):
+        checkpoints.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001.pt"]
+
+
+def test_the_digest_depends_on_every_key_type_shape_and_byte():
+    tensors = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32), torch.tensor([0.0, 1e-45])]
+    plain = [[1, 2], [1, [2]], 1, 1.0, True, None]
+    values = [{}, {"b": torch.zeros(2)}, *({"a": value} for value in (*tensors, *plain))]
+    assert len({state.digest(value) for value in values}) == len(values)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

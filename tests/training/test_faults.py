@@ -1,0 +1,111 @@
+"""What a weekend on machines that get preempted does to a job: real processes, killed and stopped."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.jobs import LiveJob, read_metrics, start
+from tests.training.test_train import load_last
+
+# Float32, so that equality is equality of bits and not of a wide type's leading digits.
+STEPS = 60
+DATA = ["data=synthetic", "data.num_samples=400", "data.size=8", "data.shift=1", "model.width=4", "batch_size=16"]
+JOB = [*DATA, f"duration={STEPS}", "log_every=1", "eval_every=10", "save.every=7", "tracker=none", "run=job"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run directory of the job when nothing happens to it."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = start(cwd, *JOB, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    return cwd / "outputs/job"
+
+
+def check_same_run(run_dir, expected):
+    ours, theirs = load_last(run_dir), load_last(expected)
+    assert ours["step"] == theirs["step"] == STEPS
+    assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
+    records = [
+        [{k: v for k, v in record.items() if k != "train/samples_per_second"} for record in read_metrics(directory)]
+        for directory in (run_dir, expected)
+    ]
+    assert records[0] == records[1]  # every step once, with the same numbers
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["rank(s) on cpu", "step 1/", "step 9/", "step 10/", "step 14/"],
+    ids=["before the first step", "first step", "training", "evaluation", "saving"],
+)
+def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp_path, undisturbed, moment):
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for(moment)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.finish() != 0  # it is not done, and says so
+    stopped = re.search(r"stopped after step (\d+)", job.output)
+    assert stopped, job.output
+    run_dir = tmp_path / "outputs/job"
+    assert load_last(run_dir)["step"] == int(stopped.group(1)) < STEPS
+    assert "Traceback" not in job.output.split("SignalException")[0].split("torch/distributed/elastic")[0]
+    done = start(tmp_path, *JOB, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"at step {stopped.group(1)}" in done.stdout
+    check_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("step", [3, 23])
+def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
+    with LiveJob(tmp_path, *JOB, num_ranks=2, options=("--max-restarts", "1")) as job:
+        job.wait_for(f"step {step}/")
+        os.kill(job.workers()[-1], signal.SIGKILL)
+        assert job.finish() == 0, job.output
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["job"]
+    check_same_run(tmp_path / "outputs/job", undisturbed)
+
+
+def test_metrics_are_readable_after_a_kill_of_everything(tmp_path):
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for("step 12/")
+        for pid in job.workers():
+            os.kill(pid, signal.SIGKILL)
+        job.finish()
+    lines = (tmp_path / "outputs/job/metrics.jsonl").read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) >= 12
+
+
+def test_a_rank_that_raises_ends_all_and_is_reported_once_with_its_rank(tmp_path):
+    Path(tmp_path, "mine.py").write_text(BREAKS)
+    with LiveJob(
+        tmp_path, "model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", num_ranks=2
+    ) as job:
+        assert job.finish() != 0
+    ours = job.output.split("torch/distributed/elastic")[0]
+    assert ours.count("rank 1 failed:") == 1
+    assert "rank 0 failed" not in ours
+    assert ours.count("ZeroDivisionError") == 1
+    assert ours.count("Traceback") == 1
+
+
+BREAKS = """
+import os
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(64, 10)
+        self.bn = torch.nn.BatchNorm1d(10)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 9 and os.environ["RANK"] == "1":
+            1 / 0
+        return self.bn(self.head(x.flatten(1)))
+"""
