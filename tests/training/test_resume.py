@@ -104,7 +104,7 @@ def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(job, tmp_path)
 def stored_run(directory, *overrides):
     config = compose_config(*overrides)
     path = directory / "checkpoints/step_00000007.pt"
-    write_atomically(path, {"step": 7, "config": to_dict(config)})
+    write_atomically(path, {"step": 7, "config": to_dict(config), "model": {}})
     return path
 
 
