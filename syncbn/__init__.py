@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "SyncBatchNorm": "syncbn.nn.batchnorm",
     "sync_batch_norm": "syncbn.nn.functional",
+    "even_steps": "syncbn.nn.stepping",
     "convert_sync_batchnorm": "syncbn.surgery.converting",
     "new_bn_groups": "syncbn.nn.groups",
     "revert_sync_batchnorm": "syncbn.surgery.converting",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
     from syncbn.nn.groups import new_bn_groups as new_bn_groups
+    from syncbn.nn.stepping import even_steps as even_steps
     from syncbn.stats.monitor import Monitor as Monitor
     from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm
     from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm
