@@ -130,8 +130,8 @@ def sync_batch_norm(
     nothing.
 
     Communication: one all-reduce of 4C+1 float64 numbers forward, one of 2C backward; none in a world of one. Every
-        rank has to
-    call it, with as many samples as it has: batch and spatial sizes may differ, and no sample at all is fine.
+    rank has to call it, with as many samples as it has: batch and spatial sizes may differ, and no sample at all is
+    fine.
 
     Args:
         input: (N, C, ...), at least two dimensions, any floating type and memory format; the output keeps both.

@@ -22,8 +22,7 @@ def even_steps(loader: Iterable[Batch], process_group: dist.ProcessGroup | None 
     gradients; divide the loss by the global count, and clear the gradients before it, as in any step.
 
     Communication: one number per step, and one exchange of structures before the first. Without a distributed job this
-        is
-    `iter(loader)`. Every rank has to go through to the end.
+    is `iter(loader)`. Every rank has to go through to the end.
 
     Args:
         loader: any iterable of batches: a tensor, or tuples, lists and dictionaries of them, rows in the first

@@ -1,8 +1,7 @@
 """Converting a model's batch normalization to `SyncBatchNorm` and back, in place.
 
 A layer keeps its identity: only its class changes. Parameters, buffers, hooks, modes, an optimizer built before, and
-    every
-other reference to the layer stay what they were, because nothing is copied.
+every other reference to the layer stay what they were, because nothing is copied.
 """
 
 from __future__ import annotations

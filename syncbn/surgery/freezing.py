@@ -1,8 +1,7 @@
 """Freezing and unfreezing parts of a model by name.
 
 Freezing is a state of a layer, not a mode and not a class: it survives `train()`, `eval()` and `deepcopy`, it shows in
-    the repr, and
-parameters, buffers and keys stay what they were.
+the repr, and parameters, buffers and keys stay what they were.
 """
 
 from torch import nn

@@ -31,7 +31,7 @@ class StopRequest:
     """Whether this process has been asked to stop.
 
     One rank may be asked a moment before the others, and collectives must match: ask `agreed` for a decision, on all
-        ranks at once.
+    ranks at once.
     """
 
     def __init__(self) -> None:
