@@ -63,7 +63,9 @@ def finish(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(has_samples.to(num_batches_tracked.dtype))
     if running_mean is not None and running_var is not None:
-        if momentum is None:
+        if momentum is None and num_batches_tracked is None:
+            rate = torch.zeros_like(count)  # as torch: an average without a count has nothing to add
+        elif momentum is None:
             assert num_batches_tracked is not None
             rate = 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
         else:

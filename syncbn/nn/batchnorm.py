@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, collective_group
-from syncbn.nn.holding import hold, is_held, release
+from syncbn.nn.holding import hold, is_held, own_parameters, release
 from syncbn.nn.wrappers import check_wrapper
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
@@ -149,9 +149,17 @@ class SyncBatchNorm(_BatchNorm):
         eps: float,
     ) -> Tensor:
         """Chooses the row of the table of modes."""
+        if input.dim() >= 2 and input.size(1) != self.num_features:
+            raise RuntimeError(
+                f"expected {self.num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                f" (input shape {tuple(input.shape)})"
+            )
+        check_arguments(input, running_mean, running_var, weight, bias, eps, training)
         check_wrapper()
         if self._stats_frozen:
-            running_mean, running_var, training = self.running_mean, self.running_var, False
+            if running_mean is None or running_var is None:
+                running_mean, running_var = self.running_mean, self.running_var
+            training = False
         if not training:
             if running_mean is not None and running_var is not None:
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
@@ -161,12 +169,7 @@ class SyncBatchNorm(_BatchNorm):
         return normalize_by_batch(input, weight, bias, running_mean, running_var, counter, momentum, eps, group)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() >= 2 and input.size(1) != self.num_features:
-            raise RuntimeError(
-                f"expected {self.num_features} channels in dimension 1 of the input, got {input.size(1)}"
-                f" (input shape {tuple(input.shape)})"
-            )
-        check_arguments(input, self.running_mean, self.running_var, self.weight, self.bias, self.eps, self.training)
+        """Any number of dimensions from 2 up; what else can be wrong is checked where the statistics are formed."""
 
     @property
     def stats_frozen(self) -> bool:
@@ -175,8 +178,8 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def affine_frozen(self) -> bool:
-        """Whether weight and bias are held: no gradient, and so no update."""
-        return is_held(self)
+        """Whether weight and bias are held: no gradient, and so no update (unless `requires_grad` was set by hand)."""
+        return is_held(self) and not any(parameter.requires_grad for parameter in own_parameters(self).values())
 
     def freeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
         """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and
@@ -196,7 +199,7 @@ class SyncBatchNorm(_BatchNorm):
                 )
             self._stats_frozen = True
         if affine:
-            hold(self)
+            hold([self])
         return self
 
     def unfreeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
@@ -204,7 +207,7 @@ class SyncBatchNorm(_BatchNorm):
         if stats:
             self._stats_frozen = False
         if affine:
-            release(self)
+            release([self])
         return self
 
     @classmethod
@@ -213,6 +216,11 @@ class SyncBatchNorm(_BatchNorm):
         from syncbn.surgery.converting import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
+
+    def __copy__(self) -> SyncBatchNorm:
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         memo[id(self.process_group)] = self.process_group  # a group is a handle: copies of the layer share it
@@ -232,7 +240,10 @@ class SyncBatchNorm(_BatchNorm):
         parts = [super().extra_repr()]
         if self._activation_name() is not None:
             parts.append(f"activation={self._activation_name()}")
-        frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
-        if frozen:
-            parts.append(f"frozen={'+'.join(frozen)}")
+        if self._frozen_text():
+            parts.append(self._frozen_text())
         return ", ".join(parts)
+
+    def _frozen_text(self) -> str:
+        frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
+        return f"frozen={'+'.join(frozen)}" if frozen else ""

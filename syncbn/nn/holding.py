@@ -1,12 +1,12 @@
 """Holding parameters still and letting them go again: what frozen affine and frozen weights have in common."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 from torch import nn
 
-_MEMORY = (
-    "_thawed_requires_grad"  # on the module: requires_grad as it was, by parameter name; absent or None while free
-)
-
-
+_MEMORY = "_thawed_requires_grad"  # on the module: requires_grad as it was, by parameter name; absent while free
 _num_changes = 0
 
 
@@ -20,29 +20,56 @@ def is_held(module: nn.Module) -> bool:
     return getattr(module, _MEMORY, None) is not None
 
 
-def hold(module: nn.Module) -> None:
-    """Takes the gradient, present and future, from the module's own parameters (not its children's); idempotent.
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters, not its children's; of a parametrized one (weight_norm, ...) the originals."""
+    parameters = dict(module.named_parameters(recurse=False))
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is not None:
+        parameters |= {f"parametrizations.{name}": p for name, p in parametrizations.named_parameters()}
+    return parameters
+
+
+def hold(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
+    """Takes the gradient, present and future, from the modules' own parameters; idempotent.
 
     Without a gradient (`grad is None`) torch's optimizers skip a parameter altogether: weight decay and momentum too.
+
+    Args:
+        root: the model, in which a parameter may be tied to one that is held already: its memory is then shared.
     """
-    if is_held(module):
-        return
     global _num_changes
-    _num_changes += 1
-    parameters = dict(module.named_parameters(recurse=False))
-    setattr(module, _MEMORY, {name: parameter.requires_grad for name, parameter in parameters.items()})
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+    free = [module for module in modules if not is_held(module)]
+    remembered = {
+        id(parameter): getattr(held, _MEMORY).get(name, parameter.requires_grad)
+        for held in (root.modules() if root is not None else ())
+        if is_held(held)
+        for name, parameter in own_parameters(held).items()
+    }
+    for (
+        module
+    ) in free:  # all memories first: of two tied parameters, the second must not remember the first's being held
+        before = {name: remembered.get(id(p), p.requires_grad) for name, p in own_parameters(module).items()}
+        setattr(module, _MEMORY, before)
+    for module in free:
+        _num_changes += 1
+        for parameter in own_parameters(module).values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
-def release(module: nn.Module) -> None:
-    """Gives `requires_grad` back as it was before `hold`."""
-    if not is_held(module):
-        return
+def release(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
+    """Gives `requires_grad` back as it was before `hold`, but for parameters of `root` that another module still holds.
+    """
     global _num_changes
-    _num_changes += 1
-    before = getattr(module, _MEMORY)
-    for name, parameter in module.named_parameters(recurse=False):
-        parameter.requires_grad_(before.get(name, parameter.requires_grad))
-    delattr(module, _MEMORY)
+    for module in modules:
+        if not is_held(module):
+            continue
+        _num_changes += 1
+        before = getattr(module, _MEMORY)
+        delattr(module, _MEMORY)
+        for name, parameter in own_parameters(module).items():
+            parameter.requires_grad_(before.get(name, parameter.requires_grad))
+    for held in root.modules() if root is not None else ():
+        if is_held(held):
+            for parameter in own_parameters(held).values():
+                parameter.requires_grad_(False)

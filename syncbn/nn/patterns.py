@@ -66,15 +66,16 @@ def select(module: nn.Module, match: Patterns = "*", exclude: Patterns | None = 
                 raise ValueError(f"{argument}={pattern!r} selects no module; {_near_misses(pattern, names)}")
     if not as_tuple(match):
         raise ValueError("match: expected at least one pattern, got none")
-    chosen: dict[str, nn.Module] = {}
-    seen: set[int] = set()
+    # A module in two places goes by its first name, whichever of its names a pattern selects.
+    first_names: dict[int, str] = {}
     for name, candidate in names.items():
-        if id(candidate) in seen or any(matches(name, pattern) for pattern in as_tuple(exclude)):
-            continue
-        if any(matches(name, pattern) for pattern in as_tuple(match)):
-            seen.add(id(candidate))
-            chosen[name] = candidate
-    return chosen
+        first_names.setdefault(id(candidate), name)
+    return {
+        first_names[id(candidate)]: candidate
+        for name, candidate in names.items()
+        if any(matches(name, pattern) for pattern in as_tuple(match))
+        and not any(matches(name, pattern) for pattern in as_tuple(exclude))
+    }
 
 
 def _near_misses(pattern: str, names: dict[str, nn.Module]) -> str:

@@ -2,18 +2,23 @@
 
 DDP fixes the list of parameters that it reduces when it wraps. Unfrozen later, a parameter would train on each rank's
 own gradient without a word; frozen later, backward ends in an error about unfinished reductions. So every layer of ours
-looks, in a forward that will need gradients, whether the wrapper around it still fits: an integer comparison, unless
-something was frozen or unfrozen since it last looked.
+looks whether the wrapper around a training forward still fits: an integer comparison, unless something was frozen or
+unfrozen since it last looked. What is compared is what `freeze` holds, not `requires_grad`: a GAN that switches its
+discriminator off and on by hand is nobody's mistake. A wrapped model without any layer of ours is not looked at.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.nn import holding
 
-_SEEN, _PARAMETERS = "_syncbn_seen", "_syncbn_parameters"  # on the wrapper: number of changes, what it reduces
+_SEEN, _HELD = (
+    "_syncbn_seen",
+    "_syncbn_held",
+)  # on the wrapper: number of changes, and what was held at its first forward
 
 
 def check_wrapper() -> None:
@@ -23,19 +28,44 @@ def check_wrapper() -> None:
         RuntimeError: the message names a parameter that has changed, and the remedy.
     """
     wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None or wrapper.__dict__.get(_SEEN) == holding.num_changes() or not torch.is_grad_enabled():
+    if wrapper is None or wrapper.__dict__.get(_SEEN) == holding.num_changes():
         return
-    trained = {name for name, parameter in wrapper.module.named_parameters() if parameter.requires_grad}
-    reduced = wrapper.__dict__.get(_PARAMETERS)
-    if reduced is None:  # the first forward: DDP tells how many it reduces, not which
-        num_reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors", len(trained))
-        if num_reduced != len(trained):
-            _refuse(f"{num_reduced} parameters were trained when it wrapped the model, {len(trained)} are now")
-        wrapper.__dict__[_PARAMETERS] = trained
-    elif reduced != trained:
-        name = min(reduced ^ trained)
-        _refuse(f"{name} has been {'unfrozen' if name in trained else 'frozen'} since it wrapped the model")
+    # Under reentrant checkpointing gradients are off in a forward that is trained all the same.
+    if not torch.is_grad_enabled() and not wrapper.training:
+        return
+    held = _held_names(wrapper.module)
+    before = wrapper.__dict__.get(_HELD)
+    if before is None:
+        _check_count(wrapper, held)
+        wrapper.__dict__[_HELD] = held
+    elif before != held:
+        name = min(before ^ held)
+        _refuse(f"{name} has been {'frozen' if name in held else 'unfrozen'} since it wrapped the model")
     wrapper.__dict__[_SEEN] = holding.num_changes()
+
+
+def _held_names(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if holding.is_held(module)
+        for name in holding.own_parameters(module)
+    }
+
+
+def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
+    """The first forward: DDP tells how many parameters it reduces, not which."""
+    reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
+    if reduced is None or holding.num_changes() == 0:
+        return
+    candidates = {
+        name: parameter
+        for name, parameter in wrapper.module.named_parameters()
+        if name not in wrapper.parameters_to_ignore
+    }
+    trained = sum(parameter.requires_grad for parameter in candidates.values())
+    if reduced not in (trained, len(candidates.keys() - held)):  # the latter: some switched off by hand since
+        _refuse(f"{reduced} parameters were trained when it wrapped the model, {trained} are now")
 
 
 def _refuse(reason: str) -> None:

@@ -70,7 +70,7 @@ def convert_sync_batchnorm(
         if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
     }
     for name, layer in layers.items():
-        reason = None if type(layer) in _PLAIN else why_not(type(layer))
+        reason = _why_not(layer)
         if reason is not None:
             raise TypeError(
                 f"{name or 'the module'} is a {type(layer).__name__} whose own behaviour would be lost: {reason};"
@@ -118,7 +118,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
             raise ValueError(f"{name or 'the module'}: {original.__name__} has no activation={layer.activation!r}")
         targets[name] = (layer, original)
     for layer, original in targets.values():
-        release(layer)
+        release([layer], module)
         group = layer.__dict__.pop("process_group", None)
         own = ("_original_class", "_stats_frozen")
         for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation"):
@@ -150,11 +150,17 @@ def _describe(layer: nn.Module) -> tuple[str, str, str] | None:
         return original.__name__, "converted", "statistics of the global batch"
     kind = type(layer).__name__
     if isinstance(layer, _BatchNorm):
-        reason = None if type(layer) in _PLAIN else why_not(type(layer))
+        reason = _why_not(layer)
         return (kind, "convertible", "statistics of the local batch") if reason is None else (kind, "refused", reason)
     if isinstance(layer, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.LocalResponseNorm):
         return kind, "other", "its statistics do not depend on the batch"
     return None
+
+
+def _why_not(layer: _BatchNorm) -> str | None:
+    if type(layer) in _PLAIN and "forward" not in layer.__dict__:
+        return None
+    return why_not(layer)
 
 
 def _class_before(layer: SyncBatchNorm) -> type | None:

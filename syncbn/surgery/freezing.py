@@ -4,11 +4,14 @@ Freezing is a state of a layer, not a mode and not a class: it survives `train()
 the repr, and parameters, buffers and keys stay what they were.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.nn.batchnorm import SyncBatchNorm
-from syncbn.nn.holding import hold, is_held, release
+from syncbn.nn.holding import hold, is_held, own_parameters, release
 from syncbn.nn.patterns import Patterns, select
 
 
@@ -41,9 +44,7 @@ def freeze(
             these cases.
     """
     targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
-    for target, switches in targets.values():
-        for switch in switches:
-            set_switch(target, switch, True)
+    apply_switches(module, [(target, switch, True) for target, switches in targets.values() for switch in switches])
     return list(targets)
 
 
@@ -60,9 +61,7 @@ def unfreeze(
     there.
     """
     targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
-    for target, switches in targets.values():
-        for switch in switches:
-            set_switch(target, switch, False)
+    apply_switches(module, [(target, switch, False) for target, switches in targets.values() for switch in switches])
     return list(targets)
 
 
@@ -76,16 +75,21 @@ def frozen_switches(module: nn.Module) -> set[str]:
     return switches
 
 
-def set_switch(module: nn.Module, switch: str, frozen: bool) -> None:
-    """Freezes or frees one of "stats", "affine" and "weights" on this one module."""
-    if switch == "stats":
-        assert isinstance(module, SyncBatchNorm)
-        change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may have its own
-        change(module, stats=True, affine=False)
-    elif frozen:
-        hold(module)
-    else:
-        release(module)
+def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool]]) -> None:
+    """Freezes (True) or frees (False) "stats", "affine" or "weights" of modules of `root`, all at once.
+
+    At once, because parameters may be tied: one that two modules share is held until both let it go.
+    """
+    parameters: dict[bool, list[nn.Module]] = {True: [], False: []}
+    for module, switch, frozen in changes:
+        if switch == "stats":
+            assert isinstance(module, SyncBatchNorm)
+            change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may have its own
+            change(module, stats=True, affine=False)
+        else:
+            parameters[frozen].append(module)
+    release(parameters[False], root)
+    hold(parameters[True], root)
 
 
 def freezable(
@@ -99,7 +103,9 @@ def freezable(
     found: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, candidate in selected.items():
         switches = []
-        has_parameters = next(candidate.parameters(recurse=False), None) is not None
+        has_parameters = bool(own_parameters(candidate))
+        if isinstance(candidate, LazyModuleMixin) and candidate.has_uninitialized_params():
+            raise ValueError(f"{name or 'the module'} is lazy and has not seen its width; run a batch through it first")
         if isinstance(candidate, _BatchNorm):
             if stats:
                 _check_can_freeze_stats(name, candidate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from syncbn.nn.patterns import Patterns
-from syncbn.surgery.freezing import freezable, frozen_switches, set_switch
+from syncbn.surgery.freezing import apply_switches, freezable, frozen_switches
 
 SWITCHES = ("stats", "affine", "weights")
 
@@ -100,15 +100,23 @@ class FreezePlan:
         return frozen
 
     def apply(self, model: nn.Module, step: int) -> list[Switch]:
-        """Brings the model to the state of this step; returns what changed. A change calls for wrapping in DDP anew."""
+        """Brings the model to the state of this step; returns what changed. A change calls for wrapping in DDP anew.
+
+        Touches only switches that some rule names: what you froze otherwise stays frozen.
+        """
         frozen = self.frozen_at(model, step)
-        modules = {name: module for rule in self.rules.values() for name, (module, _) in rule.targets(model).items()}
-        changes = []
-        for name, module in modules.items():
-            for switch in sorted(frozen[name] ^ frozen_switches(module)):
-                set_switch(module, switch, switch in frozen[name])
-                changes.append(Switch(name, switch, switch in frozen[name]))
-        return changes
+        governed: dict[str, tuple[nn.Module, set[str]]] = {}
+        for rule in self.rules.values():
+            for name, (module, switches) in rule.targets(model).items():
+                governed.setdefault(name, (module, set()))[1].update(switches)
+        changes = [
+            (module, Switch(name, switch, switch in frozen[name]))
+            for name, (module, switches) in governed.items()
+            for switch in sorted(switches)
+            if (switch in frozen[name]) != (switch in frozen_switches(module))
+        ]
+        apply_switches(model, [(module, change.switch, change.frozen) for module, change in changes])
+        return [change for _, change in changes]
 
     def table(self, model: nn.Module) -> list[tuple[str, str, str, str]]:
         """The plan in words: a row (rule, module, switches, steps) for every module that a rule touches."""

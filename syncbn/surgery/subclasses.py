@@ -8,6 +8,7 @@ time of the call, by the synchronized one.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,53 +37,80 @@ class _SynchronizedCalls(TorchFunctionMode):
     def __init__(self, layer: SyncSubclass) -> None:
         super().__init__()
         self.layer = layer
-        self.num_calls = 0
+        self.tensors = {id(tensor) for tensor in (*layer._parameters.values(), *layer._buffers.values())}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _BATCH_NORMS:
-            self.num_calls += 1
+        if func in _BATCH_NORMS and self._is_the_layers(*args, **(kwargs or {})):
             return self.layer._batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _is_the_layers(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> bool:
+        """Whether a call is the layer's, and not one of a batch normalization inside it."""
+        if running_mean is not None:
+            return id(running_mean) in self.tensors
+        return not isinstance(weight, nn.Parameter) or id(weight) in self.tensors
 
 
 class SyncSubclass(_Base):
     """What the classes made here share; first in the method order, before the original class and `SyncBatchNorm`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, its statistics synchronized."""
+        """The original forward, its statistics synchronized.
+
+        Raises:
+            RuntimeError: in a training forward in which nothing was normalized by a call that could be synchronized.
+        """
         # No such attribute: a lazy layer has just become an ordinary one, inside this very call.
         original_forward = getattr(type(self), "_original_forward", None)
         if original_forward is None:  # not overridden: torch's own, so ours
             return SyncBatchNorm.forward(self, *args, **kwargs)
-        calls = _SynchronizedCalls(self)
-        with self._scratch_counter(), calls:
-            return original_forward(self, *args, **kwargs)
-
-    def _counter(self) -> Tensor | None:
-        counter: Tensor | None = self.__dict__.get("_true_counter", self.num_batches_tracked)
-        return counter
-
-    def _activation_name(self) -> None:
-        """An `activation` of a subclass is its own affair."""
+        self.__dict__["_num_normalized"] = 0
+        with self._scratch_counter(), _SynchronizedCalls(self):
+            output = original_forward(self, *args, **kwargs)
+        if self.__dict__.pop("_num_normalized") == 0 and self.training:
+            original = type(self).__dict__["_original_class"]
+            raise RuntimeError(
+                f"the forward of {original.__name__} normalized without super().forward or F.batch_norm: its statistics"
+                " were not synchronized; leave this layer out of the conversion"
+            )
+        return output
 
     @contextmanager
     def _scratch_counter(self) -> Iterator[None]:
-        """Hands the original forward a counter of its own to add to: ours counts by the global batch, and not while
-        frozen.
-        """
+        """Hands the original forward a counter of its own: ours counts by the global batch, and not while frozen."""
         counter = self._buffers["num_batches_tracked"]
         if counter is None:
             yield
             return
-        self._true_counter = counter
+        self.__dict__["_true_counter"] = counter
         self._buffers["num_batches_tracked"] = counter.clone()
         try:
             yield
         finally:
             self._buffers["num_batches_tracked"] = counter
-            del self._true_counter
+            self.__dict__.pop("_true_counter", None)
+
+    def _counter(self) -> Tensor | None:
+        counter: Tensor | None = self.__dict__.get("_true_counter", self.num_batches_tracked)
+        return counter if self.__dict__.get("_num_normalized", 0) == 0 else None  # one forward is one batch
+
+    def _activation_name(self) -> None:
+        """An `activation` of a subclass is its own affair."""
+
+    def _normalize_with(self, *args: Any) -> Tensor:
+        if "_num_normalized" in self.__dict__:  # inside the original forward
+            self.__dict__["_num_normalized"] += 1
+        return SyncBatchNorm._normalize_with(self, *args)
 
     def _batch_norm(
         self,
@@ -98,8 +126,20 @@ class SyncSubclass(_Base):
     ) -> Tensor:
         """`F.batch_norm` with the arguments that the original forward chose, over all ranks."""
         counter = self._counter()
-        rate = None if self.momentum is None and counter is not None else momentum
+        rate = None if self._is_cumulative(momentum) and counter is not None else momentum
         return self._normalize_with(input, running_mean, running_var, counter, weight, bias, training, rate, eps)
+
+    def _is_cumulative(self, momentum: float) -> bool:
+        """Whether the original forward asks for the cumulative average: 1 over the counter that it has just read."""
+        if self.momentum is not None or self.num_batches_tracked is None:
+            return False
+        counted = float(self.num_batches_tracked)  # waits, as the original's own reading of it did
+        return counted > 0 and abs(momentum * counted - 1.0) < 1e-6
+
+    def extra_repr(self) -> str:
+        """The original's, and the frozen switches, which it does not know."""
+        text, frozen = super().extra_repr(), self._frozen_text()
+        return text if frozen in text else f"{text}, {frozen}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists in this process alone: pickle by the original, which can be imported.
@@ -130,8 +170,11 @@ def _make_class(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
     return types.new_class(f"Sync{original.__name__}", bases, exec_body=lambda namespace: namespace.update(members))
 
 
-def why_not(original: type[_BatchNorm]) -> str | None:
-    """Why the behaviour of a subclass could not be kept; None where it can."""
+def why_not(layer: _BatchNorm) -> str | None:
+    """Why the behaviour of a layer of a subclass could not be kept; None where it can."""
+    original = type(layer)
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
     if issubclass(original, nn.SyncBatchNorm):
         return "it subclasses torch's SyncBatchNorm, which communicates by itself"
     if original.forward is _BatchNorm.forward or _reaches_batch_norm(original, original.forward, set()):
@@ -140,16 +183,30 @@ def why_not(original: type[_BatchNorm]) -> str | None:
 
 
 def _reaches_batch_norm(cls: type, function: Any, seen: set[Any]) -> bool:
-    """Whether a method, or a method of the class that it calls, calls a batch normalization that we can replace."""
+    """Whether a function, or one of the class or its module that it calls, calls a batch normalization we can replace.
+
+    A look at the names in its code: the proof is the first training forward, which raises if nothing was replaced.
+    """
+    function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None or code in seen:
         return False
     seen.add(code)
-    names = set(code.co_names)
+    names = set(_names_in(code))
     if "batch_norm" in names or ("forward" in names and "super" in names):
         return True
     if "forward" in names and any(base.__name__ in names for base in cls.__mro__ if issubclass(base, _BatchNorm)):
         return True  # nn.BatchNorm2d.forward(self, input), which calls F.batch_norm
-    return any(
-        _reaches_batch_norm(cls, getattr(cls, name), seen) for name in names if callable(getattr(cls, name, None))
-    )
+    closure = [cell.cell_contents for cell in function.__closure__ or () if cell.cell_contents is not None]
+    called = [*closure, *(getattr(cls, name, None) for name in names), *(function.__globals__.get(n) for n in names)]
+    if any(item is known for item in called for known in _BATCH_NORMS):
+        return True
+    return any(_reaches_batch_norm(cls, item, seen) for item in called if isinstance(item, types.FunctionType))
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that a code object uses, comprehensions and inner functions included."""
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)

@@ -215,6 +215,8 @@ class Trainer:
         """
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
+        if step > 0:
+            self._pool_buffers()  # what is frozen from here on has to be the same on all ranks
         changes = self.plan.apply(self.model, step)
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
@@ -225,14 +227,16 @@ class Trainer:
         if self.config.optimizer.on_unfreeze == "reset":
             for change in changes:
                 for parameter in self.model.get_submodule(change.module).parameters(recurse=False):
-                    if not change.frozen:
+                    if not change.frozen and change.switch != "stats":
                         self.optimizer.state.pop(parameter, None)
         if changes:
             self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
         if changes or self.wrapped is None:
             shard = self.sampler.shards(step)[0]
             self.model.train()
-            self.wrapped = wrap(self.model, self.place, lambda wrapped: self._losses(wrapped, step, shard)[0])
+            self.wrapped = wrap(
+                self.model, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, step, shard)[0]
+            )
 
     def _log(self, show: console.ShowStep | None) -> None:
         step = self.counters.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,17 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
     except AttributeError:
         children = ", ".join(child for child, _ in model.named_children())
         raise ConfigError(f"{key}: the model has no sub-network {name!r}; its top-level ones are {children}") from None
-    state = _below_prefix(read_model_weights(Path(config.path), f"{key}.path"), name, key, config)
     own = subnet.state_dict()
+    state = _below_prefix(read_model_weights(Path(config.path), f"{key}.path"), name, key, config, own)
     fitting = [k for k in own if k in state and own[k].shape == state[k].shape]
     report = InitReport(
         loaded=fitting,
-        missing=[k for k in own if k not in state],
+        # Files from before torch counted batches have no counter; torch's strict loading takes them too.
+        missing=[k for k in own if k not in state and not k.endswith("num_batches_tracked")],
         unexpected=[k for k in state if k not in own],
         mismatched=[k for k in own if k in state and own[k].shape != state[k].shape],
     )
-    if not fitting:
+    if all(k.endswith("num_batches_tracked") for k in fitting):
         raise ConfigError(f"{key}.path: nothing in {config.path} fits {name}: it {'; it '.join(report.problems())}")
     if config.strict and report.problems():
         raise ConfigError(
@@ -85,15 +87,23 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
     return report
 
 
-def _below_prefix(weights: dict[str, Tensor], name: str, key: str, config: InitConfig) -> dict[str, Tensor]:
-    prefix = f"{name}." if config.prefix is None else config.prefix
-    below = {k.removeprefix(prefix): value for k, value in weights.items() if k.startswith(prefix)}
-    if below:
-        return below
-    if config.prefix is None:
-        return weights
-    heads = sorted({k.split(".")[0] + "." for k in weights})
-    raise ConfigError(f"{key}.prefix: no key of {config.path} begins with {prefix!r}; they begin with {_some(heads)}")
+def _below_prefix(
+    weights: dict[str, Tensor], name: str, key: str, config: InitConfig, own: Collection[str]
+) -> dict[str, Tensor]:
+    """The sub-network's part of a file, its keys without what they have in front."""
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): value for k, value in weights.items() if k.startswith(prefix)}
+
+    if config.prefix is None:  # a whole model, or the sub-network alone: whichever has more of its keys
+        return max(below(f"{name}."), weights, key=lambda state: len(state.keys() & set(own)))
+    found = below(config.prefix if config.prefix.endswith(".") or not config.prefix else f"{config.prefix}.")
+    if not found:
+        heads = sorted({k.split(".")[0] + "." for k in weights})
+        raise ConfigError(
+            f"{key}.prefix: no key of {config.path} begins with {config.prefix!r}; they begin with {_some(heads)}"
+        )
+    return found
 
 
 def _some(keys: list[str]) -> str:

@@ -19,7 +19,9 @@ from syncbn.training.state import newest, read
 
 # What may differ from one attempt to the next: where and how long it runs, and how it is watched.
 MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "save", "tracker",
-              "data.path", "init")  # fmt: skip
+              "data.path")  # fmt: skip
+# What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
+_UNUSED = ("init",)
 _GROUPS = (*SCHEMAS, "freeze", "tracker")
 _ANYTHING = ("experiment", "debug")  # choices that may set any key
 
@@ -56,6 +58,8 @@ def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> C
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
     for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
+        if key.split(".")[0] in _UNUSED:
+            continue
         if any(key == prefix or key.startswith(f"{prefix}.") for prefix in MAY_CHANGE):
             OmegaConf.update(merged, key, now.get(key), force_add=True)
         elif before.get(key) != now.get(key):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from syncbn.surgery.freezing import frozen_switches, set_switch
+from syncbn.surgery.freezing import apply_switches, frozen_switches
 from syncbn.training.config import ConfigError
 
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -143,10 +143,15 @@ class FrozenSwitches:
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Freezes and unfreezes accordingly."""
-        for name, module in self._modules.items():
-            target = set(state_dict.get(name, ()))
-            for switch in sorted(target ^ frozen_switches(module)):
-                set_switch(module, switch, switch in target)
+        targets = {name: set(state_dict.get(name, ())) for name in self._modules}
+        apply_switches(
+            self._modules[""],
+            [
+                (module, switch, switch in targets[name])
+                for name, module in self._modules.items()
+                for switch in sorted(targets[name] ^ frozen_switches(module))
+            ],
+        )
 
 
 def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> None:
@@ -216,7 +221,10 @@ def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
 
 def _without_wrapper(name: str) -> str:
     """A key as it is without DDP's and torch.compile's prefixes."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.")
+    parts = name.split(".")
+    while parts[0] in ("module", "_orig_mod"):
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def newest(run_dir: Path) -> Path | None:

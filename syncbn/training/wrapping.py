@@ -13,7 +13,7 @@ from syncbn.training.place import Place
 _WARM_UP_PASSES = 2  # the first records the order of gradients, the second's forward rebuilds the buckets by it
 
 
-def wrap(model: nn.Module, place: Place, loss_of: Callable[[nn.Module], Tensor]) -> nn.Module:
+def wrap(model: nn.Module, place: Place, is_first: bool, loss_of: Callable[[nn.Module], Tensor]) -> nn.Module:
     """The model for training on several ranks; itself on one.
 
     DDP sums in its initial bucket layout until it has seen one backward pass, then in another order. A run that is
@@ -28,6 +28,8 @@ def wrap(model: nn.Module, place: Place, loss_of: Callable[[nn.Module], Tensor])
     wrapped = DistributedDataParallel(
         model,
         device_ids=[place.device] if place.device.type == "cuda" else None,
+        # Rank 0's state for all, once; later it would overwrite what groups of ranks have gathered on their own.
+        init_sync=is_first,
         # Synchronized statistics are equal on all ranks by construction; local ones are pooled when they are used.
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,

@@ -104,6 +104,14 @@ def test_momentum_none_is_the_cumulative_average():
     assert layer.num_batches_tracked == 3
 
 
+def test_a_cumulative_average_without_a_counter_stays_as_torchs_does():
+    layer, plain = SyncBatchNorm(2, momentum=None), nn.BatchNorm1d(2, momentum=None)
+    for one in (layer, plain):
+        one.num_batches_tracked = None
+        one(torch.randn(4, 2))
+        assert torch.equal(one.running_mean, torch.zeros(2))
+
+
 def test_residual_and_activation_follow_the_normalization():
     input, residual = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
     layer = SyncBatchNorm(3, activation="relu")

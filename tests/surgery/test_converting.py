@@ -124,6 +124,13 @@ def test_conversion_needs_no_process_group_and_keeps_the_one_it_gets():
     assert model[1].process_group is sentinel
 
 
+def test_a_torch_sync_batch_norm_keeps_its_own_group():
+    layer = nn.SyncBatchNorm(3)
+    layer.process_group = sentinel = object()
+    assert convert_sync_batchnorm(layer).process_group is sentinel
+    assert revert_sync_batchnorm(layer).process_group is sentinel
+
+
 def test_momentum_eps_type_and_counter_stay():
     layer = nn.BatchNorm2d(3, eps=1e-3, momentum=None, dtype=torch.float64)
     layer.num_batches_tracked.fill_(7)

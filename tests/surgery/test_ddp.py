@@ -5,11 +5,12 @@ import hashlib
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import convert_sync_batchnorm, freeze, unfreeze
-from tests.reference import make_batch, max_error
+from tests.reference import make_batch, max_error, set_affine
 
 
 def make_model():
@@ -50,7 +51,8 @@ def check_stale():
         with pytest.raises(RuntimeError, match=rf"stale: 0.4.bias has been {verb} .*wrap again"):
             wrapped(make_batch((4, 4))[0])
         with torch.no_grad():
-            wrapped(make_batch((4, 4))[0])  # without gradients nothing can go wrong
+            wrapped.eval()(make_batch((4, 4))[0])  # in evaluation nothing can go wrong
+        wrapped.train()
         wrapped = wrap(model)
         wrapped(make_batch((4, 4))[0]).sum().backward()
 
@@ -85,6 +87,47 @@ def check_before_first_forward():
 
 def test_a_change_before_the_first_forward_is_noticed(ranks):
     ranks(2, check_before_first_forward)
+
+
+def check_toggles():
+    """A GAN switches its discriminator off by hand while the generator trains; freezing something else is no matter."""
+    model, other = make_model(), make_model()
+    freeze(other)
+    wrapped = wrap(model)
+    for _ in range(2):
+        model.requires_grad_(False)
+        input = make_batch((4, 4))[0].requires_grad_()
+        wrapped(input).sum().backward()
+        model.requires_grad_(True)
+        wrapped(make_batch((4, 4))[0]).sum().backward()
+        freeze(other, "0.1")
+        unfreeze(other, "0.1")
+
+
+def test_requires_grad_switched_by_hand_and_freezing_elsewhere_are_no_matter(ranks):
+    ranks(2, check_toggles)
+
+
+def check_reentrant():
+    model = make_model()
+    wrapped = wrap(Checkpointed(model))
+    wrapped(make_batch((4, 4))[0].requires_grad_()).sum().backward()
+    freeze(model, "0.4")
+    with pytest.raises(RuntimeError, match="stale"):
+        wrapped(make_batch((4, 4))[0].requires_grad_())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=True)
+
+
+def test_a_stale_wrapper_is_noticed_under_reentrant_checkpointing(ranks):
+    ranks(2, check_reentrant)
 
 
 def check_fresh_wrappers_cost_nothing():
@@ -168,16 +211,28 @@ def test_after_unfreeze_it_is_the_same_layer_and_synchronizes_again(ranks):
     ranks(2, check_synchronizes_again)
 
 
-def check_mixed_precision():
+def check_mixed_precision(dtype):
     """A float32 frozen layer inside a half network, and a fully half one."""
-    for parameter_dtype in (torch.float32, torch.bfloat16):
-        layer = convert_sync_batchnorm(nn.BatchNorm1d(4)).to(parameter_dtype).freeze()
-        input = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True)
+    for parameter_dtype in (torch.float32, dtype):
+        layer = convert_sync_batchnorm(nn.BatchNorm1d(4))
+        layer(torch.randn(64, 4) * 3 + 50)
+        set_affine(layer)
+        layer = layer.to(parameter_dtype).freeze()
+        input = (torch.randn(5, 4) * 3 + 5).to(dtype).requires_grad_()
         output = layer.train()(input)
         output.sum().backward()
-        assert output.dtype == input.grad.dtype == torch.bfloat16
+        assert output.dtype == input.grad.dtype == dtype
         assert torch.equal(output, layer.eval()(input))
+        state = {name: value.double() for name, value in layer.state_dict().items()}
+        scale = state["weight"] / (state["running_var"] + layer.eps).sqrt()
+        expected = (input.double() - state["running_mean"]) * scale + state["bias"]
+        # One rounding of the result: everything before it is wide.
+        assert max_error(output, expected) <= 1.02 * torch.finfo(dtype).eps / 2 * float(expected.abs().max())
+        assert max_error(input.grad, scale.expand_as(input)) <= 1.02 * torch.finfo(dtype).eps / 2 * float(
+            scale.abs().max()
+        )
 
 
-def test_a_frozen_layer_in_mixed_precision(ranks):
-    ranks(2, check_mixed_precision)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_frozen_layer_in_mixed_precision(ranks, dtype):
+    ranks(2, check_mixed_precision, dtype)

@@ -120,13 +120,54 @@ def test_layers_of_every_rank_freeze(shape):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_membership_and_order_of_the_optimizers_parameters_never_change():
+def test_tied_parameters_are_held_until_both_modules_let_go():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), SyncBatchNorm(4))
+    model[1].weight = model[0].weight
+    freeze(model, "0", stats=False, affine=False, weights=True)
+    freeze(model, "1", stats=False, affine=False, weights=True)
+    unfreeze(model, "0", stats=False, affine=False, weights=True)
+    assert not model[0].weight.requires_grad  # the other module still holds it
+    assert model[0].bias.requires_grad
+    unfreeze(model, "1", stats=False, affine=False, weights=True)
+    assert model[0].weight.requires_grad
+    freeze(model, weights=True)
+    unfreeze(model, weights=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_parametrized_layer_is_held_through_its_originals():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), SyncBatchNorm(3))
+    freeze(model, weights=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    unfreeze(model, weights=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_lazy_layer_cannot_be_frozen_before_it_has_seen_its_width():
+    model = convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
+    with pytest.raises(ValueError, match="0 is lazy and has not seen its width"):
+        freeze(model)
+    model(torch.randn(4, 3))
+    assert freeze(model) == ["0"]
+
+
+def test_requires_grad_set_by_hand_shows():
+    layer = SyncBatchNorm(3).freeze()
+    layer.weight.requires_grad_(True)
+    assert not layer.affine_frozen
+
+
+def test_the_optimizer_keeps_its_parameters_and_their_order_over_a_switch():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    freeze(model, "backbone", weights=True)
-    unfreeze(model, "backbone", weights=True)
-    assert [id(parameter) for parameter in model.parameters()] == before
+    for step in range(4):
+        FreezePlan({"a": FreezeRule("backbone", weights=True, start=1, until=3)}).apply(model, step)
+        optimizer.zero_grad()
+        model(torch.randn(6, 1, 8, 8)).sum().backward()
+        optimizer.step()
+    after = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert after == before == [id(parameter) for parameter in model.parameters()]
 
 
 class TestPlan:
@@ -168,6 +209,21 @@ class TestPlan:
         freeze(model, "backbone.3")
         FreezePlan({"a": FreezeRule("backbone.1", until=3)}).apply(model, 5)
         assert model.backbone[3].stats_frozen
+
+    def test_switches_that_no_rule_names_stay_as_the_user_froze_them(self):
+        model = Net()
+        model.backbone[1].freeze(stats=False)
+        changes = FreezePlan({"a": FreezeRule("backbone.1", affine=False, until=3)}).apply(model, 0)
+        assert [change.switch for change in changes] == ["stats"]
+        assert model.backbone[1].affine_frozen
+
+    def test_a_module_with_two_names_is_one_module_in_any_order_of_rules(self):
+        shared = SyncBatchNorm(4)
+        model = nn.ModuleDict({"a": shared, "b": shared})
+        rules = {"x": FreezeRule("a"), "y": FreezeRule("b", until=5)}
+        for ordered in (rules, dict(reversed(rules.items()))):
+            FreezePlan(ordered).apply(model, 5)
+            assert shared.stats_frozen
 
     @pytest.mark.parametrize(
         ("rule", "message"),

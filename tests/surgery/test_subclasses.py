@@ -172,6 +172,98 @@ def test_an_override_that_cannot_be_kept_is_refused_by_name_and_nothing_is_conve
     assert type(convert_sync_batchnorm(model, exclude="1")[1]) is OwnMaths
 
 
+class TwoDomains(nn.BatchNorm2d):
+    """Statistics of its own for a second domain; batch normalization of another layer inside."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.register_buffer("mean2", torch.full((num_features,), 5.0))
+        self.register_buffer("var2", torch.full((num_features,), 4.0))
+        self.inner = nn.BatchNorm2d(num_features)
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.mean2, self.var2, self.weight, self.bias, self.training, 0.5)
+        return self.inner(x)
+
+
+def test_buffers_of_its_own_and_layers_inside_are_what_the_original_forward_makes_of_them():
+    plain, layer = TwoDomains(3).double(), convert_sync_batchnorm(TwoDomains(3).double(), exclude="inner")
+    input = make_batch((6, 3, 4, 4))[0]
+    assert max_error(layer(input), plain(input)) < 1e-12
+    for name, value in plain.state_dict().items():
+        if "num_batches" not in name:
+            assert max_error(layer.state_dict()[name], value) < 1e-12, name
+    assert layer.inner.num_batches_tracked == 1
+    layer.freeze()
+    before = copy.deepcopy(layer.state_dict())
+    frozen = layer.train()(input)
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if not name.startswith("inner."))
+    hidden = F.batch_norm(input, before["mean2"], before["var2"])
+    assert max_error(frozen, plain.inner(hidden)) < 1e-10  # by its own buffers, not by running_mean
+
+
+class OwnFactor(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5)
+
+
+def test_a_factor_that_the_original_chose_is_kept():
+    layer, plain = convert_sync_batchnorm(OwnFactor(3, momentum=None)), OwnFactor(3, momentum=None)
+    input = torch.randn(4, 3, 5, 5)
+    layer(input), plain(input)
+    assert max_error(layer.running_mean, plain.running_mean.double()) < 1e-6
+
+
+class NeverReaches(nn.BatchNorm2d):
+    def forward(self, x):
+        return self.batch_norm(x)
+
+    def batch_norm(self, x):
+        return x - x.mean()
+
+
+def test_a_forward_that_only_looks_as_if_it_could_be_synchronized_raises_when_it_trains():
+    layer = convert_sync_batchnorm(NeverReaches(3))
+    with pytest.raises(RuntimeError, match="forward of NeverReaches normalized without super"):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+bnorm = F.batch_norm
+
+
+def by_a_helper(layer, x):
+    return bnorm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training, layer.momentum)
+
+
+class ThroughAHelper(nn.BatchNorm2d):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        return sum([by_a_helper(self, part) for part in [x]])
+
+
+def test_a_decorated_forward_a_helper_and_another_name_of_the_function_are_followed():
+    layer = convert_sync_batchnorm(ThroughAHelper(3))
+    layer(torch.randn(2, 3, 4, 4))
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_forward_replaced_on_the_instance_is_refused():
+    layer = nn.BatchNorm2d(3)
+    layer.forward = layer.forward
+    with pytest.raises(TypeError, match="its forward was replaced on the instance"):
+        convert_sync_batchnorm(nn.Sequential(layer))
+
+
+def test_a_wrong_number_of_channels_is_an_error_in_a_subclass_too():
+    with pytest.raises(RuntimeError, match="expected 4 channels"):
+        convert_sync_batchnorm(AddsNothing(4))(torch.randn(3, 1, 2, 2))
+
+
+def test_the_switches_show_in_a_repr_that_the_subclass_has_overridden():
+    assert repr(convert_sync_batchnorm(CallsSuper(3)).freeze()) == "SyncCallsSuper(mine, frozen=stats+affine)"
+
+
 def check_lazy():
     model = convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d(dtype=torch.float64)))
     assert [report.status for report in conversion_report(model)] == ["waiting"]
