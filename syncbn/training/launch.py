@@ -5,6 +5,7 @@ Imports torch only where a rank has to talk to the others, so that `train.py --c
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -166,13 +167,17 @@ def process_group(device: str, job: str) -> Iterator[None]:
     try:
         dist.barrier()  # all are connected: none may leave, be it with an error, while another still knocks
         yield
+        dist.barrier()  # nor while another still has something to do
     except Exception as error:
         if explain(error) is None:  # before the group goes: then the other ranks fail too, and theirs are not the cause
             _report_failure(error)
         raise
     finally:
-        # Without this a gloo job can abort at exit, after all of its work is done.
+        # Without this a gloo job can abort at exit, after all of its work is done; and so it can while anything, such as a
+        # DDP in a reference cycle, keeps the group's threads alive until the interpreter goes.
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
 
 
 @contextmanager

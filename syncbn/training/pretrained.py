@@ -96,7 +96,7 @@ def _below_prefix(
         return {k.removeprefix(prefix): value for k, value in weights.items() if k.startswith(prefix)}
 
     if config.prefix is None:  # a whole model, or the sub-network alone: whichever has more of its keys
-        return max(below(f"{name}."), weights, key=lambda state: len(state.keys() & set(own)))
+        return max(weights, below(f"{name}."), key=lambda state: len(state.keys() & set(own)))
     found = below(config.prefix if config.prefix.endswith(".") or not config.prefix else f"{config.prefix}.")
     if not found:
         heads = sorted({k.split(".")[0] + "." for k in weights})

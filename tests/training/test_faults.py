@@ -40,8 +40,13 @@ def check_same_run(run_dir, expected):
 
 @pytest.mark.parametrize(
     "moment",
-    ["rank(s) on cpu", "step 1/", "step 9/", "step 10/", "step 14/"],
-    ids=["before the first step", "first step", "training", "evaluation", "saving"],
+    [
+        pytest.param("rank(s) on cpu", id="before the first step", marks=pytest.mark.slow),
+        pytest.param("step 1/", id="first step", marks=pytest.mark.slow),
+        pytest.param("step 9/", id="training"),
+        pytest.param("step 10/", id="evaluation", marks=pytest.mark.slow),
+        pytest.param("step 14/", id="saving", marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp_path, undisturbed, moment):
     with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
@@ -59,7 +64,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp
     check_same_run(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("step", [3, 23])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
     with LiveJob(tmp_path, *JOB, num_ranks=2, options=("--max-restarts", "1")) as job:
         job.wait_for(f"step {step}/")

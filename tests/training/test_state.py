@@ -142,6 +142,10 @@ def save(state, directory, kind):
 
 
 SOURCES = {
+    "compiled in DDP": lambda net: {f"_orig_mod.module.{key}": value for key, value in net.state_dict().items()},
+    "with a compiled part": lambda net: {
+        k.replace("backbone.", "backbone._orig_mod."): v for k, v in net.state_dict().items()
+    },
     "its own state": lambda net: net.backbone.state_dict(),
     "a whole model": lambda net: net.state_dict(),
     "a model in DDP": lambda net: {f"module.{key}": value for key, value in net.state_dict().items()},
@@ -203,6 +207,15 @@ def test_missing_running_statistics_are_called_out(tmp_path, caplog):
 def test_a_state_of_which_nothing_fits_is_an_error_also_where_it_need_not_be_strict(tmp_path):
     path = save({"a": torch.zeros(3)}, tmp_path, "torch")
     with pytest.raises(ConfigError, match=r"nothing in .* fits backbone: it lacks .*; it has besides a"):
+        load_subnet(Net(), "backbone", InitConfig(str(path), strict=False))
+
+
+def test_a_state_from_before_the_counter_existed_fits_and_a_counter_alone_does_not(tmp_path):
+    content = dict(Net().backbone.state_dict())
+    counter = content.pop("1.num_batches_tracked")
+    assert load_subnet(Net(), "backbone", InitConfig(str(save(content, tmp_path, "torch")))).problems() == []
+    path = save({"1.num_batches_tracked": counter}, tmp_path, "torch")
+    with pytest.raises(ConfigError, match=r"nothing in .* fits backbone"):
         load_subnet(Net(), "backbone", InitConfig(str(path), strict=False))
 
 

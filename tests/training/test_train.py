@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from torch import nn
 
+from syncbn.training.place import Place
+from syncbn.training.wrapping import wrap
 from tests.training.jobs import ROOT, read_metrics, run_job, start
 from tests.training.wandb_file import read_history
 
@@ -279,17 +283,54 @@ def test_uneven_micro_batches_are_exact(job, tmp_path):
         assert (states[3][key] - value).abs().max() < 1e-12, key
 
 
-@pytest.mark.parametrize("options", [["bn.group=1"], ["bn.sync=false"]], ids=str)
-def test_statistics_of_groups_are_pooled_before_they_are_evaluated_and_saved(job, tmp_path, options):
-    # Learning rate next to nothing: every rank sees its share of the same data through the same network, and the pooled
-    # statistics are those that synchronized layers gather, but for the spread of the batches over which they average.
-    same = ["duration=1ep", "optimizer.lr=1e-9", "tracker=none", "precision=fp64", "batch_size=479", "bn.momentum=1.0"]
-    pooled = load_last(job(*same, *options, "run=pooled", num_ranks=2))["model"]
-    synced = load_last(job(*same, "run=synced", num_ranks=2))["model"]
-    means, variances = ("backbone.stem.bn.running_mean", "backbone.stem.bn.running_var")
-    # The last batch of 479 samples is cut into 240 and 239, whose statistics have momentum 1: the pool is their union.
-    assert (pooled[means] - synced[means]).abs().max() < 1e-3
-    assert (pooled[variances] / synced[variances] - 1).abs().max() < 1e-3
+GROUPS = [["bn.group=1"], ["bn.sync=false"]]
+# Batches of 3: two samples on rank 0, one on rank 1. With momentum 1 the running statistics are those of the last
+# batch.
+THREES = ["data=synthetic", "data.num_samples=40", "data.size=8", "model.width=4", "batch_size=3", "bn.momentum=1.0",
+          "precision=fp64", "tracker=none", "optimizer.lr=1e-9", "save.every=1", "save.keep=9"]  # fmt: skip
+FIRST = "backbone.stem.bn.running_mean"  # of the first layer: its input is the same whoever normalizes
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=str)
+def test_statistics_of_groups_are_pooled_by_samples_before_they_are_saved(job, options):
+    runs = [job(*THREES, *extra, f"run=r{n}", "duration=3", num_ranks=2) for n, extra in enumerate((options, []))]
+    pooled, synced = (torch.load(r / "checkpoints/step_00000001.pt", weights_only=True)["model"] for r in runs)
+    assert (pooled[FIRST] - synced[FIRST]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=str)
+def test_evaluation_uses_the_pooled_statistics_that_the_checkpoint_has(job, options):
+    run = job(*THREES, *options, "duration=4", "run=a", num_ranks=2)
+    best = torch.load(run / "checkpoints/best.pt", weights_only=True)["step"]
+    [recorded] = [r["val/loss"] for r in read_metrics(run) if "val/loss" in r and r["step"] == best]
+    evaluated = job("task=eval", f"load={run}", "run=b")
+    assert read_metrics(evaluated)[-1]["val/loss"] == pytest.approx(recorded, abs=1e-12)
+
+
+def test_per_group_statistics_are_left_as_they_are(job):
+    pooled, own = (
+        load_last(job(*THREES, "bn.sync=false", f"bn.buffers={choice}", f"run={choice}", "duration=1", num_ranks=2))[
+            "model"
+        ]
+        for choice in ("pool", "per_group")
+    )
+    assert (pooled[FIRST] - own[FIRST]).abs().max() > 1e-3  # rank 0's two samples are not the three
+
+
+def check_wrapping():
+    rank = dist.get_rank()
+    place = Place(rank, dist.get_world_size(), torch.device("cpu"), torch.float32)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model[1].running_mean.fill_(float(rank))
+    wrapped = wrap(model, place, False, lambda net: net(torch.randn(4, 2)).sum())
+    assert torch.equal(model[1].running_mean, torch.full((3,), float(rank)))  # each its own
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model[1].num_batches_tracked == 0  # the warm-up has left no trace
+    assert wrapped.module is model
+
+
+def test_wrapping_anew_leaves_what_groups_of_ranks_have_gathered(ranks):
+    ranks(2, check_wrapping)
 
 
 def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_path):
