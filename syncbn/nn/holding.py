@@ -58,7 +58,7 @@ def hold(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
 
 
 def release(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
-    """Gives `requires_grad` back as it was before `hold`, but for parameters of `root` that another module still holds."""
+    """Gives `requires_grad` back as it was before `hold`, but for what another module of `root` still holds."""
     global _num_changes
     for module in modules:
         if not is_held(module):
