@@ -15,7 +15,9 @@ COMMANDS = re.findall(
 
 def test_the_example_runs():
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert not names["model"][1].stats_frozen
 
 
 def test_there_are_commands_to_check():

@@ -108,7 +108,11 @@ def test_a_state_dict_from_before_the_counter_existed_loads():
     old = nn.BatchNorm2d(3).state_dict()
     del old["num_batches_tracked"]
     old._metadata.clear()
-    SyncBatchNorm(3).load_state_dict(old, strict=True)
+    layer = SyncBatchNorm(3)
+    set_affine(layer)
+    layer.load_state_dict(old, strict=True)
+    assert torch.equal(layer.weight, torch.ones(3))
+    assert layer.num_batches_tracked == 0
 
 
 def test_reset_and_meta_device():
