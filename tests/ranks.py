@@ -84,8 +84,14 @@ def _work(tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    parent = os.getppid()
     while True:
-        call, rank, world_size, path, function, args = tasks.get()
+        try:
+            call, rank, world_size, path, function, args = tasks.get(timeout=5.0)
+        except queue.Empty:
+            if os.getppid() != parent:  # the test run is gone: so are its workers
+                return
+            continue
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         try:
             store = dist.FileStore(path, world_size)

@@ -173,8 +173,8 @@ def process_group(device: str, job: str) -> Iterator[None]:
             _report_failure(error)
         raise
     finally:
-        # Without this a gloo job can abort at exit, after all of its work is done; and so it can while anything (a DDP in
-        # a reference cycle, say) keeps the group's threads alive until the interpreter goes.
+        # Without this a gloo job can abort at exit, after all of its work is done; and so it can while anything (a DDP
+        # in a reference cycle, say) keeps the group's threads alive until the interpreter goes.
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
