@@ -1,0 +1,80 @@
+"""Around a job: the process group goes on every path, a person sees progress, and the layer needs torch alone."""
+
+import io
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from rich.console import Console
+
+from syncbn.training import console, launch
+from syncbn.training.config import ConfigError
+from tests.training.jobs import ROOT
+
+
+@pytest.fixture
+def only_rank(monkeypatch):
+    """This process as the only rank of a job, whose store it hosts itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    launch.store.cache_clear()
+    yield
+    launch.store.cache_clear()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
+def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
+    def job():
+        with launch.process_group("cpu", "0"):
+            assert dist.is_initialized()
+            if error is not None:
+                raise error
+
+    if error is None:
+        job()
+    else:
+        with pytest.raises(type(error)):
+            job()
+    assert not dist.is_initialized()
+
+
+def test_a_multirun_makes_one_group_after_the_other(only_rank):
+    for job in ("0", "1"):
+        with launch.process_group("cpu", job):
+            assert dist.get_world_size() == 1
+
+
+def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
+    monkeypatch.setattr(launch, "_agreed", {})
+    assert launch.agree("name", lambda: "first") == "first"
+    monkeypatch.setattr(launch, "_agreed", {})  # as in a process that torchrun has restarted
+    assert launch.agree("name", lambda: "second") == "first"
+
+
+def test_a_terminal_shows_a_progress_bar_and_anything_else_does_not(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=screen, force_terminal=True, width=80))
+    with console.progress(10, 0, enabled=True) as show:
+        show(3, 0.25)
+    assert "3/10" in screen.getvalue()
+    assert "loss 0.2500" in screen.getvalue()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=io.StringIO()))
+    with console.progress(10, 0, enabled=True) as show:
+        assert show is None
+
+
+def test_the_layer_and_all_public_names_need_torch_alone():
+    code = """
+import sys, syncbn
+[getattr(syncbn, name) for name in syncbn.__all__]
+extra = {"hydra", "omegaconf", "wandb", "torchmetrics", "sklearn", "rich", "safetensors"} & set(sys.modules)
+assert not extra, extra
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
