@@ -41,6 +41,18 @@ def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation
     assert measured[0] == measured[1]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 1)])
+def test_another_world_size_goes_on_along_the_same_trajectory(job, tmp_path, before, after):
+    same = [*SMALL, "duration=16", "precision=fp64", "save.every=1", "save.keep=99", "log_every=1", "data.shift=1"]
+    whole = job(*same, "run=whole", num_ranks=before)
+    parts = tmp_path / "outputs/parts"
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(whole / "checkpoints/step_00000005.pt", parts / "checkpoints/step_00000005.pt")
+    job(*same, "run=parts", num_ranks=after)
+    expected, actual = load_last(whole)["model"], load_last(parts)["model"]
+    assert all((actual[key] - value).abs().max() < 1e-9 for key, value in expected.items())
+
+
 def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(job, tmp_path):
     run = job(*SMALL, "duration=3", "optimizer.lr=0.2", "run=a")
     with pytest.raises(ConfigError, match=r"^optimizer.lr: the run that "):
