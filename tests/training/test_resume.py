@@ -21,7 +21,9 @@ def without_speed(record):
     return {key: value for key, value in record.items() if key != "train/samples_per_second"}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
 def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation(job, tmp_path, num_ranks):
     same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=2", "data.shift=1",
             "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
@@ -41,7 +43,10 @@ def test_two_interruptions_are_bit_exact_with_schedule_freezing_and_accumulation
     assert measured[0] == measured[1]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
 def test_another_world_size_goes_on_along_the_same_trajectory(job, tmp_path, before, after):
     same = [*SMALL, "duration=16", "precision=fp64", "save.every=1", "save.keep=99", "log_every=1", "data.shift=1"]
     whole = job(*same, "run=whole", num_ranks=before)
