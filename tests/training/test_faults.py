@@ -64,6 +64,16 @@ def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp
     check_same_run(run_dir, undisturbed)
 
 
+def test_ctrl_c_saves_and_leaves_too(tmp_path):
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for("step 9/")
+        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does: to torchrun and to every rank
+        assert job.finish() != 0
+    stopped = re.search(r"stopped after step (\d+)", job.output)
+    assert stopped, job.output
+    assert load_last(tmp_path / "outputs/job")["step"] == int(stopped.group(1))
+
+
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
     with LiveJob(tmp_path, *JOB, num_ranks=2, options=("--max-restarts", "1")) as job:
