@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A mistake in the configuration; the message names the key and the remedy, and is all that a user sees."""
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and is all that a user sees."""
+
+
 def require(condition: bool, key: str, expected: str, got: object) -> None:
     """Raises a ConfigError unless the condition holds."""
     if not condition:
@@ -256,6 +260,9 @@ class Config:
     precision: str
     batch_size: int
     accumulate: int
+    ema: float | None
+    on_nonfinite: str
+    collective_timeout: float
     duration: str
     eval_every: str
     log_every: str
@@ -273,7 +280,12 @@ class Config:
     def __post_init__(self) -> None:
         require_choice("task", self.task, ("train", "eval"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("precision", self.precision, ("fp32", "fp64"))
+        require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
+        require_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "skip"))
+        require(self.ema is None or 0 < self.ema < 1, "ema", "null or a number between 0 and 1", self.ema)
+        require(
+            self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
+        )
         require(self.task == "train" or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)

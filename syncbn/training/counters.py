@@ -21,6 +21,7 @@ class Counters:
         self.best_accuracy, self.best_loss = -1.0, math.inf
         self.best_step = 0
         self.evaluated_step = 0
+        self.steps_left_out = 0
 
     def is_best(self, accuracy: float, loss: float) -> bool:
         """Whether this validation, of the present step, beats all before; then it is the best from now on."""

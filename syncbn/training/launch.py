@@ -23,7 +23,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.training.config import ConfigError
+from syncbn.training.config import ConfigError, TrainingError
+from syncbn.training.redaction import guard_logging, redact
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -102,6 +103,24 @@ def _run_name(run: str | None) -> str:
     return name
 
 
+def enter_run_directory(run_dir: Path) -> None:
+    """What has to be right about a run directory before anything is written to it.
+
+    Raises:
+        ConfigError: it is not below outputs/.
+    """
+    outputs = Path("outputs").resolve()
+    if outputs not in run_dir.resolve().parents:
+        raise ConfigError(f"hydra.run.dir: expected a directory below outputs/, as run=NAME makes it, got {run_dir}")
+    guard_logging()
+    sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records them
+    if rank() == 0:
+        for path in (run_dir / ".hydra").glob("*.yaml"):
+            text = path.read_text(encoding="utf-8")
+            if redact(text) != text:
+                path.write_text(redact(text), encoding="utf-8")
+
+
 def _reserve_stamp() -> str:
     """A time stamp whose directory nobody else has, not even a job that started at the same moment."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -147,11 +166,14 @@ def store() -> Store:
 
 
 @contextmanager
-def process_group(device: str, job: str) -> Iterator[None]:
+def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
     """The job's default process group; destroyed on every path. Does nothing without torchrun.
 
     Keys carry the attempt and the job, so that neither an elastic restart nor the next job of a multirun meets stale
     ones.
+
+    Args:
+        timeout: seconds that a collective waits for the other ranks.
     """
     if not is_distributed():
         yield
@@ -163,6 +185,7 @@ def process_group(device: str, job: str) -> Iterator[None]:
         store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),
         rank=rank(),
         world_size=world_size(),
+        timeout=timedelta(seconds=timeout),
     )
     try:
         dist.barrier()  # all are connected: none may leave, be it with an error, while another still knocks
@@ -190,10 +213,10 @@ def clear_errors() -> Iterator[None]:
         if message is None:
             raise
         if _is_first_to_report():
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {redact(message)}", file=sys.stderr, flush=True)
         if rank() == 0:
             _discard_run_directory()
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
 
 
 def _discard_run_directory() -> None:
@@ -204,12 +227,34 @@ def _discard_run_directory() -> None:
             shutil.rmtree(directory)
 
 
+def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
+    """A collective that waited in vain, as an error that says where, and for which ranks; None for another error.
+
+    Ranks that gave up say so in the store; who has not come there soon after is what the others have waited for.
+    """
+    if not is_distributed() or not re.search(r"[Tt]imed out", str(error)):
+        return None
+    missing = []
+    with suppress(Exception):  # a store that is gone must not hide the message
+        prefix = f"syncbn/timed_out/{attempt()}/"
+        store().set(f"{prefix}{rank()}", "")
+        for other in range(world_size()):
+            try:
+                store().wait([f"{prefix}{other}"], timedelta(seconds=1))
+            except Exception:
+                missing.append(other)
+    for_whom = f" for rank {', '.join(map(str, missing))}" if missing else ""
+    return RuntimeError(
+        f"{where}: rank {rank()} waited{for_whom} in a collective for longer than collective_timeout allows"
+    )
+
+
 def _report_failure(error: Exception) -> None:
     """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
     if world_size() > 1:
         if _is_first_to_report():
             print(f"rank {rank()} failed:", file=sys.stderr)
-            traceback.print_exception(error)
+            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         sys.stderr.flush()
         raise SystemExit(1) from error
 
@@ -223,10 +268,10 @@ def _is_first_to_report() -> bool:
 
 
 def explain(error: BaseException) -> str | None:
-    """What a user should read about a mistake in the configuration; None for any other error."""
+    """What a user should read about a mistake in the configuration, or training at its end; None for another error."""
     cause: BaseException | None = error
     while cause is not None:  # OmegaConf wraps what a resolver raises
-        if isinstance(cause, ConfigError):
+        if isinstance(cause, ConfigError | TrainingError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MissingConfigException) and error.options is not None:

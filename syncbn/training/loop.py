@@ -7,7 +7,7 @@ for step in range(start, num_steps):
         backward(loss_sum * world_size / nominal)     (DDP averages over ranks; only the last micro-batch
         communicates)
     gradient *= nominal / (count over all ranks)      (so the loss is the mean over the global batch, exactly)
-    optimizer.step(); schedule.step()
+    optimizer.step(); schedule.step()                 (left out on the device where loss or gradient is not finite)
     every log_every:  metrics and BN statistics to the tracker
     every eval_every: validation; the best model so far is kept
     every save.every: a checkpoint
@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from syncbn.stats.monitor import Monitor
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
-from syncbn.training import console, optimizers, schedules
+from syncbn.training import console, launch, optimizers, schedules
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
@@ -45,8 +45,9 @@ from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
 from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read
-from syncbn.training.stopping import StopAgreed, Stopped, StopRequest
+from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
+from syncbn.training.updating import Reports, Update
 from syncbn.training.wrapping import wrap
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Trainer:
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
-        self.stop_flag: Tensor | None = None  # of the last step: whether any rank had been asked to stop
+        self.stop_agreed = False  # some rank had been asked to stop before a step that is over
         self.steps_per_epoch = sampler.steps_per_epoch
         self.num_steps, self.eval_every, self.log_every = (
             max(1, Duration.parse(text).in_steps(self.steps_per_epoch))
@@ -86,6 +87,9 @@ class Trainer:
         # how
         self.optimizer = optimizers.build(config.optimizer, model)
         self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
+        is_half = place.autocast == torch.float16
+        self.update = Update(model, self.optimizer, self.schedule, place.device, half=is_half, decay=config.ema)
+        self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
         # what survives
         self.counters, self.totals = Counters(), Totals(place.device)
         self.checkpoints = Checkpoints(
@@ -94,9 +98,12 @@ class Trainer:
             model=model,
             optimizer=self.optimizer,
             schedule=self.schedule,
+            scaler=self.update.scaler,
+            **({} if self.update.average is None else {"average": self.update.average}),
             counters=self.counters,
             totals=self.totals,
             drift=drift,
+            tracker=tracker,
             frozen=FrozenSwitches(model),
         )
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
@@ -114,40 +121,79 @@ class Trainer:
             show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
             try:
                 self._run_steps(config_dict, show)
-                return self._finish()
+                return self._finish(config_dict)
             except StopAgreed:
                 self._save(config_dict)
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
                 raise Stopped(self.counters.step) from None
+            except RuntimeError as error:
+                timeout = launch.explain_timeout(error, f"step {self.counters.step}")
+                if timeout is None:
+                    raise
+                raise timeout from error
 
     def _run_steps(self, config_dict: dict[str, Any], show: console.ShowStep | None) -> None:
         self.clock.start()
         if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
             self._validate(config_dict)  # a signal came before or while it was evaluated
         while self.counters.step < self.num_steps:
-            if self._stop_was_agreed():
+            if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
             self._train_step(self.counters.step)
             self.counters.step += 1
+            save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
+            # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
+            waits = save_is_due or any(self._is_due(every) for every in (self.log_every, self.eval_every))
+            if not self._read_reports(config_dict, everything=waits):
+                return
             if self._is_due(self.log_every):
                 self._log(show)
             elif show is not None:
                 show(self.counters.step)
             if self._is_due(self.eval_every):
                 self._validate(config_dict)
-            if self._all_ranks(self.save_clock.is_due(self.counters.step)) or self.counters.step == self.num_steps:
+            if save_is_due or self.counters.step == self.num_steps:
                 self._save(config_dict)
 
     def _is_due(self, every: int) -> bool:
         step = self.counters.step
         return step > 0 and (step % every == 0 or step == self.num_steps)
 
-    def _stop_was_agreed(self) -> bool:
-        """Whether any rank had been asked to stop before the last step; it rode on that step's all-reduce."""
-        if self.place.world_size == 1:
-            return self.stop.requested
-        return self.stop_flag is not None and bool(self.stop_flag.item() > 0)  # of a step that is over: hardly a wait
+    def _read_reports(self, config_dict: dict[str, Any], *, everything: bool) -> bool:
+        """What steps that are over have to say, the same on every rank; False: training ends here."""
+        for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.reports.take(everything=everything):
+            self.stop_agreed |= asked_to_stop > 0
+            self.counters.steps_left_out += left_out > 0
+            if not at_fault:
+                continue
+            fault = self._explain_fault(step, [rank for rank, bad in enumerate(is_bad) if bad])
+            if self.config.on_nonfinite == "skip":
+                log.warning("%s; the step is left out", fault)
+                continue
+            self.reports.clear()
+            self.update.restart(step)
+            self.counters.step, self.counters.steps_left_out = step, self.counters.steps_left_out - 1
+            self._save(config_dict)  # the state before the step, from which on_nonfinite=skip can go on
+            if self.config.on_nonfinite == "raise":
+                raise fault
+            log.warning("%s; training stops before it", fault)
+            return False
+        return True
+
+    def _explain_fault(self, step: int, ranks: list[int]) -> NonFiniteError:
+        """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
+
+        One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
+        """
+        samples = {
+            rank: self.sampler.samples(step, rank) for rank in (ranks if ranks else range(self.place.world_size))
+        }
+        index, epoch = torch.cat(list(samples.values())), self.sampler.epoch_of(step)
+        images, _ = self.data.train_batch(index, self.config.seed, epoch, self.place.dtype)
+        culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
+        seen = {rank: part.tolist() for rank, part in samples.items()}
+        return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
 
     def _save(self, config_dict: dict[str, Any]) -> None:
         self._pool_buffers()
@@ -164,24 +210,26 @@ class Trainer:
 
     def _train_step(self, step: int) -> None:
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
         torch.manual_seed(mix_key(self.config.seed, step, self.place.rank, _DROPOUT))
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.place.device)  # loss sum, count, asked to stop
+        # Loss sum, count, asked to stop, and for each rank whether its loss is not finite: one all-reduce.
+        totals = torch.zeros(3 + self.place.world_size, dtype=torch.float64, device=self.place.device)
         totals[2] = float(self.stop.requested)
         for number, shard in enumerate(shards):
             is_last = number == len(shards) - 1
             with nullcontext() if is_last else self._without_communication():
                 totals[:2] += self._backward(step, shard, nominal)
+        totals[3 + self.place.rank] = ~totals[0].isfinite()
         if self.place.world_size > 1:
             dist.all_reduce(totals)
-        self.stop_flag = totals[2]
-        self._correct_gradients(nominal / totals[1].clamp(min=1.0))
-        self.optimizer.step()
-        self.schedule.step()
-        self.totals.values += totals[:2]
+        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples.
+        correction = nominal / totals[1].clamp(min=1.0)
+        verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
+        self.totals.values += torch.where(verdict.left_out, 0.0, totals[:2])
+        self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict), totals[3:]]))
         self.clock.add(nominal)
 
     def _without_communication(self) -> AbstractContextManager[None]:
@@ -192,20 +240,16 @@ class Trainer:
         """Adds the gradient of one micro-batch; returns [loss sum, count] of this rank."""
         assert self.wrapped is not None
         loss_sum, count = self._losses(self.wrapped, step, shard)
-        (loss_sum * (self.place.world_size / nominal)).backward()
+        self.update.scaler.scale(loss_sum * (self.place.world_size / nominal)).backward()
         return torch.stack([loss_sum.detach().to(torch.float64), count.to(torch.float64)])
 
     def _losses(self, wrapped: nn.Module, step: int, shard: Shard) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
         epoch = self.sampler.epoch_of(step)
         images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
-        return self.loss(wrapped(images.to(self.place.device)), labels.to(self.place.device))
-
-    def _correct_gradients(self, factor: Tensor) -> None:
-        """From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor)
+        with self.place.forward_context():
+            outputs = wrapped(images.to(self.place.device))
+        return self.loss(outputs.to(self.place.dtype), labels.to(self.place.device))
 
     def _apply_plan(self, step: int) -> None:
         """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
@@ -247,6 +291,8 @@ class Trainer:
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/samples_per_second": self.clock.samples_per_second(),
         }
+        if self.counters.steps_left_out:
+            metrics["train/steps_left_out"] = self.counters.steps_left_out
         if self.place.is_first:
             self.tracker.log(step, metrics, self.monitor.snapshot())
         if show is not None:
@@ -269,14 +315,16 @@ class Trainer:
             metrics |= self.drift.measure(self.model)
             self.counters.evaluated_step = step
             if self.counters.is_best(metrics["val/accuracy"], loss) and self.place.is_first:
-                self.checkpoints.save_best(step, config_dict)
+                self.checkpoints.save_best(step, config_dict, self.update.evaluated)
             log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], loss)
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
 
     def _pool_buffers(self) -> None:
         """One set of running statistics for evaluation and checkpoints where ranks gathered them on their own."""
         if self.place.world_size > 1 and self.config.bn.buffers == "pool":
-            pool_running_stats(unsynchronized_layers(self.model), weight=self.sampler.num_seen(self.counters.step))
+            weight = self.sampler.num_seen(self.counters.step)
+            for model in dict.fromkeys([self.model, self.update.evaluated]):
+                pool_running_stats(unsynchronized_layers(model), weight=weight)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
@@ -287,16 +335,18 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, split: Split) -> dict[str, float]:
-        return evaluate(self.model, self.data, split, self.loss, self.place, self.stop)
+        return evaluate(self.update.evaluated, self.data, split, self.loss, self.place, self.stop)
 
-    def _finish(self) -> dict[str, float]:
+    def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
+        if self.counters.evaluated_step == 0:
+            self._validate(config_dict)  # training has ended before it was due
         self.checkpoints.wait()
         if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         drift = self.drift.measure(self.model)  # of the weights that training ended with
         best = read(self.checkpoints.directory / BEST, "run")
-        self.model.load_state_dict(best["model"])
+        self.update.evaluated.load_state_dict(best["model"])
         final = {
             "val/accuracy": self.counters.best_accuracy,
             "val/loss": self.counters.best_loss,
@@ -304,6 +354,6 @@ class Trainer:
             "train/samples_per_second": self.clock.overall(),
             **drift,
         }
-        self.tracker.log(self.num_steps, {k: v for k, v in final.items() if k.startswith("test/")})
+        self.tracker.log(self.counters.step, {k: v for k, v in final.items() if k.startswith("test/")})
         self.tracker.summarize(final)
         return final

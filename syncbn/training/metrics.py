@@ -40,7 +40,9 @@ def evaluate(
             if len(index) == 0:
                 continue
             images, labels = data.eval_batch(split, index, place.dtype)
-            outputs, labels = model(images.to(place.device)), labels.to(place.device)
+            with place.forward_context():
+                outputs = model(images.to(place.device))
+            outputs, labels = outputs.to(place.dtype), labels.to(place.device)
             total, number = loss(outputs, labels)
             accuracy.update(outputs, labels)
             loss_sum.update(total)

@@ -19,4 +19,5 @@ def build(config: Any, model: nn.Module) -> torch.optim.Optimizer:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
+        fused=True,  # can leave a step out on the device; see updating.py
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,14 @@ class Place:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    """What operators that gain by it compute in (torch.autocast); None for `dtype` throughout."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which alone prints, tracks and saves."""
         return self.rank == 0
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """A context for forward passes. Its outputs may be of another type than `dtype`."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)

@@ -7,7 +7,7 @@ between attempts, for any other a difference is an error, because the run would 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 
 from syncbn.training.config import SCHEMAS, Config, ConfigError
 from syncbn.training.parsing import flatten, parse, to_dict
+from syncbn.training.redaction import is_redacted, redacted
 from syncbn.training.state import newest, read
 
 # What may differ from one attempt to the next: where and how long it runs, and how it is watched.
 MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "save", "tracker",
-              "data.path")  # fmt: skip
+              "on_nonfinite", "collective_timeout", "data.path")  # fmt: skip
 # What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
 _UNUSED = ("init",)
 _GROUPS = (*SCHEMAS, "freeze", "tracker")
@@ -57,6 +58,10 @@ def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> C
     stored, current = read(path, "resume")["config"], to_dict(config)
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
+    for key, value in before.items():
+        if is_redacted(value) and redacted(now.get(key), key.split(".")[-1]) == value:
+            OmegaConf.update(merged, key, now[key])  # a secret is not stored: it has been given anew
+            before[key] = now[key]
     for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
         if key.split(".")[0] in _UNUSED:
             continue
@@ -69,7 +74,15 @@ def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> C
             )
     container = OmegaConf.to_container(merged)
     assert isinstance(container, dict)
+    require_secrets(container, path)
     return parse({str(key): value for key, value in container.items()})
+
+
+def require_secrets(config: Mapping[Any, Any], path: Path) -> None:
+    """Raises a ConfigError for a value that a checkpoint does not store and nobody has given."""
+    for key, value in flatten(config):
+        if is_redacted(value):
+            raise ConfigError(f"{key}: is a secret, which {path} does not hold; give it on the command line")
 
 
 def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:

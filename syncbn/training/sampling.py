@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -52,6 +52,10 @@ class Sampler:
         """This rank's part of each micro-batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._cut(_epoch_order(self.num_samples, self.seed, epoch), position)
+
+    def samples(self, step: int, rank: int) -> Tensor:
+        """The samples of a step on any rank, int64."""
+        return torch.cat([shard.index for shard in replace(self, rank=rank).shards(step)])
 
     def num_seen(self, step: int) -> int:
         """Samples that this rank has seen before a step, from the beginning of the run."""

@@ -57,9 +57,9 @@ class Checkpoints:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, "config": config, **state})
 
-    def save_best(self, step: int, config: dict[str, Any]) -> None:
-        """Saves the model alone, as the best so far."""
-        self._submit(self.directory / BEST, {"step": step, "config": config, "model": self.parts["model"].state_dict()})
+    def save_best(self, step: int, config: dict[str, Any], model: nn.Module) -> None:
+        """Saves a model alone, as the best so far."""
+        self._submit(self.directory / BEST, {"step": step, "config": config, "model": model.state_dict()})
 
     def wait(self) -> None:
         """Until everything that was saved lies on the disk, or has failed."""

@@ -22,7 +22,8 @@ from syncbn.training.metrics import evaluate as evaluate_split
 from syncbn.training.parsing import apply_overrides, parse, to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
-from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
+from syncbn.training.redaction import redact, redacted
+from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored, require_secrets
 from syncbn.training.sampling import Sampler
 from syncbn.training.stopping import StopRequest
 from syncbn.training.sweep import read_summary, write_summary
@@ -30,7 +31,8 @@ from syncbn.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -43,11 +45,12 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
     """
+    launch.enter_run_directory(run_dir)
     if not launch.is_distributed():
         treat_as_world_of_one()
     device = _device(config)
-    place = Place(launch.rank(), launch.world_size(), device, DTYPES[config.precision])
-    with launch.process_group(device.type, job):
+    place = place_for(config, Place(launch.rank(), launch.world_size(), device, torch.float32))
+    with launch.process_group(device.type, job, config.collective_timeout):
         if config.task == "eval":
             return evaluate(config, run_dir, place)
         return train(config, run_dir, place, overrides)
@@ -65,17 +68,21 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     checkpoint = state.read(path, "load")
     if "config" not in checkpoint or "model" not in checkpoint:
         raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
-    config = parse(apply_overrides(checkpoint["config"], launch.held_back()))
-    place = replace(place, dtype=DTYPES[config.precision])
+    stored = apply_overrides(checkpoint["config"], launch.held_back())
+    require_secrets(stored, path)
+    config = parse(stored)
+    place = place_for(config, place)
     data, model = _build(config, place)
-    state.load_into(model, checkpoint["model"], path, "load")
+    # A run with averaged weights evaluates those.
+    state.load_into(model, checkpoint.get("average", checkpoint["model"]), path, "load")
     loss = losses.build(config.loss)
     metrics: dict[str, float] = {}
     for name, split in (("val", data.val), ("test", data.test)):
         values = evaluate_split(model, data, split, loss, place)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
     tracker = replace(config.tracker, mode="disabled")
-    with Tracker(tracker, run_dir, to_dict(config), active=place.is_first) as records:
+    with Tracker(tracker, run_dir, redacted(to_dict(config)), active=place.is_first) as records:
+        records.start()
         records.log(checkpoint["step"], metrics)
     if place.is_first:
         rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
@@ -104,7 +111,7 @@ def _train(
     sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     check_model(model, data, sampler, place)
-    config_dict = to_dict(config)
+    config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
         cut_back(run_dir / "metrics.jsonl", 0 if checkpoint is None else state.step_of(checkpoint))
@@ -114,6 +121,7 @@ def _train(
         if checkpoint is not None:
             trainer.resume(checkpoint)
             log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
+        tracker.start()
         _announce(run_dir, trainer, overrides)
         finished = read_summary(run_dir)
         if finished is not None and finished["step"] == trainer.counters.step == trainer.num_steps:
@@ -123,7 +131,7 @@ def _train(
         else:
             metrics = trainer.run(config_dict)
     if place.is_first:
-        write_summary(run_dir, trainer.num_steps, metrics, list(overrides))
+        write_summary(run_dir, trainer.counters.step, metrics, [redact(override) for override in overrides])
         _print_summary(metrics, run_dir, trainer)
     return metrics
 
@@ -134,6 +142,12 @@ def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
     return data, model.to(place.device, place.dtype)
+
+
+def place_for(config: Config, place: Place) -> Place:
+    """`place` with the precision of this configuration."""
+    autocast = AUTOCAST.get(config.precision)
+    return replace(place, dtype=DTYPES.get(config.precision, torch.float32), autocast=autocast)
 
 
 def _device(config: Config) -> torch.device:

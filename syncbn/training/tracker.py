@@ -21,19 +21,34 @@ log = logging.getLogger(__name__)
 class Tracker:
     """One record per logged step, flat keys with `/`, in `metrics.jsonl` and in wandb.
 
+    Its state is the id of the wandb run, so that an online run goes on as the same one. wandb cannot continue an
+    offline run: there, each attempt is a run of its own, in a group with the others.
+
     Off rank 0 every method does nothing.
     """
 
     def __init__(self, config: TrackerConfig, run_dir: Path, full_config: dict[str, Any], *, active: bool) -> None:
-        self._active = active
+        self._config, self._run_dir, self._full_config, self._active = config, run_dir, full_config, active
         self._file: TextIO | None = None
         self._wandb: Any = None
-        if not active:
-            return
-        # Line-buffered: a line is written whole or, after a kill, not at all.
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        if config.mode != "disabled":
-            self._guard(lambda: self._start_wandb(config, run_dir, full_config))
+        self._id: str | None = None
+        if active:
+            # Line-buffered: a line is written whole or, after a kill, not at all.
+            self._file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+
+    def start(self) -> None:
+        """Starts the wandb run; a state that is to be loaded has to be there."""
+        if self._active and self._config.mode != "disabled":
+            self._guard(self._start_wandb)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The id of the wandb run (None: there is none), and the name of the run directory that it belongs to."""
+        return {"id": self._id, "run": self._run_dir.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes the id over, unless it is that of another run, whose checkpoint this one starts from."""
+        if state_dict["run"] == self._run_dir.name and self._config.mode == "online":
+            self._id = state_dict["id"]
 
     def log(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, LayerSnapshot] | None = None) -> None:
         """Records numbers, and per layer scalars under `bn/<layer>/` (in wandb histograms over channels too)."""
@@ -64,19 +79,24 @@ class Tracker:
         if self._file is not None:
             self._file.close()
 
-    def _start_wandb(self, config: TrackerConfig, run_dir: Path, full_config: dict[str, Any]) -> None:
+    def _start_wandb(self) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
+        is_online = self._config.mode == "online"
         self._wandb = wandb.init(
-            project=config.project,
-            group=config.group or run_dir.name,
-            name=run_dir.name,
-            dir=run_dir,
-            mode="offline" if config.mode == "offline" else "online",
-            config=full_config,
-            settings=wandb.Settings(silent=True, console="off"),
+            project=self._config.project,
+            group=self._config.group or self._run_dir.name,
+            name=self._run_dir.name,
+            id=self._id,
+            resume="allow" if is_online else None,
+            dir=self._run_dir,
+            mode="online" if is_online else "offline",
+            config=self._full_config,
+            # Without the address of the git remote, which may hold a token; the commit is recorded.
+            settings=wandb.Settings(silent=True, console="off", git_remote=""),
         )
+        self._id = self._wandb.id
         # One step metric for everything, so that curves from several attempts share an axis.
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")

@@ -134,7 +134,7 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         run_dir = Path("outputs", config.run or "unnamed").resolve()
         run_dir.mkdir(parents=True, exist_ok=True)
-        place = Place(rank, world_size, torch.device("cpu"), tasks.DTYPES[config.precision])
+        place = tasks.place_for(config, Place(rank, world_size, torch.device("cpu"), torch.float32))
         if config.task == "eval":
             tasks.evaluate(config, run_dir, place)
         else:

@@ -27,7 +27,7 @@ MISTAKES = [
     (["tracker.groupp=x"], "tracker.groupp: no such key; did you mean tracker.group?"),
     (["data.path=x"], "data.path: the chosen data has no such key"),
     (["model=custom", "model.gain=8"], "model.gain: no such key; an argument of a model of your own needs a +"),
-    (["precision=fp8"], "precision: expected one of fp32, fp64, got 'fp8'"),
+    (["precision=fp8"], "precision: expected one of fp64, fp32, bf16, fp16, got 'fp8'"),
     (["batch_size=0"], "batch_size: expected 1 or more samples over all ranks, got 0"),
     (["duration=5 apples"], "duration: expected a duration such as 200 (steps), 5ep (epochs), got '5 apples'"),
     (["run=../elsewhere"], "run: expected a directory name"),

@@ -31,7 +31,7 @@ def only_rank(monkeypatch):
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
 def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
     def job():
-        with launch.process_group("cpu", "0"):
+        with launch.process_group("cpu", "0", 60.0):
             assert dist.is_initialized()
             if error is not None:
                 raise error
@@ -46,7 +46,7 @@ def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
 
 def test_a_multirun_makes_one_group_after_the_other(only_rank):
     for job in ("0", "1"):
-        with launch.process_group("cpu", job):
+        with launch.process_group("cpu", job, 60.0):
             assert dist.get_world_size() == 1
 
 

@@ -1,0 +1,68 @@
+"""Secrets stay out of everything that is written or shown: logs, checkpoints, run directories, wandb.
+
+What counts as one: the values of environment variables that are named like secrets (WANDB_API_KEY), user names and
+passwords in URLs, their parameters that are named like secrets, and configuration values whose key is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from functools import cache
+from typing import Any
+
+HIDDEN = "***"
+
+_NAMES = r"(?:api_?key|(?:access_|auth_|hf_)?token|\w*secret|\w*password|passwd|credentials?)"
+_ENVIRONMENT = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_SHORTEST = 8  # a shorter value would blank out ordinary words
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_AS_PARAMETER = re.compile(rf"((?:^|[?&\s.'\"+]){_NAMES}=)[^&\s'\",\]]+", re.IGNORECASE)
+_KEY = re.compile(_NAMES, re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """The text without the secrets in it."""
+    for value in _secret_values():
+        text = text.replace(value, HIDDEN)
+    return _AS_PARAMETER.sub(rf"\1{HIDDEN}", _IN_URL.sub(rf"\1{HIDDEN}@", text))
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """A configuration without the secrets in it, of the same shape."""
+    if isinstance(value, dict):
+        return {name: redacted(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redacted(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if _KEY.fullmatch(key) else redact(value)
+
+
+def is_redacted(value: object) -> bool:
+    """Whether a secret has been taken out of this value."""
+    return isinstance(value, str) and HIDDEN in value
+
+
+@cache
+def _secret_values() -> tuple[str, ...]:
+    values = {value for name, value in os.environ.items() if _ENVIRONMENT.search(name) and len(value) >= _SHORTEST}
+    # Longest first: one may be a part of another. A path (SSH_KEY=/home/...) is a place, not a secret.
+    return tuple(sorted((value for value in values if not os.path.exists(value)), key=len, reverse=True))
+
+
+class RedactingFilter(logging.Filter):
+    """Takes secrets out of log records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Redacts the finished message; keeps every record."""
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+
+def guard_logging() -> None:
+    """From here on, no handler of the root logger writes a secret."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(present, RedactingFilter) for present in handler.filters):
+            handler.addFilter(RedactingFilter())

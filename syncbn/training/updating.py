@@ -1,0 +1,210 @@
+"""One update of the weights, taken or left on the device: whether a step counts is decided without waiting for it.
+
+A step whose loss or gradient is not finite on any rank leaves parameters, optimizer state, buffers (running statistics
+and their counters) and the average of the weights as they were, bit for bit. The learning rate goes on: it is a
+function of the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Verdict(NamedTuple):
+    """What became of a step; bools without dimensions, on the device."""
+
+    left_out: Tensor
+    """It changed nothing."""
+    at_fault: Tensor
+    """Its loss was not finite, or its gradient, where no scaled float16 explains that."""
+
+
+class Update:
+    """Optimizer, schedule, loss scaler and averaged weights of a model, moved together.
+
+    Args:
+        optimizer: of torch, built with `fused=True`: those can leave a step out on the device.
+        half: scale the loss, as float16 gradients need it to stay above zero.
+        decay: of the averaged weights; None for no average.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+        device: torch.device,
+        *,
+        half: bool = False,
+        decay: float | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+        self.average = None if decay is None else Average(model, decay)
+        self._buffers = Buffers(model)
+        self._halted = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate: the averaged weights, if there are."""
+        return self.model if self.average is None else self.average.model
+
+    def begin(self) -> None:
+        """Before the first forward of a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.remember()
+
+    def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> Verdict:
+        """After the last backward of a step: moves everything, unless the loss or a gradient is not finite.
+
+        Args:
+            loss: the loss of the step, the same on every rank; no dimensions.
+            factor: what the gradients are multiplied with first; no dimensions.
+            halt: a step at fault stops all later ones as well, until `restart`.
+        """
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        # A loss that is not finite makes every gradient so: one test, with which the scaler's own then agrees.
+        loss_counts = loss.isfinite() & ~self._halted
+        factor = torch.where(loss_counts, factor, torch.nan)
+        for gradient in gradients:
+            gradient.mul_(factor)
+        left_out = ~(get_total_norm(gradients, math.inf).to(loss.device).isfinite() & loss_counts)
+        # A scaled gradient that overflows is no fault: the scaler tries again with a smaller scale.
+        at_fault = ~loss_counts if self.scaler.is_enabled() else left_out
+        if halt:
+            self._halted = at_fault
+        self._step(left_out)
+        self.schedule.step()
+        self._buffers.put_back(left_out)
+        if self.average is not None:
+            self.average.update(self.model, left_out)
+        return Verdict(left_out, at_fault)
+
+    def restart(self, step: int) -> None:
+        """Goes back to before `step`, the first one that was left out, as if it had not been tried."""
+        self._halted.zero_()
+        self.schedule.last_epoch = step - 1
+        self.schedule.step()
+
+    def _step(self, left_out: Tensor) -> None:
+        # torch's fused SGD would leave the momentum of its first step uninitialized where that step is left out, and
+        # takes no parameter that joins later. From zero it does the same sums.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                if parameter.grad is not None and "momentum_buffer" not in self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as the scaler does
+            self.optimizer.step()
+
+
+class Buffers:
+    """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: list[tuple[list[Tensor], Tensor]] = []
+
+    def remember(self) -> None:
+        """Copies them."""
+        by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in self._model.buffers():
+            by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._before = [(group, _flat(group)) for group in by_type.values()]
+
+    def put_back(self, where: Tensor) -> None:
+        """Restores them if `where`, a bool without dimensions, decided on the device."""
+        for buffers, before in self._before:
+            kept = torch.where(where, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(kept, buffers, strict=True)])
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+class Average:
+    """An exponential moving average of a model's weights and floating-point buffers; other buffers are copied.
+
+    `torch.optim.swa_utils.AveragedModel` does the same, but waits for the device at every update and cannot leave a
+    step out.
+
+    Args:
+        decay: what stays of the average at a step, such as 0.999.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, left_out: Tensor) -> None:
+        """Moves the average towards the model; not at all if `left_out`."""
+        weight = torch.where(left_out, 0.0, 1.0 - self.decay)
+        for averaged, current in zip(_tensors(self.model), _tensors(model), strict=True):
+            if averaged.is_floating_point():
+                averaged.lerp_(current.detach(), weight.to(averaged.dtype))
+            else:
+                averaged.copy_(current)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged model's."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes it over."""
+        self.model.load_state_dict(state_dict)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+class Reports:
+    """Small results of past steps, read without waiting for what the device is still doing.
+
+    On a GPU a result is read one step later, from a copy that travels meanwhile; on the CPU at once.
+
+    Args:
+        lag: steps between a result and its reading; None: by device.
+    """
+
+    def __init__(self, device: torch.device, lag: int | None = None) -> None:
+        self._lag = int(device.type == "cuda") if lag is None else lag
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def post(self, step: int, values: Tensor) -> None:
+        """Sends a step's values on their way to the host."""
+        if values.device.type == "cuda":
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._waiting.append((step, on_host, arrived))
+        else:
+            self._waiting.append((step, values, None))
+
+    def take(self, *, everything: bool = False) -> list[tuple[int, list[float]]]:
+        """The steps that are due, oldest first, each once; with `everything` also those that have to be waited for."""
+        due = []
+        while len(self._waiting) > (0 if everything else self._lag):
+            step, values, arrived = self._waiting.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            due.append((step, values.tolist()))
+        return due
+
+    def clear(self) -> None:
+        """Forgets what has not been read."""
+        self._waiting.clear()
