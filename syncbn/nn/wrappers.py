@@ -27,6 +27,18 @@ def check_wrapper() -> None:
     Raises:
         RuntimeError: the message names a parameter that has changed, and the remedy.
     """
+    if torch.compiler.is_dynamo_compiling():
+        _check_while_tracing(holding.num_changes())
+    else:
+        _check()
+
+
+@torch.compiler.assume_constant_result  # runs when a graph is made; a change since then makes another graph
+def _check_while_tracing(_: int) -> None:
+    _check()
+
+
+def _check() -> None:
     wrapper = DistributedDataParallel._active_ddp_module
     if wrapper is None or wrapper.__dict__.get(_SEEN) == holding.num_changes():
         return

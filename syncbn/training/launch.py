@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.training.config import ConfigError, TrainingError
-from syncbn.training.redaction import guard_logging, redact
+from syncbn.training.redaction import guard_logging, redact, redacted
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -116,9 +116,9 @@ def enter_run_directory(run_dir: Path) -> None:
     sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records them
     if rank() == 0:
         for path in (run_dir / ".hydra").glob("*.yaml"):
-            text = path.read_text(encoding="utf-8")
-            if redact(text) != text:
-                path.write_text(redact(text), encoding="utf-8")
+            content = OmegaConf.to_container(OmegaConf.load(path))
+            if redacted(content) != content:
+                OmegaConf.save(OmegaConf.create(redacted(content)), path)
 
 
 def _reserve_stamp() -> str:

@@ -17,8 +17,8 @@ HIDDEN = "***"
 _NAMES = r"(?:api_?key|(?:access_|auth_|hf_)?token|\w*secret|\w*password|passwd|credentials?)"
 _ENVIRONMENT = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value would blank out ordinary words
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
-_AS_PARAMETER = re.compile(rf"((?:^|[?&\s.'\"+]){_NAMES}=)[^&\s'\",\]]+", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://?)[^/\s@'\"]+@", re.IGNORECASE)
+_AS_PARAMETER = re.compile(rf"((?:^|[?&\s.'\"+-]){_NAMES}=)[^&\s'\",\]]+", re.IGNORECASE)
 _KEY = re.compile(_NAMES, re.IGNORECASE)
 
 

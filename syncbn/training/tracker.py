@@ -14,6 +14,7 @@ from torch import Tensor
 
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config import TrackerConfig
+from syncbn.training.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ class Tracker:
 
         is_online = self._config.mode == "online"
         self._wandb = wandb.init(
-            project=self._config.project,
-            group=self._config.group or self._run_dir.name,
+            project=redact(self._config.project),
+            group=redact(self._config.group or self._run_dir.name),
             name=self._run_dir.name,
             id=self._id,
             resume="allow" if is_online else None,

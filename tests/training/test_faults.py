@@ -107,8 +107,22 @@ def test_a_rank_that_raises_ends_all_and_is_reported_once_with_its_rank(tmp_path
     assert ours.count("Traceback") == 1
 
 
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_step(tmp_path):
+    # Without the signal handler taken away torchrun would wait 30 s for the hung rank, which saves when it is asked to stop.
+    hang = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), threading.Event().wait())"
+    Path(tmp_path, "mine.py").write_text(BREAKS.replace("1 / 0", hang))
+    job = ["model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", "collective_timeout=2"]
+    with LiveJob(tmp_path, *job, num_ranks=2, timeout=60) as live:
+        assert live.finish() != 0
+    # The model has been called twice while DDP was wrapped, so the ninth call is that of step 6.
+    message = "step 6: rank 0 waited for rank 1 in a collective for longer than collective_timeout allows"
+    assert live.output.count(message) == 1
+
+
 BREAKS = """
 import os
+import signal
+import threading
 import torch
 
 class Net(torch.nn.Module):

@@ -204,11 +204,20 @@ def test_the_same_run_name_goes_on_where_it_stopped(job, tmp_path):
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_multirun_gives_each_job_its_own_directory(tmp_path):
-    done = start(tmp_path, "-m", "optimizer.lr=0.1,0.05", "duration=2", "tracker=none", "run=sweep", num_ranks=2)
+def test_multirun_gives_each_job_its_own_directory_wandb_run_and_line_in_the_table(tmp_path):
+    done = start(
+        tmp_path, "-m", "freeze=none,backbone", "optimizer.lr=0.1,0.05", "duration=2", "run=sweep", num_ranks=2
+    )
     assert done.returncode == 0, done.stderr
-    rates = [read_metrics(tmp_path / "outputs/sweep" / job)[0]["train/lr"] for job in ("0", "1")]
-    assert rates[0] == pytest.approx(2 * rates[1])
+    jobs = [tmp_path / "outputs/sweep" / str(number) for number in range(4)]
+    rates = [next(r["train/lr"] for r in read_metrics(job) if "train/lr" in r) for job in jobs]
+    assert rates == pytest.approx([2 * rates[1], rates[1]] * 2)
+    files = [list(job.glob("wandb/offline-run-*/*.wandb")) for job in jobs]
+    assert [len(found) for found in files] == [1, 1, 1, 1]
+    assert len({found[0].name for found in files}) == 4
+    table = done.stdout.split("sweep outputs/sweep")[1]
+    choices = [f"freeze={freeze} optimizer.lr={lr}" for freeze in ("none", "backbone") for lr in ("0.1", "0.05")]
+    assert [table.count(choice) for choice in choices] == [1, 1, 1, 1]
 
 
 def test_fashion_mnist_quick_runs_on_files_of_its_format(job, tmp_path):
@@ -270,6 +279,16 @@ def test_a_model_from_a_users_own_package(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     run = run_job(tmp_path, "model=custom", "model._target_=mine.Net", "+model.gain=2", "duration=3", "tracker=none")
     assert load_last(run)["step"] == 3
+
+
+def test_a_ragged_last_window_follows_the_same_trajectory_at_any_world_size(job, tmp_path):
+    # 104 samples in steps of 24: the last one has 8 for 3 micro-batches, of which 4 ranks get 1 each or none.
+    overrides = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none",
+                 "batch_size=24", "accumulate=3", "precision=fp64", "duration=11", "data.shift=1"]  # fmt: skip
+    models = [load_last(job(*overrides, f"run=w{world}", num_ranks=world))["model"] for world in (1, 2, 4)]
+    for model in models[1:]:
+        for key, value in model.items():
+            assert (value - models[0][key]).abs().max() < 1e-9, key
 
 
 def test_uneven_micro_batches_are_exact(job, tmp_path):
