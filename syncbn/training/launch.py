@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import shutil
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -180,6 +181,11 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size()):  # one machine: nobody else has to reach these ranks
+        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+        if loopback is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),

@@ -108,7 +108,7 @@ def test_a_rank_that_raises_ends_all_and_is_reported_once_with_its_rank(tmp_path
 
 
 def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_step(tmp_path):
-    # Without the signal handler taken away torchrun would wait 30 s for the hung rank, which saves when it is asked to stop.
+    # The signal handler goes first: otherwise torchrun waits 30 s for the hung rank to save and leave.
     hang = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), threading.Event().wait())"
     Path(tmp_path, "mine.py").write_text(BREAKS.replace("1 / 0", hang))
     job = ["model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", "collective_timeout=2"]
@@ -117,6 +117,24 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_
     # The model has been called twice while DDP was wrapped, so the ninth call is that of step 6.
     message = "step 6: rank 0 waited for rank 1 in a collective for longer than collective_timeout allows"
     assert live.output.count(message) == 1
+
+
+def test_on_one_machine_the_ranks_listen_on_the_loopback_device_alone(tmp_path):
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for("step 2/")
+        addresses = {address for pid in job.workers() for address in listening_addresses(pid)}
+    assert addresses == {"0100007F"}  # 127.0.0.1
+
+
+def listening_addresses(pid):
+    """The addresses, as /proc writes them, that a process listens on."""
+    sockets = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    rows = [
+        line.split()
+        for kind in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]
+    ]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 
 
 BREAKS = """
