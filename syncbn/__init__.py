@@ -10,6 +10,7 @@ _HOMES = {
     "SyncBatchNorm": "syncbn.nn.batchnorm",
     "sync_batch_norm": "syncbn.nn.functional",
     "even_steps": "syncbn.nn.stepping",
+    "accumulate_stats": "syncbn.nn.accumulating",
     "convert_sync_batchnorm": "syncbn.surgery.converting",
     "new_bn_groups": "syncbn.nn.groups",
     "revert_sync_batchnorm": "syncbn.surgery.converting",
@@ -21,6 +22,7 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
+    from syncbn.nn.accumulating import accumulate_stats as accumulate_stats
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
     from syncbn.nn.groups import new_bn_groups as new_bn_groups

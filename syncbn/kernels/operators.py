@@ -10,7 +10,7 @@ from torch import Tensor
 from syncbn.kernels import reference
 
 _library = torch.library.Library("syncbn", "DEF")
-_library.define("moments(Tensor input) -> Tensor")
+_library.define("moments(Tensor input, Tensor? mask=None) -> Tensor")
 _library.define(
     "finish(Tensor packed, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
     " float? momentum, float eps, ScalarType dtype) -> (Tensor mean, Tensor invstd, Tensor count)"
@@ -27,7 +27,7 @@ for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_ele
 
 
 @torch.library.register_fake("syncbn::moments", lib=_library)
-def _(input: Tensor) -> Tensor:
+def _(input: Tensor, mask: Tensor | None = None) -> Tensor:
     return input.new_empty(4 * input.size(1) + 1, dtype=torch.float64)
 
 

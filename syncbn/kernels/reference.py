@@ -27,17 +27,26 @@ def per_channel(vector: Tensor, input: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (input.dim() - 2))
 
 
-def moments(input: Tensor) -> Tensor:
-    """The packed moments of the local samples (see `packing`), 4C+1 float64 numbers; zeros for an empty input."""
+def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The packed moments of the local samples (see `packing`), 4C+1 float64 numbers; zeros for an empty input.
+
+    Args:
+        mask: (N, 1, ...) bool: what is False does not count, be it NaN. It broadcasts to the input.
+    """
     num_channels = input.size(1)
     count = input.numel() // num_channels if num_channels else 0
     if count == 0:
         return torch.zeros(4 * num_channels + 1, dtype=torch.float64, device=input.device)
     dims = reduced_dims(input)
     wide = input.to(torch.float64)
-    pivot = wide.mean(dims)
-    centred = wide - per_channel(pivot, input)
-    return pack(count, pivot, centred.sum(dims), centred.square().sum(dims))
+    if mask is None:
+        pivot = wide.mean(dims)
+        centred = wide - per_channel(pivot, input)
+        return pack(count, pivot, centred.sum(dims), centred.square().sum(dims))
+    counted = mask.expand(input.size(0), 1, *input.shape[2:]).sum(dtype=torch.float64)
+    pivot = torch.where(mask, wide, 0.0).sum(dims) / counted.clamp(min=1.0)
+    centred = torch.where(mask, wide - per_channel(pivot, input), 0.0)
+    return pack(counted, pivot, centred.sum(dims), centred.square().sum(dims))
 
 
 def finish(
@@ -130,17 +139,20 @@ def differentiable_backward(
     count: Tensor,
     eps: float,
     all_reduce: Callable[[Tensor], Tensor],
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias as differentiable functions of `grad`, `input` and `weight`, in float64.
 
     Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known
     global mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be
-    differentiable.
+    differentiable. Where `mask` is False, `grad` has to be 0, and the gradient of the input means nothing.
     """
     dims = reduced_dims(input)
     n = count.clamp(min=1.0)
     centre = mean.detach().to(torch.float64)
     offset = (input.to(torch.float64) - per_channel(centre[0], input)) - per_channel(centre[1], input)
+    if mask is not None:
+        offset = torch.where(mask, offset, 0.0)
     first, second = (all_reduce(torch.cat([offset.sum(dims), offset.square().sum(dims)])) / n).chunk(2)
     invstd = (second - first.square() + eps).rsqrt()
     xhat = (offset - per_channel(first, input)) * per_channel(invstd, input)

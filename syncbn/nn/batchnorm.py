@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,10 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.nn.functional import check_arguments, normalize_by_batch, normalize_by_running
-from syncbn.nn.groups import LostGroup, collective_group
+from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
+from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.holding import hold, is_held, own_parameters, release
 from syncbn.nn.wrappers import check_wrapper
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from syncbn.nn.accumulating import Pool
+
+# Functions that replace layers of any class derived from torch's _BatchNorm: those of torch (and with it Lightning's
+# sync_batchnorm=True), timm and mmengine, and of apex.
+_CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_batchnorm")
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
@@ -56,7 +67,7 @@ class SyncBatchNorm(_BatchNorm):
         affine: learnable weight (gamma) and bias (beta).
         track_running_stats: keep running statistics; without them evaluation normalizes with the local batch, as torch
             does.
-        process_group: the ranks to sum over; None for all ranks of the job.
+        process_group: the ranks to sum over, a group or a one-dimensional `DeviceMesh`; None for all ranks of the job.
         bias: False for a learnable weight without a bias.
         activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output.
 
@@ -77,8 +88,9 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     # Defaults for layers that were converted or pickled without them.
-    process_group: dist.ProcessGroup | LostGroup | None = None
+    process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None = None
     _stats_frozen: bool = False
+    _pool: Pool | None = None  # inside of `accumulate_stats`
 
     def __init__(
         self,
@@ -87,7 +99,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -102,9 +114,23 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
         self.activation = activation
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one."""
-        output = self._normalize(input)
+    def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
+
+        Args:
+            mask: broadcasts to the input, with size 1 in the channels' dimension: (N, 1, ...). Positions where it is 0
+                (or False) count for nothing, as if they were not there: not in the statistics, not in the count, not in
+                any gradient, on any rank; even NaN there changes nothing. They come out as 0, in evaluation too.
+
+        Raises:
+            ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
+        """
+        if mask is None:
+            output = self._normalize(input)
+        else:
+            mask = as_mask(mask, input)
+            # Zeros instead of what is masked: NaN would spread, through a product with 0 too.
+            output = torch.where(mask, self._normalize(torch.where(mask, input, 0.0), mask), 0.0)
         if residual is not None:
             if residual.shape != output.shape:
                 raise ValueError(
@@ -120,7 +146,7 @@ class SyncBatchNorm(_BatchNorm):
     def _activation_name(self) -> str | None:
         return self.__dict__.get("activation")  # absent on a converted layer
 
-    def _normalize(self, input: Tensor) -> Tensor:
+    def _normalize(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         # Buffers take part in evaluation even where a training step would not move them (track_running_stats=False).
         tracked = self.track_running_stats or not self.training
@@ -134,6 +160,7 @@ class SyncBatchNorm(_BatchNorm):
             self.training,
             self.momentum,
             self.eps,
+            mask,
         )
 
     def _normalize_with(
@@ -147,11 +174,13 @@ class SyncBatchNorm(_BatchNorm):
         training: bool,
         momentum: float | None,
         eps: float,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Chooses the row of the table of modes."""
-        if input.dim() >= 2 and input.size(1) != self.num_features:
+        num_features = self.__dict__["num_features"]
+        if input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(
-                f"expected {self.num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
                 f" (input shape {tuple(input.shape)})"
             )
         check_arguments(input, running_mean, running_var, weight, bias, eps, training)
@@ -163,10 +192,27 @@ class SyncBatchNorm(_BatchNorm):
         if not training:
             if running_mean is not None and running_var is not None:
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
-            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None)
+            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask)
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
-        return normalize_by_batch(input, weight, bias, running_mean, running_var, counter, momentum, eps, group)
+        pool = self._pool.packed if self._pool is not None and running_mean is self.running_mean else None
+        return normalize_by_batch(
+            input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self
+        )
+
+    @property
+    def num_features(self) -> int:
+        """C, the number of channels.
+
+        Raises:
+            TypeError: somebody else's converter asks, which is about to replace this layer by one of its own.
+        """
+        _refuse_converters(sys._getframe(1), self)
+        return self.__dict__["num_features"]
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        self.__dict__["num_features"] = value
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions from 2 up; what else can be wrong is checked where the statistics are formed."""
@@ -231,9 +277,11 @@ class SyncBatchNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        if isinstance(self.process_group, dist.ProcessGroup):
-            is_world = dist.is_initialized() and self.process_group is dist.group.WORLD
-            state["process_group"] = None if is_world else LostGroup(dist.get_world_size(self.process_group))
+        state.pop("_pool", None)
+        if self.process_group is not None and not isinstance(self.process_group, LostGroup):
+            group = as_group(self.process_group)
+            is_world = dist.is_initialized() and group is dist.group.WORLD
+            state["process_group"] = None if is_world else LostGroup(dist.get_world_size(group))
         return state
 
     def extra_repr(self) -> str:
@@ -247,3 +295,14 @@ class SyncBatchNorm(_BatchNorm):
     def _frozen_text(self) -> str:
         frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
         return f"frozen={'+'.join(frozen)}" if frozen else ""
+
+
+def _refuse_converters(caller: FrameType, layer: nn.Module) -> None:
+    """Raises if the code that reads a layer's width is a converter that is not ours: it would lose the layer."""
+    if caller.f_code.co_name in _CONVERTERS and not caller.f_globals.get("__name__", "").startswith("syncbn."):
+        where = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_name}"
+        raise TypeError(
+            f"{where} would replace a {type(layer).__name__} of syncbn, which is synchronized already, by another"
+            " class, and lose its frozen switches and process group; leave the conversion out (in Lightning:"
+            " sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before it"
+        )

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncbn.kernels import operators, reference
+from syncbn.nn.debugging import reduce
 from syncbn.nn.groups import all_reduce_sum, collective_group, is_distributed
+from syncbn.nn.recomputing import Rerun
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -27,24 +29,34 @@ class _NormalizeByBatch(torch.autograd.Function):
         momentum: float | None,
         eps: float,
         group: dist.ProcessGroup | None,
+        mask: Tensor | None,
+        pool: Tensor | None,
+        owner: nn.Module | None,
+        rerun: Rerun | None,
     ) -> Tensor:
-        packed = all_reduce_sum(operators.moments(input), group)
+        packed = operators.moments(input, mask)
+        if rerun is None:
+            packed = reduce(packed, group, owner, "forward")
+        else:
+            packed = rerun.total(packed, ctx, lambda local: reduce(local, group, owner, "forward"))
         mean, invstd, count = operators.finish(
             packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
         )
-        ctx.save_for_backward(input, weight, mean, invstd, count)
+        if pool is not None:
+            pool.add_(packed)
+        ctx.save_for_backward(input, weight, mean, invstd, count, mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.group = eps, group
+        ctx.eps, ctx.group, ctx.owner = eps, group, owner
         return operators.normalize(input, mean, invstd, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, count = ctx.saved_tensors
+        input, weight, mean, invstd, count, mask = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = None
         if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
             grad_input, grad_weight, grad_bias = reference.differentiable_backward(
-                grad, input, weight, mean, count, ctx.eps, lambda tensor: all_reduce_sum(tensor, ctx.group)
+                grad, input, weight, mean, count, ctx.eps, lambda tensor: all_reduce_sum(tensor, ctx.group), mask
             )
         else:
             sums = operators.backward_reduce(grad, input, mean, invstd)
@@ -52,13 +64,13 @@ class _NormalizeByBatch(torch.autograd.Function):
             # in place.
             grad_bias, grad_weight = (half.clone() for half in sums.chunk(2))
             if needs_input:
-                sums = all_reduce_sum(sums, ctx.group)
+                sums = reduce(sums, ctx.group, ctx.owner, "backward")
                 grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
         return (
             grad_input,
             grad_weight.to(weight.dtype) if needs_weight else None,
             grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-            *[None] * 6,
+            *[None] * 10,
         )
 
 
@@ -72,19 +84,38 @@ def normalize_by_batch(
     momentum: float | None,
     eps: float,
     group: dist.ProcessGroup | None,
+    mask: Tensor | None = None,
+    pool: Tensor | None = None,
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
-    ones.
+    ones. What runs again for activation checkpointing takes the statistics of its first run and moves nothing.
+
+    Args:
+        mask: (N, 1, ...) bool; what is False does not count. The input has to be finite there, and what comes out
+            there, and its gradient, mean nothing.
+        pool: adds the batch's packed moments to this instead of moving the running statistics.
+        owner: the layer, for errors.
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
             ranks, or of one, the output is the bias: there the last batch of an epoch may well be a single sample.)
     """
-    if not is_distributed() and input.size(1) > 0 and input.numel() == input.size(1):
+    if not is_distributed() and mask is None and input.size(1) > 0 and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+    rerun = None
+    if torch.compiler.is_compiling():
+        owner = None
+    else:
+        rerun = Rerun.of(owner if owner is not None else running_mean)
+    if pool is not None or (rerun is not None and rerun.is_second):
+        running_mean = running_var = num_batches_tracked = None
+    if rerun is not None and rerun.is_second:
+        pool = None
     return _NormalizeByBatch.apply(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group
-    )
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
+        mask, pool, owner, rerun,
+    )  # fmt: skip
 
 
 def normalize_by_running(
@@ -159,6 +190,23 @@ def sync_batch_norm(
     if running_mean is None or running_var is None:
         raise ValueError("Expected running_mean and running_var when training=False, got None")
     return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
+
+
+def as_mask(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask as bool.
+
+    Raises:
+        ValueError: it does not broadcast to the input, or has more than one channel.
+    """
+    fits = mask.dim() == input.dim() and all(
+        size in (1, wanted) for size, wanted in zip(mask.shape, (input.size(0), 1, *input.shape[2:]), strict=True)
+    )
+    if not fits:
+        wanted = (input.size(0), 1, *input.shape[2:])
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to {wanted}, one channel for all, got {tuple(mask.shape)}"
+        )
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def check_arguments(

@@ -1,12 +1,18 @@
 """Which ranks a layer sums over, and the sum itself."""
 
+from __future__ import annotations
+
 import os
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Tests and benchmarks alone set this: it makes a world of one call the collective that it does not need.
 _force_collective = False
@@ -32,13 +38,30 @@ class LostGroup:
     size: int
 
 
-def collective_group(process_group: dist.ProcessGroup | LostGroup | None) -> dist.ProcessGroup | None:
+def as_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group that a one-dimensional device mesh stands for; anything else as it is.
+
+    Raises:
+        ValueError: a mesh of several dimensions.
+    """
+    if not hasattr(process_group, "get_group") or isinstance(process_group, dist.ProcessGroup):
+        return process_group
+    if process_group.ndim != 1:  # type: ignore[union-attr]
+        raise ValueError(
+            f"process_group: expected a process group or a one-dimensional DeviceMesh, got {process_group};"
+            ' choose one of its dimensions, as in mesh["data"]'
+        )
+    return process_group.get_group()  # type: ignore[union-attr]
+
+
+def collective_group(process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None) -> dist.ProcessGroup | None:
     """The group to sum over, or None where there is nothing to sum: no distributed job, or a group of one.
 
     `process_group=None` means all ranks of the job.
 
     Raises:
         RuntimeError: this rank is not a member of `process_group`, or the group was lost in pickling.
+        ValueError: a mesh of several dimensions.
     """
     if isinstance(process_group, LostGroup):
         raise RuntimeError(
@@ -47,7 +70,7 @@ def collective_group(process_group: dist.ProcessGroup | LostGroup | None) -> dis
         )
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.group.WORLD if process_group is None else process_group
+    group = dist.group.WORLD if process_group is None else as_group(process_group)
     if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
         raise RuntimeError(
             f"rank {dist.get_rank()} is not a member of the process group of this layer; give each rank the group that"

@@ -1,0 +1,75 @@
+"""Running statistics over several micro-batches as over one batch: pooled, and committed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.kernels import operators
+from syncbn.nn.batchnorm import SyncBatchNorm
+
+
+class Pool:
+    """The moments that a layer has seen since the context began."""
+
+    def __init__(self, layer: SyncBatchNorm) -> None:
+        assert layer.running_mean is not None
+        size = 4 * layer.running_mean.numel() + 1
+        self.packed = torch.zeros(size, dtype=torch.float64, device=layer.running_mean.device)
+
+    def commit(self, layer: SyncBatchNorm) -> None:
+        """Moves the layer's running statistics by all of them, as one batch; without samples nothing moves."""
+        counter: Tensor | None = layer.num_batches_tracked
+        operators.finish(
+            self.packed, layer.running_mean, layer.running_var, counter, layer.momentum, layer.eps, torch.float64
+        )
+
+
+@contextmanager
+def accumulate_stats(model: nn.Module) -> Iterator[None]:
+    """Gradient accumulation for running statistics: the micro-batches inside of the context count as one batch.
+
+    Each training forward of a `SyncBatchNorm` still normalizes with the statistics of its own (global) micro-batch. Its
+    running statistics wait: the moments of all micro-batches are pooled, and at the end of the context they move once,
+    and the counter by one. For sums of the layer's own inputs this is what one forward of the concatenated
+    micro-batches does, to rounding: mean, and the variance *including the spread of the micro-batches' means*. It is so
+    exactly for a model's first batch normalization. A deeper one sees inputs that earlier layers normalized by
+    micro-batch, and so pools what the network computed, not what one large batch would have made it compute.
+
+    After an exception, running statistics and counters are those from before the context. No communication of its own.
+    Layers with frozen statistics, without running statistics, or of another class are left alone.
+
+    Args:
+        model: its `SyncBatchNorm` layers take part.
+
+    Raises:
+        RuntimeError: a context of the same layer is open already.
+
+    Example:
+        >>> layer = SyncBatchNorm(3)
+        >>> with accumulate_stats(layer):
+        ...     for micro_batch in torch.randn(8, 3, 4, 4).split(2):
+        ...         output = layer(micro_batch)
+        >>> layer.num_batches_tracked.item()
+        1
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, SyncBatchNorm) and isinstance(layer.running_mean, Tensor) and not layer.stats_frozen
+    ]
+    if any(layer._pool is not None for layer in layers):
+        raise RuntimeError("accumulate_stats: a context of this model is open already; leave it first")
+    for layer in layers:
+        layer._pool = Pool(layer)
+    try:
+        yield
+        for layer in layers:
+            assert layer._pool is not None
+            layer._pool.commit(layer)
+    finally:
+        for layer in layers:
+            layer._pool = None
