@@ -66,9 +66,10 @@ def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, dev
     _calls[key] = _calls.get(key, 0) + 1
     text = f"{where}, call {_calls[key]}"
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    channel, world_size = _channel(group, device), dist.get_world_size(group)
+    world_size = dist.get_world_size(group)
     mine, everybodys = torch.tensor([digest]), [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     try:
+        channel = _channel(group, device)
         dist.all_gather(everybodys, mine, group=channel)
     except RuntimeError as error:
         raise CollectiveError(
