@@ -3,10 +3,13 @@
 Everything is configured from `configs/` and the command line; `python train.py --help` lists it.
 """
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from syncbn.training import launch
@@ -16,15 +19,19 @@ from syncbn.training.parsing import parse
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(composed: DictConfig) -> None:
     """One job: checks the composed configuration, then runs its task."""
-    with launch.clear_errors():
+    job = HydraConfig.get()
+    run_dir, number, overrides = Path(job.runtime.output_dir), job.job.get("num", 0), job.overrides.task
+    alone = launch.failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
+    with launch.clear_errors(), alone:
         config = parse(composed)
         from syncbn.training import tasks  # imports torch, which composing a config should not wait for
 
-        job = HydraConfig.get()
-        tasks.run(config, Path(job.runtime.output_dir), job=str(job.job.get("num", 0)), overrides=job.overrides.task)
+        tasks.run(config, run_dir, job=str(number), overrides=overrides)
 
 
 if __name__ == "__main__":
     with launch.clear_errors():  # around Hydra's own errors too
         launch.prepare()
         main()
+        if code := launch.exit_code_of_jobs():
+            sys.exit(code)

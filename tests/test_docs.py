@@ -23,10 +23,12 @@ def run(command):
     return done.stdout
 
 
-def test_the_loop_of_your_own_prints_the_same_at_one_and_two_ranks():
+@pytest.mark.parametrize("program", ["own_loop", "lightning_loop", "accelerate_loop"])
+def test_a_loop_prints_the_same_at_one_and_two_ranks(program):
+    pytest.importorskip(program.removesuffix("_loop") if program != "own_loop" else "torch")
     alone, pair = (
-        run([sys.executable, "docs/own_loop.py"]),
-        run([TORCHRUN, "--nproc-per-node", "2", "docs/own_loop.py"]),
+        run([sys.executable, f"docs/{program}.py"]),
+        run([TORCHRUN, "--nproc-per-node", "2", f"docs/{program}.py"]),
     )
     numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", text)] for text in (alone, pair)]
     assert len(numbers[0]) == 4

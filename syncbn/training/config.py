@@ -208,6 +208,8 @@ class BnConfig:
     momentum: Any
     """None: as built; a number; "cumulative" for torch's momentum=None."""
     eps: float | None
+    debug: bool
+    """Compare the ranks' places before each collective."""
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1

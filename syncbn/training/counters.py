@@ -31,6 +31,10 @@ class Counters:
         self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
         return True
 
+    def forget_best(self) -> None:
+        """Whatever is validated next is the best."""
+        self.best_accuracy, self.best_loss, self.best_step, self.evaluated_step = -1.0, math.inf, 0, 0
+
     def state_dict(self) -> dict[str, Any]:
         """All of them."""
         return dict(vars(self))

@@ -12,23 +12,26 @@ import shutil
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.training.config import ConfigError, TrainingError
-from syncbn.training.redaction import guard_logging, redact, redacted
+from syncbn.training.redaction import redact
+from syncbn.training.sweep import write_summary
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+T = TypeVar("T")
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
@@ -102,24 +105,6 @@ def _run_name(run: str | None) -> str:
     if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
         raise ConfigError(f"run: expected a directory name of letters, digits and .+-_ under outputs/, got {name!r}")
     return name
-
-
-def enter_run_directory(run_dir: Path) -> None:
-    """What has to be right about a run directory before anything is written to it.
-
-    Raises:
-        ConfigError: it is not below outputs/.
-    """
-    outputs = Path("outputs").resolve()
-    if outputs not in run_dir.resolve().parents:
-        raise ConfigError(f"hydra.run.dir: expected a directory below outputs/, as run=NAME makes it, got {run_dir}")
-    guard_logging()
-    sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records them
-    if rank() == 0:
-        for path in (run_dir / ".hydra").glob("*.yaml"):
-            content = OmegaConf.to_container(OmegaConf.load(path))
-            if redacted(content) != content:
-                OmegaConf.save(OmegaConf.create(redacted(content)), path)
 
 
 def _reserve_stamp() -> str:
@@ -198,6 +183,10 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         yield
         dist.barrier()  # nor while another still has something to do
     except Exception as error:
+        waited = explain_timeout(error, "outside of the training steps") if isinstance(error, RuntimeError) else None
+        if waited is not None:
+            waited.__cause__ = error
+            _report_failure(waited)
         if explain(error) is None:  # before the group goes: then the other ranks fail too, and theirs are not the cause
             _report_failure(error)
         raise
@@ -209,6 +198,17 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         gc.collect()
 
 
+def on_all_ranks(value: T) -> list[T]:
+    """What each rank says, on every rank, in the order of ranks; values that pickle."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turns mistakes in the configuration into one message and exit code 2, printed by the first rank that meets it."""
@@ -217,12 +217,43 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         message = explain(error)
         if message is None:
-            raise
+            shown = "".join(traceback.format_exception(error))
+            if redact(shown) == shown:
+                raise
+            print(redact(shown), end="", file=sys.stderr, flush=True)
+            sys.exit(1)
         if _is_first_to_report():
             print(f"error: {redact(message)}", file=sys.stderr, flush=True)
         if rank() == 0:
             _discard_run_directory()
         sys.exit(1 if isinstance(error, TrainingError) else 2)
+
+
+_failed_jobs: list[int] = []
+
+
+@contextmanager
+def failing_alone(run_dir: Path, number: int, overrides: Sequence[str]) -> Iterator[None]:
+    """Around one job of a multirun: the other jobs go on after a mistake or failure that all ranks know of.
+
+    It is printed and gets its row in the table; the exit code comes at the end, from `exit_code_of_jobs`.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if _is_first_to_report(f"job{number}"):
+            print(f"error in job {number}: {redact(message)}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            write_summary(run_dir, -1, {}, [redact(override) for override in overrides], failed=redact(message))
+        _failed_jobs.append(1 if isinstance(error, TrainingError) else 2)
+
+
+def exit_code_of_jobs() -> int:
+    """0, or that of the first job of a multirun that failed."""
+    return _failed_jobs[0] if _failed_jobs else 0
 
 
 def _discard_run_directory() -> None:
@@ -265,11 +296,11 @@ def _report_failure(error: Exception) -> None:
         raise SystemExit(1) from error
 
 
-def _is_first_to_report() -> bool:
+def _is_first_to_report(what: str = "") -> bool:
     if not is_distributed() or world_size() == 1:
         return True
     with suppress(Exception):  # a store that is gone must not hide the message
-        return store().compare_set(f"syncbn/reported/{attempt()}", "", str(rank())).decode() == str(rank())
+        return store().compare_set(f"syncbn/reported/{attempt()}/{what}", "", str(rank())).decode() == str(rank())
     return True
 
 

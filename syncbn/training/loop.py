@@ -17,10 +17,12 @@ test the best model, once
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
@@ -196,17 +199,29 @@ class Trainer:
         return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
 
     def _save(self, config_dict: dict[str, Any]) -> None:
-        self._pool_buffers()
-        if self.place.is_first:
-            self.checkpoints.save(self.counters.step, config_dict)
+        with self._pooled_buffers():
+            if self.place.is_first:
+                self.checkpoints.save(self.counters.step, config_dict)
 
     def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint, which may be another run's."""
+        """Goes on from a checkpoint, which may be another run's, or an earlier one of this run."""
         self.checkpoints.load(path, "resume")
-        best, beside = self.checkpoints.directory / BEST, path.with_name(BEST)
-        if not best.exists() and beside.exists() and self.place.is_first:
+        best = self.checkpoints.directory / BEST
+        candidates = [
+            candidate
+            for candidate in dict.fromkeys([best, path.with_name(BEST)])
+            if candidate.exists() and read(candidate, "resume")["step"] == self.counters.best_step
+        ]
+        if not candidates and self.counters.best_step:
+            log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
+            self.counters.forget_best()
+        if self.place.world_size > 1:
+            dist.barrier()  # all ranks have looked
+        if self.place.is_first:
             self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(beside, best)
+            self.checkpoints.begin(self.counters.step)
+            if candidates and candidates[0] != best:
+                shutil.copyfile(candidates[0], best)
 
     def _train_step(self, step: int) -> None:
         self.model.train()
@@ -218,10 +233,12 @@ class Trainer:
         # Loss sum, count, asked to stop, and for each rank whether its loss is not finite: one all-reduce.
         totals = torch.zeros(3 + self.place.world_size, dtype=torch.float64, device=self.place.device)
         totals[2] = float(self.stop.requested)
-        for number, shard in enumerate(shards):
-            is_last = number == len(shards) - 1
-            with nullcontext() if is_last else self._without_communication():
-                totals[:2] += self._backward(step, shard, nominal)
+        # Running statistics move once per step, however many micro-batches it has.
+        with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
+            for number, shard in enumerate(shards):
+                is_last = number == len(shards) - 1
+                with nullcontext() if is_last else self._without_communication():
+                    totals[:2] += self._backward(step, shard, nominal)
         totals[3 + self.place.rank] = ~totals[0].isfinite()
         if self.place.world_size > 1:
             dist.all_reduce(totals)
@@ -285,9 +302,10 @@ class Trainer:
     def _log(self, show: console.ShowStep | None) -> None:
         step = self.counters.step
         loss_sum, count = self.totals.take()
+        loss = loss_sum / count if count else math.nan  # every step since the last line was left out
         metrics = {
             "epoch": step / self.steps_per_epoch,
-            "train/loss": loss_sum / max(count, 1.0),
+            **({"train/loss": loss} if count else {}),
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/samples_per_second": self.clock.samples_per_second(),
         }
@@ -296,31 +314,56 @@ class Trainer:
         if self.place.is_first:
             self.tracker.log(step, metrics, self.monitor.snapshot())
         if show is not None:
-            show(step, metrics["train/loss"])
+            show(step, loss)
         else:
             log.info(
                 "step %d/%d  epoch %.2f  loss %.4f  lr %.4f  %.0f samples/s",
-                step, self.num_steps, metrics["epoch"], metrics["train/loss"], metrics["train/lr"],
+                step, self.num_steps, metrics["epoch"], loss, metrics["train/lr"],
                 metrics["train/samples_per_second"],
             )  # fmt: skip
 
     def _validate(self, config_dict: dict[str, Any]) -> None:
         step = self.counters.step
         with self.clock.paused():
-            self._pool_buffers()
-            metrics = {f"val/{name}": value for name, value in self._evaluate(self.data.val).items()}
-            loss = metrics["val/loss"]
-            if not math.isfinite(loss):
-                log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
-            metrics |= self.drift.measure(self.model)
-            self.counters.evaluated_step = step
-            if self.counters.is_best(metrics["val/accuracy"], loss) and self.place.is_first:
-                self.checkpoints.save_best(step, config_dict, self.update.evaluated)
-            log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], loss)
+            with self._pooled_buffers():
+                metrics = self._validate_model(config_dict)
+            log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
 
+    def _validate_model(self, config_dict: dict[str, Any]) -> dict[str, float]:
+        step = self.counters.step
+        metrics = {f"val/{name}": value for name, value in self._evaluate(self.update.evaluated, self.data.val).items()}
+        loss = metrics["val/loss"]
+        if not math.isfinite(loss):
+            log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
+        metrics |= self.drift.measure(self.model)
+        self.counters.evaluated_step = step
+        if self.counters.is_best(metrics["val/accuracy"], loss) and self.place.is_first:
+            self.checkpoints.save_best(step, config_dict, self.update.evaluated)
+        return metrics
+
+    @contextmanager
+    def _pooled_buffers(self) -> Iterator[None]:
+        """One set of running statistics, for evaluation and checkpoints, where ranks gather them on their own.
+
+        Afterwards each rank goes on with its own: how often a run is saved must not change it.
+        """
+        buffers = [
+            buffer
+            for model in dict.fromkeys([self.model, self.update.evaluated])
+            for layer in unsynchronized_layers(model)
+            for buffer in layer.buffers(recurse=False)
+        ]
+        before = [buffer.clone() for buffer in buffers]
+        self._pool_buffers()
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
     def _pool_buffers(self) -> None:
-        """One set of running statistics for evaluation and checkpoints where ranks gathered them on their own."""
+        """One set of running statistics for all ranks, for good."""
         if self.place.world_size > 1 and self.config.bn.buffers == "pool":
             weight = self.sampler.num_seen(self.counters.step)
             for model in dict.fromkeys([self.model, self.update.evaluated]):
@@ -334,8 +377,8 @@ class Trainer:
         dist.broadcast(answer, src=0)
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
-    def _evaluate(self, split: Split) -> dict[str, float]:
-        return evaluate(self.update.evaluated, self.data, split, self.loss, self.place, self.stop)
+    def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+        return evaluate(model, self.data, split, self.loss, self.place, self.stop)
 
     def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
@@ -345,12 +388,13 @@ class Trainer:
         if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         drift = self.drift.measure(self.model)  # of the weights that training ended with
-        best = read(self.checkpoints.directory / BEST, "run")
-        self.update.evaluated.load_state_dict(best["model"])
+        # A copy: a signal during the test has to find the state that training ended with.
+        model = copy.deepcopy(self.update.evaluated)
+        model.load_state_dict(read(self.checkpoints.directory / BEST, "run")["model"])
         final = {
             "val/accuracy": self.counters.best_accuracy,
             "val/loss": self.counters.best_loss,
-            **{f"test/{name}": value for name, value in self._evaluate(self.data.test).items()},
+            **{f"test/{name}": value for name, value in self._evaluate(model, self.data.test).items()},
             "train/samples_per_second": self.clock.overall(),
             **drift,
         }

@@ -14,17 +14,19 @@ from typing import Any
 
 HIDDEN = "***"
 
-_NAMES = r"(?:api_?key|(?:access_|auth_|hf_)?token|\w*secret|\w*password|passwd|credentials?)"
-_ENVIRONMENT = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_WORDS = r"(?:api_?key|secret(?:_?key)?|access_?key|private_?key|token|password|passwd|passphrase|credentials?)"
+_NAMES = rf"\w*{_WORDS}"
+_ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_WORDS}|key)", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value would blank out ordinary words
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://?)[^/\s@'\"]+@", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://?)[^/\s'\"]+@", re.IGNORECASE)
 _AS_PARAMETER = re.compile(rf"((?:^|[?&\s.'\"+-]){_NAMES}=)[^&\s'\",\]]+", re.IGNORECASE)
 _KEY = re.compile(_NAMES, re.IGNORECASE)
+_learned: set[str] = set()  # values of configuration keys that are named like secrets
 
 
 def redact(text: str) -> str:
     """The text without the secrets in it."""
-    for value in _secret_values():
+    for value in sorted(_learned | _environment_values(), key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, HIDDEN)
     return _AS_PARAMETER.sub(rf"\1{HIDDEN}", _IN_URL.sub(rf"\1{HIDDEN}@", text))
 
@@ -45,11 +47,23 @@ def is_redacted(value: object) -> bool:
     return isinstance(value, str) and HIDDEN in value
 
 
+def learn(config: Any, key: str = "") -> None:
+    """From here on, the values under keys that are named like secrets are hidden wherever they appear."""
+    if isinstance(config, dict):
+        for name, item in config.items():
+            learn(item, str(name))
+    elif isinstance(config, list):
+        for item in config:
+            learn(item, key)
+    elif isinstance(config, str) and _KEY.fullmatch(key) and len(config) >= _SHORTEST and "${" not in config:
+        _learned.add(config)
+
+
 @cache
-def _secret_values() -> tuple[str, ...]:
-    values = {value for name, value in os.environ.items() if _ENVIRONMENT.search(name) and len(value) >= _SHORTEST}
-    # Longest first: one may be a part of another. A path (SSH_KEY=/home/...) is a place, not a secret.
-    return tuple(sorted((value for value in values if not os.path.exists(value)), key=len, reverse=True))
+def _environment_values() -> frozenset[str]:
+    values = {value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name) and len(value) >= _SHORTEST}
+    # A path (SSH_KEY=/home/...) is a place, not a secret.
+    return frozenset(value for value in values if not os.path.exists(value))
 
 
 class RedactingFilter(logging.Filter):

@@ -7,20 +7,24 @@ between attempts, for any other a difference is an error, because the run would 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from syncbn.training import launch
 from syncbn.training.config import SCHEMAS, Config, ConfigError
 from syncbn.training.parsing import flatten, parse, to_dict
 from syncbn.training.redaction import is_redacted, redacted
 from syncbn.training.state import newest, read
 
+log = logging.getLogger(__name__)
+
 # What may differ from one attempt to the next: where and how long it runs, and how it is watched.
 MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "save", "tracker",
-              "on_nonfinite", "collective_timeout", "data.path")  # fmt: skip
+              "on_nonfinite", "collective_timeout", "bn.debug", "data.path")  # fmt: skip
 # What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
 _UNUSED = ("init",)
 _GROUPS = (*SCHEMAS, "freeze", "tracker")
@@ -30,17 +34,23 @@ _ANYTHING = ("experiment", "debug")  # choices that may set any key
 def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     """The checkpoint that this run goes on from; None for a new run.
 
+    A path is where a run begins. Once the run has checkpoints of its own it goes on from those, unless the path is one
+    of them.
+
     Raises:
         ConfigError: `resume=none` in a directory that holds a run already; no checkpoint where one was named.
     """
     present = newest(run_dir)
-    if config.resume == "auto":
-        return present
+    if config.resume == "auto" or (present is not None and launch.attempt() != "0"):
+        return present  # whatever the first attempt started from, after a restart the run goes on
     if present is not None and config.resume == "none":
         raise ConfigError(f"resume: {run_dir} holds a run already; choose another name with run=..., or resume=auto")
     if config.resume == "none":
         return None
     path = Path(config.resume)
+    if present is not None and run_dir.resolve() not in path.resolve().parents:
+        log.info("%s holds checkpoints of its own and goes on from them; resume=%s was its beginning", run_dir, path)
+        return present
     if path.is_dir():
         found = newest(path)
         if found is None:
@@ -78,10 +88,14 @@ def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> C
     return parse({str(key): value for key, value in container.items()})
 
 
-def require_secrets(config: Mapping[Any, Any], path: Path) -> None:
-    """Raises a ConfigError for a value that a checkpoint does not store and nobody has given."""
+def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:
+    """Raises a ConfigError for a value that a checkpoint does not store and nobody has given.
+
+    Args:
+        unused: groups that nothing will read.
+    """
     for key, value in flatten(config):
-        if is_redacted(value):
+        if is_redacted(value) and key.split(".")[0] not in unused:
             raise ConfigError(f"{key}: is a secret, which {path} does not hold; give it on the command line")
 
 
@@ -99,8 +113,10 @@ def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
     return given & keys
 
 
-def cut_back(metrics: Path, step: int) -> None:
-    """Removes what was recorded after `step`, and test results, which the end of the run records anew."""
+def cut_back(metrics: Path, step: int | None) -> None:
+    """Removes what a run that goes on from `step` records again: later records, test results, and what is frozen from
+    this step on. None: everything.
+    """
     if not metrics.exists():
         return
     kept = []
@@ -109,7 +125,8 @@ def cut_back(metrics: Path, step: int) -> None:
             record: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue  # half a line, left by a kill
-        if record["step"] <= step and not any(key.startswith("test/") for key in record):
+        again = {"test"} | ({"freeze"} if record["step"] == step else set())
+        if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
             kept.append(line + "\n")
     temporary = metrics.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -52,6 +52,16 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._failed: BaseException | None = None
 
+    def begin(self, step: int) -> None:
+        """Makes the directory that of a run that has done `step` steps: what is later is set aside, as
+        `step_*.pt.abandoned`, and half-written files of a killed job go.
+        """
+        for rest in self.directory.glob(".*.tmp"):
+            rest.unlink()
+        for later in by_step(self.directory):
+            if step_of(later) > step:
+                later.rename(later.with_name(f"{later.name}.abandoned"))
+
     def save(self, step: int, config: dict[str, Any]) -> None:
         """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -90,7 +100,8 @@ class Checkpoints:
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         try:
             write_atomically(path, content)
-            for old in by_step(self.directory)[: -self.keep]:
+            # Of the files up to this one: newer ones, damaged or of a future that was left, must not push it out.
+            for old in [other for other in by_step(self.directory) if other.name <= path.name][: -self.keep]:
                 old.unlink()
         except BaseException as error:
             self._failed = error

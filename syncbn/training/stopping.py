@@ -60,7 +60,9 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Takes the signals; a second one acts as it would without us."""
+        """Takes the signals. A second Ctrl-C ends the process; a second SIGTERM does not, because who signals every
+        process of a job reaches the ranks twice, once through torchrun (which kills them after 30 s anyway).
+        """
         before = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
             yield
@@ -70,7 +72,8 @@ class StopRequest:
 
     def _take(self, number: int, _: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
         """Whether any rank has been asked; a collective."""

@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
-
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
-from syncbn.training import launch
 
 SUMMARY = "summary.json"
 
 
-def write_summary(run_dir: Path, step: int, metrics: dict[str, float], overrides: list[str]) -> None:
-    """What a finished run has to say, for the table of a sweep and for a run that is asked again."""
-    content = {"step": step, "metrics": metrics, "overrides": overrides}
+def write_summary(
+    run_dir: Path,
+    step: int,
+    metrics: dict[str, float],
+    overrides: list[str],
+    *,
+    stopped: bool = False,
+    failed: str = "",
+) -> None:
+    """What a run that is over has to say, for the table of a sweep and for a run that is asked again.
+
+    Args:
+        step: the number of steps done; -1 for a run that failed.
+        stopped: training ended before its last step, and will again.
+        failed: why it failed.
+    """
+    numbers = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    content = {"step": step, "metrics": numbers, "overrides": overrides, "stopped": stopped, "failed": failed}
     (run_dir / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None if there is none."""
+    """The summary of a run that is over; None if there is none."""
     path = run_dir / SUMMARY
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content["metrics"] = {name: float(value) for name, value in content["metrics"].items()}
     return content
 
 
-class SweepTable(Callback):
-    """Hydra calls this when all jobs of a multirun are done."""
+def print_table(sweep_dir: Path) -> None:
+    """A row per job of a multirun: what was overridden, and its final metrics, or why it failed."""
+    from syncbn.training import console
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints a row per job: what was overridden, and its final metrics."""
-        if launch.rank() != 0:
-            return
-        from syncbn.training import console
-
-        jobs = sorted(
-            (path.parent for path in Path(config.hydra.sweep.dir).glob(f"*/{SUMMARY}")),
-            key=lambda path: path.name.zfill(9),
+    jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
+    summaries = [(job.name, read_summary(job) or {}) for job in jobs]
+    names = [name for name in ("val/accuracy", "test/accuracy") if any(name in s["metrics"] for _, s in summaries)]
+    names += sorted({name for _, s in summaries for name in s["metrics"] if name.startswith("drift/")})
+    rows = [
+        (
+            job,
+            " ".join(s["overrides"]),
+            *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names),
+            s["failed"],
         )
-        summaries = [(job.name, read_summary(job) or {}) for job in jobs]
-        names = [name for name in ("val/accuracy", "test/accuracy") if any(name in s["metrics"] for _, s in summaries)]
-        names += sorted({name for _, s in summaries for name in s["metrics"] if name.startswith("drift/")})
-        rows = [
-            (job, " ".join(s["overrides"]), *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names))
-            for job, s in summaries
-        ]
-        console.print_rows(f"sweep {config.hydra.sweep.dir}", ("job", "overrides", *names), rows)
+        for job, s in summaries
+    ]
+    headers = ("job", "overrides", *names, "failed")
+    if not any(row[-1] for row in rows):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    console.print_rows(f"sweep {sweep_dir}", headers, rows)

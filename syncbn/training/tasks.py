@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
 from syncbn.training import console, launch, losses, models, state
 from syncbn.training import data as datasets
@@ -45,15 +47,16 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
     """
-    launch.enter_run_directory(run_dir)
     if not launch.is_distributed():
         treat_as_world_of_one()
     device = _device(config)
     place = place_for(config, Place(launch.rank(), launch.world_size(), device, torch.float32))
-    with launch.process_group(device.type, job, config.collective_timeout):
+    debugging.enabled |= config.bn.debug
+    # The tracker ends after the group: the other ranks need not wait for an upload.
+    with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
         if config.task == "eval":
             return evaluate(config, run_dir, place)
-        return train(config, run_dir, place, overrides)
+        return train(config, run_dir, place, overrides, tracking)
 
 
 def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
@@ -69,7 +72,7 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     if "config" not in checkpoint or "model" not in checkpoint:
         raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
     stored = apply_overrides(checkpoint["config"], launch.held_back())
-    require_secrets(stored, path)
+    require_secrets(stored, path, unused=("tracker", "init"))
     config = parse(stored)
     place = place_for(config, place)
     data, model = _build(config, place)
@@ -90,17 +93,20 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     return metrics
 
 
-def train(config: Config, run_dir: Path, place: Place, overrides: Sequence[str]) -> dict[str, float]:
-    """`task=train`."""
+def train(
+    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack
+) -> dict[str, float]:
+    """`task=train`; `tracking` closes the tracker."""
     stop = StopRequest()
     with stop.listen():
-        return _train(config, run_dir, place, overrides, stop)
+        return _train(config, run_dir, place, overrides, tracking, stop)
 
 
 def _train(
-    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], stop: StopRequest
+    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack, stop: StopRequest
 ) -> dict[str, float]:
     checkpoint = checkpoint_to_resume(config, run_dir)
+    _require_shared(run_dir, checkpoint)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
     data, model = _build(config, place)
@@ -114,26 +120,55 @@ def _train(
     config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
-        cut_back(run_dir / "metrics.jsonl", 0 if checkpoint is None else state.step_of(checkpoint))
-    with Tracker(config.tracker, run_dir, config_dict, active=place.is_first) as tracker:
-        loss = losses.build(config.loss)
-        trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-            log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
-        tracker.start()
-        _announce(run_dir, trainer, overrides)
-        finished = read_summary(run_dir)
-        if finished is not None and finished["step"] == trainer.counters.step == trainer.num_steps:
-            log.info("this run is finished; the test set has been used and is not used again")
-            metrics = finished["metrics"]
-            tracker.log(trainer.num_steps, {key: value for key, value in metrics.items() if key.startswith("test/")})
-        else:
-            metrics = trainer.run(config_dict)
+        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
+    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, config_dict, active=place.is_first))
+    loss = losses.build(config.loss)
+    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
+    elif place.is_first:
+        trainer.checkpoints.begin(0)
+    tracker.start()
+    _announce(run_dir, trainer, overrides)
+    metrics = _metrics_of_finished(run_dir, trainer)
+    if metrics is not None:
+        log.info("this run is finished; the test set has been used and is not used again")
+        tracker.log(trainer.counters.step, {key: value for key, value in metrics.items() if key.startswith("test/")})
+    else:
+        metrics = trainer.run(config_dict)
     if place.is_first:
-        write_summary(run_dir, trainer.counters.step, metrics, [redact(override) for override in overrides])
+        shown = [redact(override) for override in overrides]
+        stopped = trainer.counters.step < trainer.num_steps
+        write_summary(run_dir, trainer.counters.step, metrics, shown, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     return metrics
+
+
+def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | None:
+    """What a run that was finished before has told; None for a run that has something to do."""
+    summary = read_summary(run_dir)
+    if summary is None or summary["step"] != trainer.counters.step:
+        return None
+    would_stop_again = summary["stopped"] and trainer.config.on_nonfinite == "stop"
+    return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
+
+
+def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
+    """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
+    mark = run_dir / ".shared"
+    if launch.rank() == 0:
+        mark.touch()
+    found = launch.on_all_ranks(None if checkpoint is None else checkpoint.name)
+    visible = launch.on_all_ranks(mark.exists())
+    if launch.rank() == 0:
+        mark.unlink()
+    if len(set(found)) > 1 or not all(visible):
+        other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])
+        raise ConfigError(
+            f"run: rank {other} does not see the directory {_shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
+            f" here: {found[other]}); outputs/ has to be on storage that all machines share"
+        )
 
 
 def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:

@@ -51,6 +51,7 @@ class Update:
         self.average = None if decay is None else Average(model, decay)
         self._buffers = Buffers(model)
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
+        self._one = torch.ones((), device=device)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -77,11 +78,14 @@ class Update:
         for gradient in gradients:
             gradient.mul_(factor)
         left_out = ~(get_total_norm(gradients, math.inf).to(loss.device).isfinite() & loss_counts)
-        # A scaled gradient that overflows is no fault: the scaler tries again with a smaller scale.
-        at_fault = ~loss_counts if self.scaler.is_enabled() else left_out
+        # A scaled gradient that overflows is no fault, the scaler tries again with a smaller scale; with a scale of 1
+        # it is not the scale's either.
+        at_fault = ~loss_counts | left_out
+        if self.scaler.is_enabled():
+            at_fault = ~loss_counts | (left_out & (self.scaler.scale(self._one) <= 1.0))
         if halt:
             self._halted = at_fault
-        self._step(left_out)
+        self._step(left_out, at_fault)
         self.schedule.step()
         self._buffers.put_back(left_out)
         if self.average is not None:
@@ -94,7 +98,7 @@ class Update:
         self.schedule.last_epoch = step - 1
         self.schedule.step()
 
-    def _step(self, left_out: Tensor) -> None:
+    def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
         # torch's fused SGD would leave the momentum of its first step uninitialized where that step is left out, and
         # takes no parameter that joins later. From zero it does the same sums.
         for group in self.optimizer.param_groups:
@@ -102,11 +106,18 @@ class Update:
                 if parameter.grad is not None and "momentum_buffer" not in self.optimizer.state[parameter]:
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         if self.scaler.is_enabled():
+            before = [state.clone() for state in self._scale_and_age()]
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            for state, value in zip(self._scale_and_age(), before, strict=True):
+                state.copy_(torch.where(at_fault, value, state))  # a fault says nothing about the scale
         else:
             self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as the scaler does
             self.optimizer.step()
+
+    def _scale_and_age(self) -> list[Tensor]:
+        """The scaler's state on the device; its public state dict would wait for it."""
+        return [self.scaler._scale, self.scaler._growth_tracker]  # type: ignore[list-item]
 
 
 class Buffers:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -138,7 +138,8 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         if config.task == "eval":
             tasks.evaluate(config, run_dir, place)
         else:
-            tasks.train(config, run_dir, place, overrides)
+            with ExitStack() as tracking:
+                tasks.train(config, run_dir, place, overrides, tracking)
         return run_dir
     finally:
         launch._held_back.clear()

@@ -74,6 +74,18 @@ def test_ctrl_c_saves_and_leaves_too(tmp_path):
     assert load_last(tmp_path / "outputs/job")["step"] == int(stopped.group(1))
 
 
+def test_sigterm_to_every_process_saves_too(tmp_path):
+    # A service manager signals all of them: the ranks then get it twice, once through torchrun.
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for("step 9/")
+        for pid in (*job.workers(), job.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert job.finish() != 0
+    stopped = re.search(r"stopped after step (\d+)", job.output)
+    assert stopped, job.output
+    assert load_last(tmp_path / "outputs/job")["step"] == int(stopped.group(1))
+
+
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
     with LiveJob(tmp_path, *JOB, num_ranks=2, options=("--max-restarts", "1")) as job:

@@ -9,9 +9,10 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from syncbn.training import console, launch
+from syncbn.training import console, launch, tasks
 from syncbn.training.config import ConfigError
-from tests.training.jobs import ROOT
+from tests.training.jobs import ROOT, compose_config
+from tests.training.test_resume import SMALL
 
 
 @pytest.fixture
@@ -78,3 +79,15 @@ assert not extra, extra
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tracker_closes_after_the_process_group_so_that_no_rank_waits_for_an_upload(
+    only_rank, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/a").mkdir(parents=True)
+    closed = []
+    monkeypatch.setattr(tasks.Tracker, "close", lambda self, failed: closed.append((dist.is_initialized(), failed)))
+    config = compose_config(*SMALL, "duration=1", "run=a")
+    tasks.run(config, tmp_path / "outputs/a")
+    assert closed == [(False, False)]

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
+from syncbn.training import redaction
 from syncbn.training.config import ConfigError
-from syncbn.training.redaction import HIDDEN, redact, redacted
+from syncbn.training.redaction import HIDDEN, learn, redact, redacted
 from syncbn.training.state import read, write_atomically
 from tests.training.jobs import ROOT, start
 from tests.training.test_resume import SMALL
@@ -24,6 +25,9 @@ SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "MY_DATA
         ("https://host/x?X-Secret=abc", f"https://host/x?X-Secret={HIDDEN}"),
         ("+model.api_key=abc", f"+model.api_key={HIDDEN}"),
         ("model.password=abc,def", f"model.password={HIDDEN},def"),
+        ("https://ann:p@55@host/x", f"https://{HIDDEN}@host/x"),
+        ("+model.github_token=abc", f"+model.github_token={HIDDEN}"),
+        ("+model.aws_secret_access_key=abc", f"+model.aws_secret_access_key={HIDDEN}"),
         ("mail ann@host", "mail ann@host"),
         ("model.num_tokens=3 model.tokenizer=x", "model.num_tokens=3 model.tokenizer=x"),
         ("https://host/a@b", "https://host/a@b"),
@@ -38,6 +42,27 @@ def test_what_is_a_secret_in_a_configuration():
     assert redacted(config) == {"a": {"token": HIDDEN, "num_tokens": 3}, "b": [f"https://{HIDDEN}@h"], "password": None}
 
 
+def test_the_value_of_a_secret_key_is_hidden_wherever_it_appears(monkeypatch):
+    monkeypatch.setattr(redaction, "_learned", set())
+    learn({"model": {"api_key": "open sesame", "auth": [{"token": "short"}], "name": "resnet_small"}})
+    assert (
+        redact("+model.api_key='open sesame' and model=resnet_small")
+        == f"+model.api_key={HIDDEN} and model=resnet_small"
+    )
+    assert redact("x open sesame x") == f"x {HIDDEN} x"
+    assert redact("a short word") == "a short word"
+
+
+@pytest.mark.parametrize(("name", "is_secret"), [("WANDB_API_KEY", True), ("KEY", True), ("MY_PASSWORD", True),
+                                                 ("MONKEY_MODE", False), ("KEYBOARD", False)])  # fmt: skip
+def test_which_variables_are_secrets(monkeypatch, name, is_secret):
+    monkeypatch.setenv(name, "synthetic")
+    redaction._environment_values.cache_clear()
+    assert (redact("data=synthetic") != "data=synthetic") == is_secret
+    monkeypatch.delenv(name)
+    redaction._environment_values.cache_clear()
+
+
 def files_with(directory, secret):
     return [path for path in directory.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
@@ -49,13 +74,26 @@ def test_no_secret_in_any_file_of_a_run_nor_on_the_screen(tmp_path, monkeypatch)
     done = start(
         tmp_path, "model=custom", "model._target_=mine.Net", "+model.api_key=k3y-in-config",
         "tracker.group=https://ann:pa55word@host/group", "+model.note='${oc.env:MY_DATABASE_PASSWORD}'",
-        "duration=2", "run=a", num_ranks=2,
+        "duration=1,2", "run=a", "-m", num_ranks=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for secret in (*SECRETS.values(), "k3y-in-config", "pa55word"):
         assert files_with(tmp_path / "outputs", secret) == []
         assert secret not in done.stdout + done.stderr
-    assert list((tmp_path / "outputs/a/wandb").glob("offline-run-*"))
+    assert len(list((tmp_path / "outputs/a").glob("*/wandb/offline-run-*"))) == 2
+    evaluated = start(tmp_path, "task=eval", "load=outputs/a/0", "model.api_key=k3y-in-config", "model.note=x", "run=b")
+    assert evaluated.returncode == 0, evaluated.stderr  # the tracker's group, a secret, is of no use to it
+    assert files_with(tmp_path / "outputs/b", "k3y-in-config") == []
+
+
+def test_a_mistake_or_failure_leaves_no_secret_either(tmp_path):
+    (tmp_path / "mine.py").write_text(MODEL.replace("assert ", "raise RuntimeError(api_key)\n        assert "))
+    options = ["model=custom", "model._target_=mine.Net", "+model.api_key=k3y-in-config", "+model.note=x", "run=a"]
+    for overrides in (["precision=fp7"], ["tracker=none"]):
+        done = start(tmp_path, *options, *overrides)
+        assert done.returncode != 0
+        assert "k3y-in-config" not in done.stdout + done.stderr
+        assert files_with(tmp_path, "k3y-in-config") == []
 
 
 def test_an_error_shows_no_secret_either(tmp_path):
@@ -96,14 +134,31 @@ def everything_below(directory):
     return {path.relative_to(directory) for path in directory.rglob("*")}
 
 
-@pytest.mark.parametrize("override", ["hydra.run.dir=../elsewhere", "hydra.run.dir=elsewhere", "run=../elsewhere"])
-def test_a_run_directory_elsewhere_is_an_error_that_names_the_key(tmp_path, override):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hydra.run.dir=../elsewhere"],
+        ["hydra.run.dir=elsewhere"],
+        ["run=../elsewhere"],
+        ["run=link"],
+        ["hydra.job.chdir=true"],
+        ["-m", "hydra.sweep.dir=../elsewhere"],
+        ["-m", "hydra.sweep.subdir=../../elsewhere"],
+    ],
+    ids=str,
+)
+def test_a_run_directory_elsewhere_is_an_error_that_names_the_key_before_anything_is_written(tmp_path, overrides):
     cwd = tmp_path / "cwd"
     cwd.mkdir()
-    done = start(cwd, *SMALL, "duration=1", override)
+    (cwd / "outputs").mkdir()
+    (tmp_path / "target").mkdir()
+    (cwd / "outputs/link").symlink_to(tmp_path / "target")
+    before = everything_below(tmp_path)
+    done = start(cwd, *SMALL, "duration=1", *overrides)
     assert done.returncode == 2
-    assert re.match(r"error: (hydra\.run\.dir|run): expected ", done.stderr)
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert re.match(r"error: (hydra\.[a-z.]+|run): expected ", done.stderr)
+    written = everything_below(tmp_path) - before
+    assert not [path for path in written if path.parts[:2] != ("cwd", "outputs") or path.suffix]
 
 
 def test_a_checkpoint_does_not_say_where_to_write(job, tmp_path):

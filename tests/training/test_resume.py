@@ -6,12 +6,16 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from syncbn.training.config import ConfigError
+from syncbn.training.counters import Counters
+from syncbn.training.loop import Trainer
 from syncbn.training.parsing import to_dict
 from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
 from syncbn.training.state import write_atomically
-from tests.training.jobs import compose_config, read_metrics
+from syncbn.training.stopping import Stopped
+from tests.training.jobs import compose_config, read_metrics, run_rank
 from tests.training.test_train import load_last
 
 SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none", "batch_size=16"]
@@ -33,7 +37,9 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
     whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
     parts = tmp_path / "outputs/parts"
     shutil.copytree(whole, parts)
-    for cut in (5, 12):  # as if the job had been killed after these steps, before it could record more
+    for cut in (
+        (5, 9) if num_ranks == 1 else (5, 12)
+    ):  # at 9 the plan unfreezes; as if the job had been killed after these steps, before it could record more
         for path in (parts / "checkpoints").glob("step_*.pt"):
             path.unlink()
         shutil.copyfile(whole / f"checkpoints/step_{cut:08d}.pt", parts / f"checkpoints/step_{cut:08d}.pt")
@@ -137,6 +143,68 @@ def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(job, tmp_path)
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 1, "tra')
     cut_back(path, 2)
     assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+
+
+def check_each_in_its_own_directory(cwd):
+    cwd = cwd / f"machine{dist.get_rank()}"
+    cwd.mkdir()
+    with pytest.raises(ConfigError, match=r"^run: rank 1 does not see the directory .* has to be on storage that all"):
+        run_rank(cwd, (*SMALL, "duration=2", "run=a"))
+    return [path.name for path in cwd.rglob("*.pt")]
+
+
+def test_machines_that_do_not_share_the_run_directory_are_told_so(ranks, tmp_path):
+    assert ranks(2, check_each_in_its_own_directory, tmp_path) == [[], []]
+
+
+def test_a_signal_during_the_final_test_leaves_the_state_that_training_ended_with(job, tmp_path, monkeypatch):
+    same = [*SMALL, "duration=9", "eval_every=3", "optimizer.lr=0.5"]
+    whole = job(*same, "run=whole")
+    original = Trainer._evaluate
+
+    def interrupted(self, model, split):
+        self.stop.requested |= split is self.data.test
+        return original(self, model, split)
+
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    monkeypatch.setattr(Counters, "is_best", lambda self, *_: self.step == 3 and setattr(self, "best_step", 3) is None)
+    with pytest.raises(Stopped):
+        job(*same, "run=parts")
+    expected, actual = load_last(whole)["model"], load_last(tmp_path / "outputs/parts")["model"]
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_going_back_to_an_earlier_step_takes_neither_later_checkpoints_nor_the_later_best(job, tmp_path):
+    run = job(*SMALL, "duration=12", "save.every=1", "save.keep=99", "eval_every=6", "run=a")
+    again = job(*SMALL, "duration=12", "save.every=1", "save.keep=99", "eval_every=6", "run=b")
+    job("duration=6", f"resume={run / 'checkpoints/step_00000004.pt'}", "run=a")
+    assert load_last(run)["step"] == 6
+    assert torch.load(run / "checkpoints/best.pt", weights_only=True)["step"] == 6  # not that of step 12
+    for key, value in torch.load(again / "checkpoints/step_00000006.pt", weights_only=True)["model"].items():
+        assert torch.equal(load_last(run)["model"][key], value)
+
+
+def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, monkeypatch):
+    first = job(*SMALL, "duration=2", "run=first")
+    own = stored_run(tmp_path / "own")
+    for resume in ("none", str(first), str(first / "checkpoints/step_00000002.pt")):
+        config = compose_config(f"resume={resume}")
+        with monkeypatch.context() as restarted:
+            restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+            assert checkpoint_to_resume(config, tmp_path / "own") == own
+    # Started again by hand with another run's checkpoint: that was where it began.
+    assert checkpoint_to_resume(config, tmp_path / "own") == own
+    assert checkpoint_to_resume(config, tmp_path / "fresh") == first / "checkpoints/step_00000002.pt"
+
+
+@pytest.mark.parametrize("options", [["bn.sync=false"], ["bn.group=1"]], ids=str)
+def test_how_often_a_run_is_saved_does_not_change_it(job, tmp_path, options):
+    same = [*SMALL, *options, "duration=9", "eval_every=9"]
+    rarely, often = (job(*same, f"save.every={n}", f"run=n{n}", num_ranks=2) for n in (50, 1))
+    assert [without_speed(record) for record in read_metrics(rarely)] == [
+        without_speed(record) for record in read_metrics(often)
+    ]
+    torch.testing.assert_close(load_last(rarely)["model"], load_last(often)["model"], rtol=0, atol=0)
 
 
 def stored_run(directory, *overrides):

@@ -21,11 +21,35 @@ def make_checkpoints(directory, keep=2):
 
 def test_the_newest_are_kept(tmp_path):
     _, checkpoints = make_checkpoints(tmp_path)
-    for step in (5, 100, 20):
+    for step in (5, 20, 100):
         checkpoints.save(step, {})
     checkpoints.close()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000020.pt", "step_00000100.pt"]
+
+
+def test_a_damaged_file_of_a_later_step_does_not_push_out_what_is_saved(tmp_path):
+    _, checkpoints = make_checkpoints(tmp_path, keep=1)
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    (directory / "step_00000010.pt").write_bytes(b"half of it")
+    for step in (2, 4, 6):
+        checkpoints.save(step, {})
+    checkpoints.close()
+    assert state.newest(tmp_path) == directory / "step_00000006.pt"
+    assert not (directory / "step_00000004.pt").exists()
+
+
+def test_beginning_sets_a_future_aside_and_clears_what_a_kill_has_left(tmp_path):
+    _, checkpoints = make_checkpoints(tmp_path, keep=9)
+    for step in (2, 4, 6):
+        checkpoints.save(step, {})
+    checkpoints.wait()
+    (tmp_path / "checkpoints/.step_00000008.pt.123.tmp").write_bytes(b"half of it")
+    checkpoints.begin(4)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000002.pt", "step_00000004.pt", "step_00000006.pt.abandoned"]
+    checkpoints.close()
 
 
 def test_state_and_frozen_switches_come_back(tmp_path):

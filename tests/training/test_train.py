@@ -220,6 +220,18 @@ def test_multirun_gives_each_job_its_own_directory_wandb_run_and_line_in_the_tab
     assert [table.count(choice) for choice in choices] == [1, 1, 1, 1]
 
 
+def test_a_job_of_a_multirun_that_fails_has_its_line_and_the_others_go_on(tmp_path):
+    done = start(
+        tmp_path, "-m", "freeze.a.match=backbone,nope,head", "duration=1", "tracker=none", "run=sweep", num_ranks=2
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error in job 1: freeze.a: match='nope' selects no module") == 1
+    assert [(tmp_path / f"outputs/sweep/{job}/checkpoints").exists() for job in range(3)] == [True, False, True]
+    rows = [line for line in done.stdout.split("sweep outputs/sweep")[1].splitlines() if "freeze.a" in line]
+    assert len(rows) == 3
+    assert "selects no" in rows[1]
+
+
 def test_fashion_mnist_quick_runs_on_files_of_its_format(job, tmp_path):
     from tests.training.test_data import fashion_files
 
@@ -383,3 +395,12 @@ def test_bn_groups_that_do_not_divide_the_world_are_a_clear_error(tmp_path):
     done = start(tmp_path, "bn.group=3", "tracker=none", num_ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("error: bn.group: size: expected a divisor of the world size 2, got 3") == 1
+
+
+def test_running_statistics_move_once_per_step_however_many_micro_batches_it_has(job, tmp_path):
+    runs = [job(*INVARIANCE, "precision=fp64", "duration=1", f"accumulate={n}", f"run=a{n}") for n in (1, 4)]
+    one, four = (load_last(run)["model"] for run in runs)
+    assert int(four["backbone.stem.bn.num_batches_tracked"]) == 1
+    # The first layer's are those of the whole batch.
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(four[f"backbone.stem.bn.{name}"], one[f"backbone.stem.bn.{name}"])

@@ -106,6 +106,21 @@ def test_an_overflow_of_scaled_gradients_is_left_out_too_and_is_no_fault():
     assert step(model, update, 3, loss_factor=float("nan")).at_fault
 
 
+def test_a_fault_leaves_the_scaler_as_it_was():
+    model, update = build(half=True)
+    step(model, update, 1)
+    before = update.scaler.state_dict()
+    step(model, update, 2, loss_factor=float("nan"))
+    assert update.scaler.state_dict() == before
+
+
+def test_a_scaled_gradient_that_is_never_finite_is_a_fault_in_the_end():
+    model, update = build(half=True)
+    verdicts = [step(model, update, seed, gradient_factor=float("nan")) for seed in range(18)]
+    assert not verdicts[10].at_fault  # 65536 is halved 16 times before it is 1
+    assert verdicts[-1].at_fault
+
+
 def test_an_update_never_reads_a_value_on_the_host():
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -1,0 +1,1 @@
+"""Adapters for other people's trainers; each imports the library that it is for."""
