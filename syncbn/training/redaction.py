@@ -18,7 +18,7 @@ _WORDS = r"(?:api_?key|secret(?:_?key)?|access_?key|private_?key|token|password|
 _NAMES = rf"\w*{_WORDS}"
 _ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_WORDS}|key)", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value would blank out ordinary words
-_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://?)[^/\s'\"]+@", re.IGNORECASE)
+_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*\\?://?)[^/\s'\"]+@", re.IGNORECASE)
 _AS_PARAMETER = re.compile(rf"((?:^|[?&\s.'\"+-]){_NAMES}=)[^&\s'\",\]]+", re.IGNORECASE)
 _KEY = re.compile(_NAMES, re.IGNORECASE)
 _learned: set[str] = set()  # values of configuration keys that are named like secrets

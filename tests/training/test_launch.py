@@ -87,7 +87,13 @@ def test_the_tracker_closes_after_the_process_group_so_that_no_rank_waits_for_an
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs/a").mkdir(parents=True)
     closed = []
-    monkeypatch.setattr(tasks.Tracker, "close", lambda self, failed: closed.append((dist.is_initialized(), failed)))
+    close = tasks.Tracker.close
+
+    def watched(self, *, failed):
+        closed.append((dist.is_initialized(), failed))
+        close(self, failed=failed)
+
+    monkeypatch.setattr(tasks.Tracker, "close", watched)
     config = compose_config(*SMALL, "duration=1", "run=a")
     tasks.run(config, tmp_path / "outputs/a")
     assert closed == [(False, False)]
