@@ -17,6 +17,7 @@ class Pool:
 
     def __init__(self, layer: SyncBatchNorm) -> None:
         assert layer.running_mean is not None
+        self.running_mean = layer.running_mean
         size = 4 * layer.running_mean.numel() + 1
         self.packed = torch.zeros(size, dtype=torch.float64, device=layer.running_mean.device)
 
@@ -40,7 +41,9 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
     micro-batch, and so pools what the network computed, not what one large batch would have made it compute.
 
     After an exception, running statistics and counters are those from before the context. No communication of its own.
-    Layers with frozen statistics, without running statistics, or of another class are left alone.
+    Layers with frozen statistics, without running statistics, or of another class are left alone; so are layers that
+    are frozen or reverted inside of the context, and running buffers that `torch.func.functional_call` puts in place of
+    a layer's own move at once, as outside.
 
     Args:
         model: its `SyncBatchNorm` layers take part.
@@ -68,8 +71,9 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
     try:
         yield
         for layer in layers:
-            assert layer._pool is not None
-            layer._pool.commit(layer)
+            pool = layer.__dict__.get("_pool")
+            if pool is not None and not layer.stats_frozen:  # neither reverted nor frozen meanwhile
+                pool.commit(layer)
     finally:
         for layer in layers:
-            layer._pool = None
+            layer.__dict__.pop("_pool", None)

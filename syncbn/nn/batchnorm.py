@@ -120,7 +120,8 @@ class SyncBatchNorm(_BatchNorm):
         Args:
             mask: broadcasts to the input, with size 1 in the channels' dimension: (N, 1, ...). Positions where it is 0
                 (or False) count for nothing, as if they were not there: not in the statistics, not in the count, not in
-                any gradient, on any rank; even NaN there changes nothing. They come out as 0, in evaluation too.
+                any gradient, on any rank; even NaN there changes nothing. They come out as 0, in evaluation too
+                (before the residual is added).
 
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
@@ -195,7 +196,7 @@ class SyncBatchNorm(_BatchNorm):
             return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask)
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
-        pool = self._pool.packed if self._pool is not None and running_mean is self.running_mean else None
+        pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
             input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self
         )
@@ -207,7 +208,8 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             TypeError: somebody else's converter asks, which is about to replace this layer by one of its own.
         """
-        _refuse_converters(sys._getframe(1), self)
+        if not torch.compiler.is_compiling():
+            _refuse_converters(sys._getframe(1), self)
         return self.__dict__["num_features"]
 
     @num_features.setter
@@ -266,13 +268,15 @@ class SyncBatchNorm(_BatchNorm):
     def __copy__(self) -> SyncBatchNorm:
         copied = self.__class__.__new__(self.__class__)
         copied.__dict__.update(self.__dict__)
+        copied.__dict__.pop("_pool", None)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         memo[id(self.process_group)] = self.process_group  # a group is a handle: copies of the layer share it
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        state = {name: value for name, value in self.__dict__.items() if name != "_pool"}
+        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -304,5 +308,6 @@ def _refuse_converters(caller: FrameType, layer: nn.Module) -> None:
         raise TypeError(
             f"{where} would replace a {type(layer).__name__} of syncbn, which is synchronized already, by another"
             " class, and lose its frozen switches and process group; leave the conversion out (in Lightning:"
-            " sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before it"
+            " sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before it. Layers of"
+            " other classes in front of this one may have been replaced already"
         )

@@ -8,8 +8,8 @@ call before each collective, over a group of their own, and all of them raise if
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,8 @@ from syncbn.nn.patterns import named_modules
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
 
 _names = WeakIdKeyDictionary()  # layer -> name
-_calls: dict[tuple[int, str], int] = {}
+_calls = WeakIdKeyDictionary()  # layer -> number of collectives, by direction
+_BARE = nn.Identity()  # stands for sync_batch_norm without a layer
 _channels: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
 
 
@@ -50,38 +51,62 @@ def reduce(tensor: Tensor, group: dist.ProcessGroup | None, owner: nn.Module | N
     """
     if group is None or torch.compiler.is_compiling():
         return all_reduce_sum(tensor, group)
-    if enabled:
-        check(group, owner, direction, tensor.device)
-    try:
-        return all_reduce_sum(tensor, group)
-    except RuntimeError as error:
-        where = f"the {direction} pass of {name_of(owner)}"
-        raise CollectiveError(where, f"rank {dist.get_rank()}: the all-reduce in {where} failed: {error}") from error
+
+    def checked_sum(total: Tensor) -> None:
+        if enabled:
+            check(group, owner, direction, total.device)
+        try:
+            dist.all_reduce(total, group=group)
+        except RuntimeError as error:
+            where = f"the {direction} pass of {name_of(owner)}"
+            raise CollectiveError(
+                where, f"rank {dist.get_rank()}: the all-reduce in {where} failed: {error}"
+            ) from error
+
+    return all_reduce_sum(tensor, group, checked_sum)
 
 
 def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, device: torch.device) -> None:
     """Compares with the other ranks of the group what they are about to sum; a collective of its own."""
-    where = f"the {direction} pass of {name_of(owner)}"
-    key = (id(owner), direction)
-    _calls[key] = _calls.get(key, 0) + 1
-    text = f"{where}, call {_calls[key]}"
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    world_size = dist.get_world_size(group)
-    mine, everybodys = torch.tensor([digest]), [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    calls = _calls.setdefault(_BARE if owner is None else owner, {})
+    calls[direction] = calls.get(direction, 0) + 1
+    mine = Place(name_of(owner), direction, calls[direction])
+    places: list[Place] = [mine] * dist.get_world_size(group)
     try:
-        channel = _channel(group, device)
-        dist.all_gather(everybodys, mine, group=channel)
+        dist.all_gather_object(places, mine, group=_channel(group, device))
     except RuntimeError as error:
         raise CollectiveError(
-            where, f"rank {dist.get_rank()} waits in {text}; not all other ranks have come to any layer: {error}"
+            f"the {direction} pass of {mine.name}",
+            f"rank {dist.get_rank()} waits in {mine}; not all other ranks have come to a layer of this group: {error}",
         ) from error
-    if all(int(other) == digest for other in everybodys):
+    if all(place.fits(places[0]) for place in places):
         return
-    texts: list[str] = [""] * world_size
-    dist.all_gather_object(texts, text, group=channel)
     ranks = dist.get_process_group_ranks(group)
-    listed = "; ".join(f"rank {rank}: {other}" for rank, other in zip(ranks, texts, strict=True))
-    raise CollectiveError(where, f"the ranks are not in the same place, and would have waited for each other: {listed}")
+    listed = "; ".join(f"rank {rank}: {place}" for rank, place in zip(ranks, places, strict=True))
+    raise CollectiveError(
+        f"the {direction} pass of {mine.name}",
+        f"the ranks are not in the same place, and would have waited for each other: {listed}",
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: a layer, "forward" or "backward", and how often it has been there."""
+
+    name: str
+    direction: str
+    call: int
+
+    def fits(self, other: Place) -> bool:
+        """Whether both are the same place. One rank's model may be a part of something larger, and then its names are
+        longer; and a name may be unknown.
+        """
+        names = sorted((self.name, other.name), key=len)
+        same = names[0] == names[1] or names[1].endswith("." + names[0]) or any(n.startswith("a ") for n in names)
+        return same and (self.direction, self.call) == (other.direction, other.call)
+
+    def __str__(self) -> str:
+        return f"the {self.direction} pass of {self.name}, call {self.call}"
 
 
 def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

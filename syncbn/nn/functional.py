@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from syncbn.kernels import operators, reference
 from syncbn.nn.debugging import reduce
-from syncbn.nn.groups import all_reduce_sum, collective_group, is_distributed
-from syncbn.nn.recomputing import Rerun
+from syncbn.nn.groups import collective_group, is_distributed
+from syncbn.nn.recomputing import Rerun, refuse_checkpoint_around_compiled
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _NormalizeByBatch(torch.autograd.Function):
         if rerun is None:
             packed = reduce(packed, group, owner, "forward")
         else:
-            packed = rerun.total(packed, ctx, lambda local: reduce(local, group, owner, "forward"))
+            packed = rerun.total(packed, lambda local: reduce(local, group, owner, "forward"))
         mean, invstd, count = operators.finish(
             packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
         )
@@ -56,7 +56,14 @@ class _NormalizeByBatch(torch.autograd.Function):
         grad_input = None
         if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
             grad_input, grad_weight, grad_bias = reference.differentiable_backward(
-                grad, input, weight, mean, count, ctx.eps, lambda tensor: all_reduce_sum(tensor, ctx.group), mask
+                grad,
+                input,
+                weight,
+                mean,
+                count,
+                ctx.eps,
+                lambda tensor: reduce(tensor, ctx.group, ctx.owner, "backward"),
+                mask,
             )
         else:
             sums = operators.backward_reduce(grad, input, mean, invstd)
@@ -106,6 +113,8 @@ def normalize_by_batch(
     rerun = None
     if torch.compiler.is_compiling():
         owner = None
+        if torch.compiler.is_dynamo_compiling():
+            refuse_checkpoint_around_compiled()
     else:
         rerun = Rerun.of(owner if owner is not None else running_mean)
     if pool is not None or (rerun is not None and rerun.is_second):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +46,8 @@ def as_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
     Raises:
         ValueError: a mesh of several dimensions.
     """
-    if not hasattr(process_group, "get_group") or isinstance(process_group, dist.ProcessGroup):
+    # In this order: torch.compile cannot ask a process group for an attribute that it has not.
+    if isinstance(process_group, dist.ProcessGroup) or not hasattr(process_group, "get_group"):
         return process_group
     if process_group.ndim != 1:  # type: ignore[union-attr]
         raise ValueError(
@@ -116,26 +119,35 @@ def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
     return group
 
 
+SumInPlace = Callable[[Tensor], object]
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.group = group
+    def forward(ctx, tensor: Tensor, sum_in_place: SumInPlace) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.sum_in_place = sum_in_place
         total = tensor.clone()
-        dist.all_reduce(total, group=group)
+        sum_in_place(total)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         # Every rank's output is the same sum, so a rank's input feels the gradients of all outputs. Through `apply`
         # again, for derivatives of any order.
-        return _AllReduceSum.apply(grad, ctx.group), None
+        return _AllReduceSum.apply(grad, ctx.sum_in_place), None
 
 
-def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of `tensor` over the group, in place where no gradient is wanted; `group=None` returns it as it is."""
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, sum_in_place: SumInPlace | None = None) -> Tensor:
+    """The sum of `tensor` over the group, in place where no gradient is wanted; `group=None` returns it as it is.
+
+    Args:
+        sum_in_place: the collective, where it is to be more than `dist.all_reduce`.
+    """
     if group is None:
         return tensor
+    if sum_in_place is None:
+        sum_in_place = partial(dist.all_reduce, group=group)
     if torch.is_grad_enabled() and tensor.requires_grad:
-        return _AllReduceSum.apply(tensor, group)
-    dist.all_reduce(tensor, group=group)
+        return _AllReduceSum.apply(tensor, sum_in_place)
+    sum_in_place(tensor)
     return tensor

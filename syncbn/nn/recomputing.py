@@ -3,33 +3,44 @@
 Otherwise running statistics would move twice per step, and the second run would issue collectives of its own in the
 middle of the backward pass. Only where something may ask for them later are the moments of a forward pass kept: while
 saved tensors are being intercepted (`torch.utils.checkpoint`, use_reentrant=False), and without gradients inside of
-another autograd function (use_reentrant=True, and the implementations that follow it). They live as long as the graph
-that may ask. A few kilobytes per layer; nothing at all without checkpointing.
+another autograd function (use_reentrant=True, and the implementations that follow it). They live as long as what may
+ask. A few kilobytes per layer; nothing at all without checkpointing.
 
-The second run finds its first by its own local moments, on the device: they are the same but for rounding.
+The second run of a checkpoint finds its first by the checkpoint itself. Where checkpoints are nested the inner ones are
+made anew, and it goes by this rank's own moments, which are the same but for rounding.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-_FAR = 0.1  # see _distance
-_memories = WeakIdKeyDictionary()  # layer (or running mean) -> weak references to its memories, the newest first
+_FAR = 1e-3  # see _distance
+_KEPT_AFTER_USE = 8  # a graph that is kept may be recomputed again
+_memories = WeakIdKeyDictionary()  # layer (or running mean) -> weak references to its memories, the oldest first
 
 
 class Memory:
-    """The moments of one forward pass of one layer: this rank's own, and the sum over all ranks."""
+    """The moments of one forward pass of one layer: this rank's own, and the sum over all ranks.
 
-    def __init__(self, local: Tensor, total: Tensor) -> None:
+    Args:
+        checkpoint: what tells one checkpoint from another: torch's frame object, or the autograd function's context.
+    """
+
+    def __init__(self, local: Tensor, total: Tensor, checkpoint: Any) -> None:
         self.local, self.total = local, total
+        self.checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
+        self.used_in = -1  # the backward pass that has recalled it
 
 
 class Rerun:
@@ -37,69 +48,83 @@ class Rerun:
 
     Args:
         owner: the layer, or what else is the same object in both runs; None for nothing.
-        keeper: whose lifetime the memory shares: the context of the autograd function around this forward pass; None
-            for the forward pass's own.
+        backward_pass: torch's number of the backward pass that this runs in; None in a first run.
+        checkpoint: see `Memory`; None where it cannot be told.
+        keeper: the object whose lifetime a memory shares.
     """
 
-    def __init__(self, owner: object, is_second: bool, keeper: FunctionCtx | None) -> None:
-        self.owner, self.is_second, self._keeper = owner, is_second, keeper
+    def __init__(self, owner: object, backward_pass: int | None, checkpoint: Any, keeper: Any = None) -> None:
+        self.owner, self.backward_pass, self._checkpoint, self._keeper = owner, backward_pass, checkpoint, keeper
 
     @classmethod
     def of(cls, owner: object) -> Rerun | None:
         """For the coming forward pass; None where nothing can ever run it again. To be called in its gradient mode."""
-        if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
-            return cls(owner, True, None)
+        backward_pass = torch._C._current_graph_task_id()
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if backward_pass != -1:
+            return cls(owner, backward_pass, (hooks and _frame_of(hooks[0])) or _function_around("backward"))
         if torch.is_grad_enabled():
-            intercepted = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            return cls(owner, False, None) if intercepted else None
-        keeper = _function_around()
-        return None if keeper is None else cls(owner, False, keeper)
+            # The hook that unpacks lives as long as any tensor that it may be asked for.
+            return None if hooks is None else cls(owner, None, _frame_of(hooks[0]), hooks[1])
+        context = _function_around("forward")
+        return None if context is None else cls(owner, None, context, context)
 
-    def total(self, local: Tensor, ctx: FunctionCtx, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    @property
+    def is_second(self) -> bool:
+        """Whether this is a second run."""
+        return self.backward_pass is not None
+
+    def total(self, local: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """The sum over all ranks of this rank's moments.
 
         Args:
-            ctx: the context of the forward pass.
             reduce: sums over the ranks, in place or not.
         """
         if self.owner is None:
             return reduce(local)
         if self.is_second:
-            recalled = _recall(self.owner, local)
+            recalled = self._recall(local)
             return reduce(local) if recalled is None else recalled
-        memory = Memory(local.clone(), reduce(local))
-        (ctx if self._keeper is None else self._keeper).__dict__.setdefault("_syncbn_memories", []).append(memory)
-        alive = [reference for reference in _memories.get(self.owner, ()) if reference() is not None]
-        _memories[self.owner] = [weakref.ref(memory), *alive]
+        # Selective checkpointing records operators, and would miss in the second run those that are for us alone; it
+        # may also keep the local moments, which must not change then.
+        with _disable_current_modes():
+            copy = local.clone()
+        memory = Memory(local, reduce(copy), self._checkpoint)
+        self._keeper.__dict__.setdefault("_syncbn_memories", []).append(memory)
+        alive = [other for reference in _memories.get(self.owner, ()) if (other := reference()) is not None]
+        # Who keeps the graph of past steps (a loss that is summed up undetached) must not keep all of their moments.
+        dropped = [other for other in alive if other.used_in != -1][:-_KEPT_AFTER_USE]
+        for other in dropped:
+            other.local = other.total = torch.empty(0)
+        _memories[self.owner] = [weakref.ref(other) for other in (*alive, memory) if other not in dropped]
         return memory.total
 
+    def _recall(self, local: Tensor) -> Tensor | None:
+        """The global moments of the first run of this forward pass; None if there is no memory at all."""
+        alive = [memory for reference in _memories.get(self.owner, ()) if (memory := reference()) is not None]
+        fresh = [memory for memory in alive if memory.used_in != self.backward_pass]
+        for memory in fresh:  # the calls of one layer in one checkpoint come in their order
+            if (
+                self._checkpoint is not None
+                and memory.checkpoint is not None
+                and memory.checkpoint() is self._checkpoint
+            ):
+                memory.used_in = self.backward_pass
+                return memory.total
+        return _nearest(fresh[::-1] or alive[::-1], local, self.backward_pass) if alive else None
 
-def _function_around() -> FunctionCtx | None:
-    """The context of the innermost autograd function in whose forward this runs."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
-            return frame.f_locals["ctx"]
-        frame = frame.f_back
-    return None
 
-
-def _recall(owner: object, local: Tensor) -> Tensor | None:
-    """The global moments of the forward pass that had these local ones; None if there is no memory at all.
-
-    On the device it is an error if the nearest one differs by more than rounding explains.
-    """
-    memories = [memory for reference in _memories.get(owner, ()) if (memory := reference()) is not None]
-    if not memories:
-        return None
-    distances = torch.stack([_distance(memory.local, local) for memory in memories])
-    nearest = distances.argmin().view(1)
-    torch._assert_async(
-        distances[nearest] < _FAR,
-        "a training forward of a SyncBatchNorm inside of a backward pass fits no forward before it; call the model"
-        " outside of autograd's hooks",
-    )
-    return torch.stack([memory.total for memory in memories]).index_select(0, nearest).squeeze(0)
+def _nearest(memories: list[Memory], local: Tensor, backward_pass: int | None) -> Tensor:
+    """The total of the memory whose local moments these are; an error where they differ by more than rounding."""
+    with _disable_current_modes():
+        distances = torch.stack([_distance(memory.local, local) for memory in memories])
+        nearest = distances.argmin().view(1)
+        torch._assert_async(
+            distances[nearest] < _FAR,
+            "a training forward of a SyncBatchNorm inside of a backward pass fits no forward before it; call the model"
+            " outside of autograd's hooks",
+        )
+        return torch.stack([memory.total for memory in memories]).index_select(0, nearest).squeeze(0)
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
@@ -108,4 +133,48 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     mean_square = one[1:].view(2, 2, -1).sum(1)[1]
     scale = (one[0] * mean_square).sqrt().clamp(min=1e-300)  # bounds |sum|, by Cauchy and Schwarz
     relative = torch.cat([sums / scale, squares / mean_square.clamp(min=1e-300)]).clamp(max=1.0)
-    return torch.where(one[0] == other[0], relative.mean().nan_to_num(nan=0.0), torch.inf)
+    both_undefined = one.isnan().any() & other.isnan().any()
+    distance = torch.where(both_undefined, 0.0, relative.sum() / max(relative.numel(), 1)).nan_to_num(nan=torch.inf)
+    return torch.where(one[0] == other[0], distance, torch.inf)
+
+
+def _frame_of(hook: Any) -> Any:
+    """torch's object for one call of checkpoint (use_reentrant=False), from the hook that packs tensors in it."""
+    for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+        content = cell.cell_contents
+        if isinstance(content, weakref.ref):  # in the second run
+            content = content()
+        if type(content).__name__ == "_CheckpointFrame":
+            return content
+    return None
+
+
+def _function_around(method: str) -> FunctionCtx | None:
+    """The context of the outermost autograd function in whose forward or backward this runs."""
+    found = None
+    for frame in _callers():
+        if frame.f_code.co_name == method and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
+            found = frame.f_locals["ctx"]
+    return found
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@torch.compiler.assume_constant_result
+def refuse_checkpoint_around_compiled() -> None:
+    """Runs when a graph is made.
+
+    Raises:
+        RuntimeError: it is made inside of a checkpoint, which would run it twice: it could not tell the second run.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if torch._C._current_graph_task_id() != -1 or (hooks is not None and _frame_of(hooks[0]) is not None):
+        raise RuntimeError(
+            "a compiled SyncBatchNorm inside of torch.utils.checkpoint would move its statistics twice per step;"
+            " compile around the checkpoint instead: torch.compile of a module that calls checkpoint"
+        )

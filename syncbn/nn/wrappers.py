@@ -27,10 +27,15 @@ def check_wrapper() -> None:
     Raises:
         RuntimeError: the message names a parameter that has changed, and the remedy.
     """
-    if torch.compiler.is_dynamo_compiling():
-        _check_while_tracing(holding.num_changes())
-    else:
+    if not torch.compiler.is_dynamo_compiling():
         _check()
+    elif _is_wrapped():
+        _check_while_tracing(holding.num_changes())
+
+
+@torch.compiler.assume_constant_result  # without a wrapper no freeze anywhere needs another graph
+def _is_wrapped() -> bool:
+    return DistributedDataParallel._active_ddp_module is not None
 
 
 @torch.compiler.assume_constant_result  # runs when a graph is made; a change since then makes another graph

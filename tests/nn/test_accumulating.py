@@ -1,5 +1,7 @@
 """accumulate_stats: micro-batches move the running statistics once, as their concatenation would."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze
+from syncbn import SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze, revert_sync_batchnorm
 from tests.reference import make_batch
 
 
@@ -87,6 +89,30 @@ def test_what_does_not_take_part():
     with accumulate_stats(model):
         pass  # without a batch nothing moves
     assert model[0].num_batches_tracked == 1
+
+
+def test_copies_reverts_and_freezes_inside_of_the_context():
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+    with accumulate_stats(model):
+        model(torch.randn(4, 3))
+        copied = copy.deepcopy(model)
+        freeze(model, "1")
+        revert_sync_batchnorm(model[2])
+    assert [int(layer.num_batches_tracked) for layer in model] == [1, 0, 0]
+    assert model[1].running_mean.abs().max() == 0
+    copied(torch.randn(4, 3))  # a copy is a layer like any other
+    assert [int(layer.num_batches_tracked) for layer in copied] == [1, 1, 1]
+    assert not any("_pool" in layer.__dict__ for layer in (*model, *copied))
+
+
+def test_buffers_that_functional_call_brings_are_the_ones_that_move():
+    layer = SyncBatchNorm(3)
+    own = {name: value.clone() for name, value in layer.state_dict().items()}
+    brought = {name: value.clone() for name, value in own.items()}
+    with accumulate_stats(layer):
+        torch.func.functional_call(layer, brought, (1 + torch.randn(8, 3),))
+    torch.testing.assert_close(dict(layer.state_dict()), own, rtol=0, atol=0)
+    assert brought["running_mean"].abs().min() > 0
 
 
 def test_a_subclass_that_calls_the_function_itself_takes_part():

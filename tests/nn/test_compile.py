@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, accumulate_stats, freeze
+from syncbn import SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze, new_bn_groups, unfreeze
 from syncbn.kernels import operators
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -156,6 +156,50 @@ def check_checkpointed(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing_inside_of_a_compiled_network(ranks, backend):
     ranks(2, check_checkpointed, backend, timeout=280)
+
+
+def check_sub_group():
+    net = Net().double()
+    for layer in (net.features[1], net.features[4]):
+        layer.process_group = new_bn_groups(2)
+    plain = copy.deepcopy(net)
+    x = torch.randn(2 + dist.get_rank(), 3, 8, 8, dtype=torch.float64)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_sub_groups_compile(ranks):
+    ranks(4, check_sub_group)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_a_compiled_layer_is_an_error_and_never_two_moves(reentrant):
+    torch._dynamo.reset()
+    compiled = torch.compile(SyncBatchNorm(3), backend="aot_eager")
+
+    def step():
+        checkpoint(compiled, torch.randn(4, 3, requires_grad=True), use_reentrant=reentrant).sum().backward()
+
+    with pytest.raises(Exception, match="compile around the checkpoint instead"):
+        step()
+
+
+def test_freezing_another_model_compiles_nothing_anew_and_a_subclass_may_read_its_width():
+    class Reads(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input) * self.num_features
+
+    torch._dynamo.reset()
+    counters.clear()
+    net = convert_sync_batchnorm(nn.Sequential(Reads(3)))
+    other = SyncBatchNorm(2)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(12):
+        compiled(torch.randn(4, 3, 2, 2))
+        freeze(other)
+        unfreeze(other)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_an_evaluated_network_exports_without_an_operator_of_ours():

@@ -121,6 +121,106 @@ def test_a_graph_that_is_kept_may_be_recomputed_again():
     assert layer.num_batches_tracked == 1
 
 
+def check_ties():
+    # Rank 0 has the same samples in both forwards, rank 1 has not; both forwards come before either backward.
+    rank = dist.get_rank()
+    for mode in ("reentrant", "not reentrant"):
+        for reverse in (False, True):
+            grads = {}
+            for kind in ("plain", mode):
+                net = network()
+                torch.manual_seed(rank)
+                first = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+                second = first.clone() if rank == 0 else 5 + torch.randn(3, 3, 8, 8, dtype=torch.float64)
+                losses = [APPLY[kind](net[0], x).pow(3).sum() for x in (first, second)]
+                for loss in losses[::-1] if reverse else losses:
+                    loss.backward()
+                grads[kind] = [p.grad for p in net[0].parameters()]
+            torch.testing.assert_close(grads[mode], grads["plain"], rtol=1e-10, atol=1e-10)
+
+
+def test_equal_samples_do_not_confuse_two_calls(ranks):
+    ranks(2, check_ties)
+
+
+def check_no_graph(mode):
+    # Nothing in the first layer needs a gradient: its first run leaves no graph behind.
+    with mock.patch.object(groups.dist, "all_reduce", wraps=dist.all_reduce) as spy:
+        net = nn.Sequential(SyncBatchNorm(3, affine=False), nn.Linear(3, 2)).double()
+        losses = []
+        for offset in (0, 0.05):
+            x = offset + torch.randn(4, 3, dtype=torch.float64)
+            output = checkpoint(net, x.requires_grad_(mode == "reentrant"), use_reentrant=mode == "reentrant")
+            losses.append(output.pow(2).sum())
+        sum(losses).backward()
+    assert spy.call_count == (4 if mode == "reentrant" else 2)
+    assert net[0].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
+def test_a_layer_without_a_graph_of_its_own_is_remembered_too(ranks, mode):
+    ranks(2, check_no_graph, mode)
+
+
+def check_nested(outer, inner):
+    def nest(part, x):
+        return checkpoint(
+            lambda x: checkpoint(part, 1.0 * x, use_reentrant=inner), x.requires_grad_(), use_reentrant=outer
+        )
+
+    results, counts = {}, {}
+    for kind, apply in (("plain", APPLY["plain"]), ("nested", nest)):
+        net = network()
+        torch.manual_seed(dist.get_rank())
+        with mock.patch.object(groups.dist, "all_reduce", wraps=dist.all_reduce) as spy:
+            for _ in range(2):
+                net.zero_grad()
+                results[kind] = run(net, [torch.randn(3, 3, 8, 8, dtype=torch.float64)], apply)
+        counts[kind] = spy.call_count
+    torch.testing.assert_close(results["nested"], results["plain"], rtol=1e-10, atol=1e-10)
+    assert counts["nested"] == counts["plain"]
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_nested_checkpoints(ranks, outer, inner):
+    ranks(2, check_nested, outer, inner)
+
+
+def check_selective(saved):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context, function, *args, **kwargs):
+        keep = any(name in str(function) for name in saved)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective(part, x):
+        return checkpoint(part, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+
+    results = {}
+    for kind, apply in (("plain", APPLY["plain"]), ("selective", selective)):
+        net = network()
+        torch.manual_seed(dist.get_rank())
+        results[kind] = run(net, [torch.randn(3, 3, 8, 8, dtype=torch.float64)], apply)
+    torch.testing.assert_close(results["selective"], results["plain"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("saved", [[], ["convolution"], ["syncbn.moments"], ["syncbn"], ["aten"]], ids=str)
+def test_selective_checkpointing(ranks, saved):
+    ranks(2, check_selective, saved)
+
+
+def test_losses_that_are_summed_up_undetached_do_not_keep_all_moments():
+    layer = SyncBatchNorm(3)
+    total = 0
+    for _ in range(30):
+        loss = checkpoint(layer, torch.randn(4, 3, requires_grad=True), use_reentrant=True).pow(2).sum()
+        loss.backward()
+        total = total + loss
+    alive = [reference() for reference in recomputing._memories[layer] if reference() is not None]
+    assert len(alive) < 12
+
+
 def test_nothing_is_remembered_without_checkpointing_nor_after_backward():
     layer = SyncBatchNorm(3)
     layer(torch.randn(4, 3, requires_grad=True)).sum().backward()

@@ -65,3 +65,15 @@ def test_the_lightning_plugin_converts_what_is_selected_and_gives_it_back():
     adapter = plugin(exclude="1")
     assert [type(layer) for layer in adapter.apply(model)] == [SyncBatchNorm, nn.BatchNorm2d, SyncBatchNorm]
     assert [type(layer) for layer in adapter.revert(model)] == [nn.BatchNorm2d, nn.BatchNorm2d, SyncBatchNorm]
+
+
+def test_the_lightning_plugin_leaves_what_was_synchronized_before_and_what_is_frozen():
+    plugin = pytest.importorskip("syncbn.integrations.lightning").SyncBatchNormLayers
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    convert_sync_batchnorm(model, match="0")
+    adapter = plugin()
+    adapter.apply(model)
+    freeze(model, "1")
+    with pytest.warns(UserWarning, match="stays synchronized: .*statistics are frozen"):
+        adapter.revert(model)
+    assert [type(layer) for layer in model] == [SyncBatchNorm, SyncBatchNorm]
