@@ -7,7 +7,7 @@ device registers itself for that device's dispatch key and nothing else changes:
 import torch
 from torch import Tensor
 
-from syncbn.kernels import reference
+from syncbn.kernels import cpu, reference
 
 _library = torch.library.Library("syncbn", "DEF")
 _library.define("moments(Tensor input, Tensor? mask=None) -> Tensor")
@@ -24,6 +24,7 @@ _library.define(
 
 for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_elementwise"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, getattr(cpu, _name), "CPU")
 
 
 @torch.library.register_fake("syncbn::moments", lib=_library)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from syncbn.nn.groups import all_reduce_sum
+from syncbn.nn.groups import all_reduce_sum, sum_over_ranks
 from syncbn.nn.patterns import named_modules
 
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
@@ -56,11 +56,11 @@ def reduce(tensor: Tensor, group: dist.ProcessGroup | None, owner: nn.Module | N
         if enabled:
             check(group, owner, direction, total.device)
         try:
-            dist.all_reduce(total, group=group)
+            sum_over_ranks(total, group)
         except RuntimeError as error:
             where = f"the {direction} pass of {name_of(owner)}"
             raise CollectiveError(
-                where, f"rank {dist.get_rank()}: the all-reduce in {where} failed: {error}"
+                where, f"rank {dist.get_rank()}: the sum over ranks in {where} failed: {error}"
             ) from error
 
     return all_reduce_sum(tensor, group, checked_sum)

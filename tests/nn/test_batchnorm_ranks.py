@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn import SyncBatchNorm
+from tests.counting import collectives
 from tests.reference import expected_step, make_batch, max_error, run_step, set_affine
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -55,21 +56,11 @@ def check_collectives(training, tracked, stats_frozen, needs_grad, expected):
     layer = SyncBatchNorm(3, track_running_stats=tracked).train(training)
     if stats_frozen:
         layer.freeze(affine=False)
-    counts = []
-    original = dist.all_reduce
-
-    def counting(tensor, *args, **kwargs):
-        counts.append((tensor.numel(), tensor.dtype))
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = counting
-    try:
+    with collectives() as counts:
         input = torch.randn(4, 3, 2, 2, requires_grad=needs_grad)
         output = layer(input)
         forward = list(counts)
         output.sum().backward()
-    finally:
-        dist.all_reduce = original
     assert (forward, counts[len(forward) :]) == expected
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from tests.counting import collectives
 from tests.reference import expected_step, make_batch, max_error, run_step
 
 
@@ -62,17 +63,10 @@ def test_no_operator_waits_for_a_value(ranks, momentum):
 
 
 def check_traffic(num_channels):
-    sizes = []
-    original = dist.all_reduce
-    dist.all_reduce = lambda tensor, *args, **kwargs: (sizes.append(tensor.numel()), original(tensor, *args, **kwargs))[
-        1
-    ]
-    try:
+    with collectives() as sent:
         layer = SyncBatchNorm(num_channels)
         layer(torch.randn(4, num_channels, requires_grad=True)).sum().backward()
-    finally:
-        dist.all_reduce = original
-    return sizes
+    return [size for size, _ in sent]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -82,18 +76,13 @@ def test_what_is_sent_does_not_grow_with_the_world(ranks, world_size):
 
 
 def check_payload_type(dtype):
-    types = []
-    original = dist.all_reduce
-    dist.all_reduce = lambda tensor, *args, **kwargs: (types.append(tensor.dtype), original(tensor, *args, **kwargs))[1]
-    try:
+    with collectives() as sent:
         layer = SyncBatchNorm(3, dtype=dtype)
         input = torch.randn(0 if dist.get_rank() else 4, 3, dtype=dtype, requires_grad=True)
         output = layer(input)
         output.sum().backward()
-    finally:
-        dist.all_reduce = original
     assert output.dtype == dtype
-    return types
+    return [kind for _, kind in sent]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

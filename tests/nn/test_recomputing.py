@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from syncbn import SyncBatchNorm, sync_batch_norm
-from syncbn.nn import groups, recomputing
+from syncbn.nn import recomputing
+from tests.counting import collectives
 
 
 def block(channels=3):
@@ -46,7 +46,7 @@ def check_same_as_plain(mode, num_steps):
     nets = {kind: network() for kind in ("plain", mode)}
     results, counts = {}, {}
     for kind, net in nets.items():
-        with mock.patch.object(groups.dist, "all_reduce", wraps=dist.all_reduce) as spy:
+        with collectives() as sent:
             for step in range(num_steps):
                 net.zero_grad()
                 batches = []
@@ -55,7 +55,7 @@ def check_same_as_plain(mode, num_steps):
                     size = sizes[rank % 2] if world_size > 1 else sizes[0]
                     batches.append(torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=generator))
                 results[kind] = run(net, batches, APPLY[kind])
-        counts[kind] = spy.call_count
+        counts[kind] = len(sent)
     for one, other in zip(results["plain"], results[mode], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
     assert nets[mode][0][1].num_batches_tracked == num_steps * len(SIZES)
@@ -145,7 +145,7 @@ def test_equal_samples_do_not_confuse_two_calls(ranks):
 
 def check_no_graph(mode):
     # Nothing in the first layer needs a gradient: its first run leaves no graph behind.
-    with mock.patch.object(groups.dist, "all_reduce", wraps=dist.all_reduce) as spy:
+    with collectives() as sent:
         net = nn.Sequential(SyncBatchNorm(3, affine=False), nn.Linear(3, 2)).double()
         losses = []
         for offset in (0, 0.05):
@@ -153,7 +153,7 @@ def check_no_graph(mode):
             output = checkpoint(net, x.requires_grad_(mode == "reentrant"), use_reentrant=mode == "reentrant")
             losses.append(output.pow(2).sum())
         sum(losses).backward()
-    assert spy.call_count == (4 if mode == "reentrant" else 2)
+    assert len(sent) == (4 if mode == "reentrant" else 2)
     assert net[0].num_batches_tracked == 2
 
 
@@ -172,11 +172,11 @@ def check_nested(outer, inner):
     for kind, apply in (("plain", APPLY["plain"]), ("nested", nest)):
         net = network()
         torch.manual_seed(dist.get_rank())
-        with mock.patch.object(groups.dist, "all_reduce", wraps=dist.all_reduce) as spy:
+        with collectives() as sent:
             for _ in range(2):
                 net.zero_grad()
                 results[kind] = run(net, [torch.randn(3, 3, 8, 8, dtype=torch.float64)], apply)
-        counts[kind] = spy.call_count
+        counts[kind] = len(sent)
     torch.testing.assert_close(results["nested"], results["plain"], rtol=1e-10, atol=1e-10)
     assert counts["nested"] == counts["plain"]
 

@@ -1,0 +1,176 @@
+"""What one layer costs, forward and backward, next to torch's local one and to what nothing can avoid.
+
+torchrun --nproc-per-node 2 benchmarks/layer.py [--quick] [--json FILE]
+
+Both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way. Rows
+take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and in
+brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its brackets
+means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncbn import SyncBatchNorm
+from syncbn.nn import groups
+
+SHAPES = [(32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14), (32, 64, 16, 16), (8, 512, 4, 4), (256, 128),
+          (2, 32, 64, 64, 64)]  # fmt: skip
+LOCAL = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+RUNS = 5
+SECONDS = 0.25  # per row and run
+
+
+class Composed(nn.Module):
+    """Synchronized batch normalization out of autograd's operators, as one writes it in ten lines."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalizes with the statistics of all ranks; no running statistics."""
+        dims = [0, *range(2, input.dim())]
+        wide = input.float()
+        local = torch.cat([wide.mean(dims), (wide * wide).mean(dims)])
+        mean, square = (groups.all_reduce_sum(local, dist.group.WORLD) / dist.get_world_size()).chunk(2)
+        scale = self.weight * (square - mean * mean + 1e-5).rsqrt()
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(input.dtype)
+
+
+def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    channels = input.size(1)
+    leaf = input.requires_grad_()
+
+    def layer_step(layer: nn.Module, force: bool = False) -> Callable[[], object]:
+        def step() -> None:
+            leaf.grad = None
+            groups._force_collective = force
+            layer(leaf).backward(grad)
+
+        return step
+
+    forward, backward = (torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels))
+
+    def collectives() -> None:
+        groups.sum_over_ranks(forward, dist.group.WORLD)
+        groups.sum_over_ranks(backward, dist.group.WORLD)
+
+    def all_reduces() -> None:
+        dist.all_reduce(forward)
+        dist.all_reduce(backward)
+
+    local = LOCAL[input.dim()]
+    return {
+        "local": layer_step(local(channels)),
+        "local again": layer_step(local(channels)),
+        "ours, one rank": layer_step(SyncBatchNorm(channels, process_group=own_group)),
+        "ours, one rank, collective forced": layer_step(SyncBatchNorm(channels, process_group=own_group), True),
+        "ours, two ranks": layer_step(SyncBatchNorm(channels)),
+        "composed, two ranks": layer_step(Composed(channels)),
+        "bare collectives": collectives,
+        "bare all-reduces": all_reduces,
+        "clone": lambda: leaf.detach().clone(),
+    }
+
+
+def measure(steps: dict[str, Callable[[], object]], order: random.Random) -> dict[str, list[float]]:
+    """Lower quartiles in milliseconds, one per run."""
+    repeats = {}
+    for name, step in steps.items():
+        for _ in range(2):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            seconds = torch.tensor(time.perf_counter() - start)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        repeats[name] = int(max(4, min(200, SECONDS / float(seconds))))
+    results: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(RUNS):
+        for name in order.sample(list(steps), len(steps)):
+            times = []
+            dist.barrier()
+            for _ in range(repeats[name]):
+                start = time.perf_counter()
+                steps[name]()
+                times.append(time.perf_counter() - start)
+            results[name].append(1e3 * sorted(times)[len(times) // 4])
+    return results
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="float32 in the contiguous layout alone")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node 2 benchmarks/layer.py")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own_group = [dist.new_group([member]) for member in range(world_size)][rank]
+    order = random.Random(0)  # the same order on both ranks
+    found = []
+    for dtype in (torch.float32,) if arguments.quick else (torch.float32, torch.bfloat16):
+        for layout in ("contiguous",) if arguments.quick else ("contiguous", "channels_last"):
+            for shape in SHAPES:
+                if layout == "channels_last" and len(shape) not in CHANNELS_LAST:
+                    continue
+                input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+                if layout == "channels_last":
+                    input, grad = (t.contiguous(memory_format=CHANNELS_LAST[len(shape)]) for t in (input, grad))
+                times = measure(rows(input, grad, own_group), order)
+                found.append({"shape": shape, "layout": layout, "dtype": str(dtype)[6:], "milliseconds": times})
+                if rank == 0:
+                    show(found[-1])
+    if rank == 0 and arguments.json:
+        machine = {"torch": torch.__version__, "cores": os.cpu_count(), "processor": processor(), "ranks": world_size}
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def median(values: list[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def show(entry: dict) -> None:
+    """A block of ratios, each with its spread."""
+    times = entry["milliseconds"]
+    print(f"\n{entry['shape']} {entry['layout']} {entry['dtype']}: local {median(times['local']):.3f} ms")
+    for name, values in times.items():
+        if name != "local":
+            ratios = [value / local for value, local in zip(values, times["local"], strict=True)]
+            print(f"  {name:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    floor = [a + b for a, b in zip(times["bare collectives"], times["local"], strict=True)]
+    ratios = [ours / least for ours, least in zip(times["ours, two ranks"], floor, strict=True)]
+    text = "ours, two ranks / (collectives + local)"
+    print(f"  {text:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The operators on CPU, out of ATen's own kernels: one read of the activation where the reference takes several.
+
+What makes it fast (FIELD: torch spends half of a local layer in its statistics): `native_batch_norm_backward` in
+evaluation mode computes sum(g) and sum(g * (x - mean)) of a channel in one vectorized read. With g = x these are the
+moments, and with the gradient the sums of the backward pass. It adds up in the input's type, so `_pair_sums` cuts each
+channel into short pieces and adds those up in float64: float32 sums then come out with an error near 1e-7.
+
+What keeps it exact: such sums are good for channels whose mean is not large against their spread. The others, which the
+sums themselves tell, are taken again around a pivot. The same holds for x * scale + shift, which is one pass, against
+(x - mean) * scale + shift, which is two. Layouts that are neither contiguous nor channels_last, and masks, go to the
+reference.
+"""
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels import reference
+from syncbn.kernels.packing import pack
+
+_aten = torch.ops.aten
+
+# |mean| / std of a channel above which its raw sums are not good enough: their error enters the variance squared;
+_SUMS_UP_TO = 1.0
+# above which its values lie so coarsely in float32 that sums of that type lose too much even around a pivot;
+_PIVOT_UP_TO = 64.0
+# and above which x * scale + shift is not good enough: the rounding of the shift enters the output.
+_SHIFT_UP_TO = 4.0
+# Values that one accumulator adds up. Their rounding errors average out over the accumulators of a channel.
+_PIECE = 256
+# The same in channels_last, where an accumulator has no lanes of its own, and how many there are at least.
+_ROWS, _ACCUMULATORS = 128, 16
+
+
+def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
+    """See `reference.moments`."""
+    if mask is not None or not _is_regular(input):
+        return reference.moments(input, mask)
+    num_channels = input.size(1)
+    count = input.numel() // num_channels
+    wide = input.to(reference.compute_dtype(input.dtype))
+    first, second = _pair_sums(wide, wide, None)
+    packed = torch.zeros(4 * num_channels + 1, dtype=torch.float64)
+    packed[0] = count
+    parts = packed[1:].view(4, num_channels)  # S1 high, S1 low, S2 high, S2 low
+    parts[0], parts[2] = first, second
+    mean = first / count
+    # NaN and infinity are no matter of conditioning: they stay as they are.
+    square, variance = mean.square(), second / count - mean.square()
+    ill = square > _SUMS_UP_TO**2 * variance
+    if ill.any():
+        part, pivot = (wide, mean) if ill.all() else (wide[:, ill], mean[ill])
+        if (square > _PIVOT_UP_TO**2 * variance).any():
+            careful = reference.moments(part)
+        else:
+            pivot = pivot.to(wide.dtype)
+            centred = part - reference.per_channel(pivot, part)
+            careful = pack(count, pivot.to(torch.float64), *_pair_sums(centred, centred, None))
+        parts[:, ill] = careful[1:].view(4, -1)
+    return packed
+
+
+def finish(
+    packed: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.finish`; a third of its operators where no channel needs double-double arithmetic."""
+    count = float(packed[0])
+    num_channels = (packed.numel() - 1) // 4
+    sums = packed[1:].view(4, num_channels)
+    mean = (sums[0] + sums[1]) / max(count, 1.0)
+    variance = (sums[2] + sums[3]) / max(count, 1.0) - mean.square()
+    # Comparisons with NaN are false: what is not finite takes the reference's way too.
+    if not (count >= 1.0 and bool((mean.square() <= 1e4 * variance).all())):
+        return reference.finish(packed, running_mean, running_var, num_batches_tracked, momentum, eps, dtype)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None:
+        if momentum is not None:
+            rate = momentum
+        else:
+            rate = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+        if running_mean.dtype == torch.float64:
+            running_mean.lerp_(mean, rate)
+        else:
+            running_mean.copy_(running_mean.to(torch.float64).lerp_(mean, rate))
+        if count > 1.0:
+            unbiased = variance * (count / (count - 1.0))
+            running_var.copy_(running_var.to(torch.float64).lerp_(unbiased, rate))
+    two_parts = torch.empty((2, num_channels), dtype=dtype)
+    two_parts[0] = mean
+    two_parts[1] = mean - two_parts[0]
+    return two_parts, (variance + eps).rsqrt_().to(dtype), packed[0].clone()
+
+
+def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See `reference.normalize`."""
+    if not _is_regular(input):
+        return reference.normalize(input, mean, invstd, weight, bias)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    if _is_far(mean, invstd):
+        wide_shift = -mean[1] * scale if bias is None else torch.addcmul(bias.to(mean.dtype), mean[1], scale, value=-1)
+        output = input.to(mean.dtype) - reference.per_channel(mean[0], input)
+        shift = reference.per_channel(wide_shift, input)
+        torch.addcmul(shift, output, reference.per_channel(scale, input), out=output)
+        return output.to(input.dtype)
+    shift = _shift(mean, scale, bias)
+    return _scale_and_shift(input, scale, shift)
+
+
+def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """See `reference.backward_reduce`."""
+    if not _is_regular(input):
+        return reference.backward_reduce(grad, input, mean, invstd)
+    dtype = mean.dtype
+    first, product = _pair_sums(_like(grad, input).to(dtype), input.to(dtype), mean[0])
+    return torch.cat([first, (product - mean[1] * first) * invstd])
+
+
+def backward_elementwise(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> Tensor:
+    """See `reference.backward_elementwise`: scale * grad + slope * (x - mean) - scale * mean(grad)."""
+    if not _is_regular(input):
+        return reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
+    grad = _like(grad, input)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    grad_mean, projection = (sums / max(float(count), 1.0)).chunk(2)
+    slope = -(scale * invstd) * projection
+    if _is_far(mean, invstd):
+        offset = input.to(mean.dtype) - reference.per_channel(mean[0], input)
+        shift = -mean[1] * slope - scale * grad_mean
+    else:
+        offset = input
+        shift = -(mean[0].to(torch.float64) + mean[1]) * slope - scale * grad_mean
+    shift, slope = (reference.per_channel(vector.to(mean.dtype), input) for vector in (shift, slope))
+    # The input first: the first tensor operand decides the layout.
+    output = torch.addcmul(shift, offset, slope)
+    output = output.addcmul_(grad.to(mean.dtype), reference.per_channel(scale, input))
+    return output.to(input.dtype)
+
+
+def _is_regular(input: Tensor) -> bool:
+    """Whether the fast kernels take it: something in it, dense in one of the two usual layouts, and divisible."""
+    if input.numel() == 0:
+        return False
+    return (input.is_contiguous() and _pieces_of(input) > 0) or _is_channels_last(input)
+
+
+def _pieces_of(input: Tensor) -> int:
+    """Into how many equal pieces a plane of the contiguous layout is cut; 0 where it is large and cannot be."""
+    size = input[0, 0].numel()
+    fewest = -(-size // _PIECE)
+    found = next((number for number in range(fewest, min(size, 64 * fewest) + 1) if size % number == 0), 0)
+    return found if found or size > 32 * _PIECE else 1
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
+
+
+def _like(grad: Tensor, input: Tensor) -> Tensor:
+    """The gradient in the layout of the input."""
+    return grad if grad.stride() == input.stride() else torch.empty_like(input, dtype=grad.dtype).copy_(grad)
+
+
+def _is_far(mean: Tensor, invstd: Tensor) -> bool:
+    """Whether some channel lies too far from 0, in its standard deviations, for x * scale + shift."""
+    return bool((mean[0] * invstd).abs_().max() > _SHIFT_UP_TO)
+
+
+def _shift(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """bias - mean * scale, rounded once."""
+    product = (mean[0].to(torch.float64) + mean[1]) * scale
+    return (-product if bias is None else bias - product).to(scale.dtype)
+
+
+def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * scale + shift per channel, in the input's type and layout: torch's batch norm with mean 0 and variance 1."""
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    output, _, _ = _aten.native_batch_norm(input, scale, shift, zero, one, False, 0.0, 0.0)
+    return output
+
+
+def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum(grad) and sum(grad * (input - mean)) per channel, (C,) float64; both dense and in the same layout."""
+    num_channels = input.size(1)
+    if input.is_contiguous() and input.dim() > 2:
+        pieces = _pieces_of(input)
+        shape = (input.size(0), num_channels * pieces, input[0, 0].numel() // pieces)
+        sums = _native_sums(grad.view(shape), input.view(shape), mean, repeat=pieces, interleave=True)
+        return tuple(part.view(num_channels, pieces).sum(1, dtype=torch.float64) for part in sums)  # type: ignore[return-value]
+    # Rows of channels: several rows side by side are one longer row.
+    order = [0, *range(2, input.dim()), 1]
+    rows, grad_rows = (tensor.permute(order).reshape(-1, num_channels) for tensor in (input, grad))
+    side_by_side = min(rows.size(0), max(_ACCUMULATORS, -(-rows.size(0) // _ROWS)))
+    whole = rows.size(0) // side_by_side * side_by_side
+    total: list[Tensor] = []
+    for start, stop, width in ((0, whole, side_by_side), (whole, rows.size(0), 1)):
+        if start == stop:
+            continue
+        shape2 = (-1, width * num_channels)
+        sums = _native_sums(grad_rows[start:stop].view(shape2), rows[start:stop].view(shape2), mean, width, False)
+        added = [part.view(width, num_channels).sum(0, dtype=torch.float64) for part in sums]
+        total = added if not total else [one + other for one, other in zip(total, added, strict=True)]
+    return total[0], total[1]
+
+
+def _native_sums(
+    grad: Tensor, input: Tensor, mean: Tensor | None, repeat: int, interleave: bool
+) -> tuple[Tensor, Tensor]:
+    """sum(grad) and sum(grad * (input - mean)) of each column, in the type of the input."""
+    zero, one = input.new_zeros(input.size(1)), input.new_ones(input.size(1))
+    if mean is None:
+        mean = zero
+    elif repeat > 1:
+        mean = mean.repeat_interleave(repeat) if interleave else mean.repeat(repeat)
+    _, product, first = _aten.native_batch_norm_backward(
+        grad, input, one, mean, one, mean, one, False, 0.0, [False, True, True]
+    )
+    return first, product
