@@ -11,6 +11,8 @@ sums themselves tell, are taken again around a pivot. The same holds for x * sca
 reference.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ _SHIFT_UP_TO = 4.0
 _PIECE = 256
 # The same in channels_last, where an accumulator has no lanes of its own, and how many there are at least.
 _ROWS, _ACCUMULATORS = 128, 16
+# The largest plane that torch's own sums, one accumulator per lane of the processor, are good enough for.
+_LONGEST_PLANE = 16 * _PIECE
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -144,6 +148,25 @@ def backward_elementwise(
     return output.to(input.dtype)
 
 
+def backward_local(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `reference.backward_local`; torch's own backward pass where its sums, one per plane, are good enough."""
+    num_channels = input.size(1)
+    planes = input.is_contiguous() and input.dim() > 2 and input.numel() > 0
+    # Masked samples are in the input, and not in the count.
+    everything_counts = planes and float(count) * num_channels == input.numel()
+    if not everything_counts or _plane_size(input) > _LONGEST_PLANE or _is_far(mean, invstd):
+        sums = backward_reduce(grad, input, mean, invstd)
+        return backward_elementwise(grad, input, mean, invstd, weight, sums, count), sums
+    dtype = mean.dtype
+    scale = None if weight is None else weight.to(dtype)
+    grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward(
+        _like(grad, input).to(dtype), input.to(dtype), scale, None, None, mean[0], invstd, True, 0.0, [True, True, True]
+    )
+    return grad_input.to(input.dtype), torch.cat([grad_bias, grad_weight]).to(torch.float64)
+
+
 def _is_regular(input: Tensor) -> bool:
     """Whether the fast kernels take it: something in it, dense in one of the two usual layouts, and divisible."""
     if input.numel() == 0:
@@ -153,10 +176,15 @@ def _is_regular(input: Tensor) -> bool:
 
 def _pieces_of(input: Tensor) -> int:
     """Into how many equal pieces a plane of the contiguous layout is cut; 0 where it is large and cannot be."""
-    size = input[0, 0].numel()
+    size = _plane_size(input)
     fewest = -(-size // _PIECE)
     found = next((number for number in range(fewest, min(size, 64 * fewest) + 1) if size % number == 0), 0)
     return found if found or size > 32 * _PIECE else 1
+
+
+def _plane_size(input: Tensor) -> int:
+    """The values of one channel of one sample."""
+    return math.prod(input.shape[2:])
 
 
 def _is_channels_last(input: Tensor) -> bool:
@@ -192,7 +220,7 @@ def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> tuple[Tensor
     num_channels = input.size(1)
     if input.is_contiguous() and input.dim() > 2:
         pieces = _pieces_of(input)
-        shape = (input.size(0), num_channels * pieces, input[0, 0].numel() // pieces)
+        shape = (input.size(0), num_channels * pieces, _plane_size(input) // pieces)
         sums = _native_sums(grad.view(shape), input.view(shape), mean, repeat=pieces, interleave=True)
         return tuple(part.view(num_channels, pieces).sum(1, dtype=torch.float64) for part in sums)  # type: ignore[return-value]
     # Rows of channels: several rows side by side are one longer row.

@@ -22,7 +22,12 @@ _library.define(
     " Tensor count) -> Tensor"
 )
 
-for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_elementwise"):
+_library.define(
+    "backward_local(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor count)"
+    " -> (Tensor grad_input, Tensor sums)"
+)
+
+for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_elementwise", "backward_local"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     _library.impl(_name, getattr(cpu, _name), "CPU")
 
@@ -64,8 +69,16 @@ def _(
     return torch.empty_like(input)
 
 
+@torch.library.register_fake("syncbn::backward_local", lib=_library)
+def _(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input), input.new_empty(2 * input.size(1), dtype=torch.float64)
+
+
 moments = torch.ops.syncbn.moments.default
 finish = torch.ops.syncbn.finish.default
 normalize = torch.ops.syncbn.normalize.default
 backward_reduce = torch.ops.syncbn.backward_reduce.default
 backward_elementwise = torch.ops.syncbn.backward_elementwise.default
+backward_local = torch.ops.syncbn.backward_local.default

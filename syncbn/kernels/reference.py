@@ -131,6 +131,16 @@ def backward_elementwise(
     return (projected * per_channel(scale, input)).to(input.dtype)
 
 
+def backward_local(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`backward_elementwise` and `backward_reduce` where the local samples are all there are; in one operator it can be
+    one pass less.
+    """
+    sums = backward_reduce(grad, input, mean, invstd)
+    return backward_elementwise(grad, input, mean, invstd, weight, sums, count), sums
+
+
 def differentiable_backward(
     grad: Tensor,
     input: Tensor,

@@ -65,6 +65,9 @@ class _NormalizeByBatch(torch.autograd.Function):
                 lambda tensor: reduce(tensor, ctx.group, ctx.owner, "backward"),
                 mask,
             )
+        elif needs_input and ctx.group is None:
+            grad_input, sums = operators.backward_local(grad, input, mean, invstd, weight, count)
+            grad_bias, grad_weight = sums.chunk(2)
         else:
             sums = operators.backward_reduce(grad, input, mean, invstd)
             # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is

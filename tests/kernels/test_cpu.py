@@ -12,6 +12,7 @@ from syncbn.kernels import cpu, operators, reference
 from tests.counting import collectives
 from tests.reference import PLAIN
 
+NAMES = ("output", "gradient", "sums", "mean", "variance", "counter", "local gradient", "local sums")
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -42,7 +43,9 @@ def run(kernels, input, grad, weight, bias):
     output = kernels.normalize(input, mean, invstd, weight, bias)
     sums = kernels.backward_reduce(grad, input, mean, invstd)
     grad_input = kernels.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
-    return output, grad_input, sums / max(float(count), 1.0), *buffers
+    local, local_sums = kernels.backward_local(grad, input, mean, invstd, weight, count)
+    number = max(float(count), 1.0)
+    return output, grad_input, sums / number, *buffers, local, local_sums / number
 
 
 def check(shape, means, std, dtype, layout):
@@ -51,7 +54,7 @@ def check(shape, means, std, dtype, layout):
     actual = run(cpu, input, grad, weight, bias)
     wide = run(reference, input.double(), grad.double(), weight.double(), bias.double())
     bound = BOUNDS[dtype]
-    for one, other, name in zip(actual, wide, ("output", "gradient", "sums", "mean", "var", "counter"), strict=True):
+    for one, other, name in zip(actual, wide, NAMES, strict=True):
         scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
         error = float((one.double() - other).abs().max()) if other.numel() else 0.0
         assert error <= bound * scale, (name, error)
@@ -113,13 +116,13 @@ def test_any_shape_and_layout(rows, channels, size, layout, mean):
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (4, 3, 0)], ids=str)
 def test_planes_that_cannot_be_cut():
     for size in (257, 3137, 8209):  # primes; the last is too long for one accumulator and goes to the reference
         check((2, 3, size), [0.0, 0.7], 1.0, torch.float32, "contiguous")
     assert not cpu._is_regular(torch.empty(2, 3, 8209))
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (4, 3, 0)], ids=str)
 def test_nothing_to_normalize(shape):
     input = torch.randn(shape)
     packed = cpu.moments(input)
@@ -192,11 +195,33 @@ def test_a_step_reads_the_activation_as_often_as_it_should():
     input, grad = torch.randn(8, 64, 14, 14, requires_grad=True), torch.randn(8, 64, 14, 14)
     layer(input).backward(grad)
     counts = operators_of(lambda: layer(input).backward(grad))
-    assert counts["syncbn::moments"] == counts["syncbn::normalize"] == counts["syncbn::backward_reduce"] == 1
-    # Two reads for sums, one pass to normalize, two of addcmul: nothing else touches the activation.
+    # One read for the moments, one pass to normalize, torch's own backward: nothing else touches the activation.
+    assert counts["syncbn::moments"] == counts["syncbn::normalize"] == counts["syncbn::backward_local"] == 1
     assert counts["aten::native_batch_norm_backward"] == 2
     assert counts["aten::native_batch_norm"] == 1
+    assert "aten::addcmul" not in counts
+
+
+def check_operators():
+    layer = SyncBatchNorm(64)
+    input, grad = torch.randn(8, 64, 14, 14, requires_grad=True), torch.randn(8, 64, 14, 14)
+    layer(input).backward(grad)
+    counts = operators_of(lambda: layer(input).backward(grad))
+    # Over ranks the sums have to be known before the gradient: a read for them, and two passes of addcmul.
+    assert counts["syncbn::backward_reduce"] == counts["syncbn::backward_elementwise"] == 1
+    assert counts["aten::native_batch_norm_backward"] == 2
     assert counts["aten::addcmul"] + counts["aten::addcmul_"] == 2
+
+
+def test_a_step_over_ranks_reads_it_once_more(ranks):
+    ranks(2, check_operators)
+
+
+def test_a_small_step_is_not_many_operators():
+    layer = SyncBatchNorm(64)
+    input, grad = torch.randn(8, 64, 14, 14, requires_grad=True), torch.randn(8, 64, 14, 14)
+    layer(input).backward(grad)
+    counts = operators_of(lambda: layer(input).backward(grad))
     assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 400
 
 
