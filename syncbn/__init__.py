@@ -18,6 +18,7 @@ _HOMES = {
     "unfreeze": "syncbn.surgery.freezing",
     "FreezePlan": "syncbn.surgery.plan",
     "Monitor": "syncbn.stats.monitor",
+    "precise_bn": "syncbn.stats.population",
 }
 __all__ = [*_HOMES]
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from syncbn.nn.groups import new_bn_groups as new_bn_groups
     from syncbn.nn.stepping import even_steps as even_steps
     from syncbn.stats.monitor import Monitor as Monitor
+    from syncbn.stats.population import precise_bn as precise_bn
     from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm
     from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm
     from syncbn.surgery.freezing import freeze as freeze

@@ -12,6 +12,7 @@ reference.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ _PIVOT_UP_TO = 64.0
 _SHIFT_UP_TO = 4.0
 # Values that one accumulator adds up. Their rounding errors average out over the accumulators of a channel.
 _PIECE = 256
-# The same in channels_last, where an accumulator has no lanes of its own, and how many there are at least.
-_ROWS, _ACCUMULATORS = 128, 16
+# The same in channels_last, and how many accumulators there are side by side.
+_ROWS, _COLUMNS = 256, 1024
 # The largest plane that torch's own sums, one accumulator per lane of the processor, are good enough for.
 _LONGEST_PLANE = 16 * _PIECE
 
@@ -223,20 +224,30 @@ def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> tuple[Tensor
         shape = (input.size(0), num_channels * pieces, _plane_size(input) // pieces)
         sums = _native_sums(grad.view(shape), input.view(shape), mean, repeat=pieces, interleave=True)
         return tuple(part.view(num_channels, pieces).sum(1, dtype=torch.float64) for part in sums)  # type: ignore[return-value]
-    # Rows of channels: several rows side by side are one longer row.
+    # Rows of channels: a few side by side are one longer row, whose accumulators still fit into the nearest cache.
     order = [0, *range(2, input.dim()), 1]
-    rows, grad_rows = (tensor.permute(order).reshape(-1, num_channels) for tensor in (input, grad))
-    side_by_side = min(rows.size(0), max(_ACCUMULATORS, -(-rows.size(0) // _ROWS)))
-    whole = rows.size(0) // side_by_side * side_by_side
-    total: list[Tensor] = []
-    for start, stop, width in ((0, whole, side_by_side), (whole, rows.size(0), 1)):
-        if start == stop:
-            continue
-        shape2 = (-1, width * num_channels)
-        sums = _native_sums(grad_rows[start:stop].view(shape2), rows[start:stop].view(shape2), mean, width, False)
-        added = [part.view(width, num_channels).sum(0, dtype=torch.float64) for part in sums]
-        total = added if not total else [one + other for one, other in zip(total, added, strict=True)]
-    return total[0], total[1]
+    rows = input.permute(order).reshape(-1, num_channels)
+    grad_rows = rows if grad is input else grad.permute(order).reshape(-1, num_channels)
+    sums_of_parts = []
+    # Few rows: rather more accumulators than long ones.
+    widest = max(1, _COLUMNS // num_channels, min(8, rows.size(0) // 16))
+    for start, stop, width in _blocks(rows.size(0), widest):
+        long = (-1, width * num_channels)
+        part = _native_sums(grad_rows[start:stop].view(long), rows[start:stop].view(long), mean, width, False)
+        sums_of_parts.append([vector.view(width, num_channels) for vector in part])
+    first, product = (torch.cat(parts).sum(0, dtype=torch.float64) for parts in zip(*sums_of_parts, strict=True))
+    return first, product
+
+
+def _blocks(num_rows: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """Rows as (first, last, number side by side): blocks of up to `_ROWS` long rows, and what is left."""
+    for start in range(0, num_rows, _ROWS * width):
+        stop = min(start + _ROWS * width, num_rows)
+        whole = start + (stop - start) // width * width
+        if whole > start:
+            yield start, whole, width
+        if stop > whole:
+            yield whole, stop, 1
 
 
 def _native_sums(

@@ -59,21 +59,30 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         >>> layer.num_batches_tracked.item()
         1
     """
+    with pooling(model, "accumulate_stats") as layers:
+        yield
+        for layer in layers:
+            pool = layer.__dict__.get("_pool")
+            if pool is not None and not layer.stats_frozen:  # neither reverted nor frozen meanwhile
+                pool.commit(layer)
+
+
+@contextmanager
+def pooling(model: nn.Module, who: str) -> Iterator[list[SyncBatchNorm]]:
+    """Collects the moments of all training forwards in each layer's `_pool`; running statistics wait. Yields the layers
+    that take part; `who` is named in errors.
+    """
     layers = [
         layer
         for layer in model.modules()
         if isinstance(layer, SyncBatchNorm) and isinstance(layer.running_mean, Tensor) and not layer.stats_frozen
     ]
     if any(layer._pool is not None for layer in layers):
-        raise RuntimeError("accumulate_stats: a context of this model is open already; leave it first")
+        raise RuntimeError(f"{who}: a context of accumulate_stats of this model is open already; leave it first")
     for layer in layers:
         layer._pool = Pool(layer)
     try:
-        yield
-        for layer in layers:
-            pool = layer.__dict__.get("_pool")
-            if pool is not None and not layer.stats_frozen:  # neither reverted nor frozen meanwhile
-                pool.commit(layer)
+        yield layers
     finally:
         for layer in layers:
             layer.__dict__.pop("_pool", None)
