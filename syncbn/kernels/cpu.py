@@ -43,18 +43,18 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     num_channels = input.size(1)
     count = input.numel() // num_channels
     wide = input.to(reference.compute_dtype(input.dtype))
-    first, second = _pair_sums(wide, wide, None)
+    sums = _pair_sums(wide, wide, None)
     packed = torch.zeros(4 * num_channels + 1, dtype=torch.float64)
     packed[0] = count
     parts = packed[1:].view(4, num_channels)  # S1 high, S1 low, S2 high, S2 low
-    parts[0], parts[2] = first, second
-    mean = first / count
-    # NaN and infinity are no matter of conditioning: they stay as they are.
-    square, variance = mean.square(), second / count - mean.square()
-    ill = square > _SUMS_UP_TO**2 * variance
+    parts[::2] = sums
+    mean, mean_square = sums.div_(count).unbind()
+    # mean^2 > T^2 * variance, where variance = E[x^2] - mean^2. NaN compares as false: it is no matter of conditioning.
+    square = mean.square()
+    ill = square * (1.0 + _SUMS_UP_TO**-2) > mean_square
     if ill.any():
         part, pivot = (wide, mean) if ill.all() else (wide[:, ill], mean[ill])
-        if (square > _PIVOT_UP_TO**2 * variance).any():
+        if (square * (1.0 + _PIVOT_UP_TO**-2) > mean_square).any():
             careful = reference.moments(part)
         else:
             pivot = pivot.to(wide.dtype)
@@ -76,11 +76,10 @@ def finish(
     """See `reference.finish`; a third of its operators where no channel needs double-double arithmetic."""
     count = float(packed[0])
     num_channels = (packed.numel() - 1) // 4
-    sums = packed[1:].view(4, num_channels)
-    mean = (sums[0] + sums[1]) / max(count, 1.0)
-    variance = (sums[2] + sums[3]) / max(count, 1.0) - mean.square()
+    mean, mean_square = packed[1:].view(2, 2, num_channels).sum(1).div_(max(count, 1.0)).unbind()
+    variance = torch.addcmul(mean_square, mean, mean, value=-1)
     # Comparisons with NaN are false: what is not finite takes the reference's way too.
-    if not (count >= 1.0 and bool((mean.square() <= 1e4 * variance).all())):
+    if not (count >= 1.0 and bool((mean_square <= 1e4 * variance).all())):
         return reference.finish(packed, running_mean, running_var, num_batches_tracked, momentum, eps, dtype)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -122,8 +121,9 @@ def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -
     if not _is_regular(input):
         return reference.backward_reduce(grad, input, mean, invstd)
     dtype = mean.dtype
-    first, product = _pair_sums(_like(grad, input).to(dtype), input.to(dtype), mean[0])
-    return torch.cat([first, (product - mean[1] * first) * invstd])
+    sums = _pair_sums(_like(grad, input).to(dtype), input.to(dtype), mean[0])
+    sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
+    return sums.view(-1)
 
 
 def backward_elementwise(
@@ -141,7 +141,7 @@ def backward_elementwise(
         shift = -mean[1] * slope - scale * grad_mean
     else:
         offset = input
-        shift = -(mean[0].to(torch.float64) + mean[1]) * slope - scale * grad_mean
+        shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
     shift, slope = (reference.per_channel(vector.to(mean.dtype), input) for vector in (shift, slope))
     # The input first: the first tensor operand decides the layout.
     output = torch.addcmul(shift, offset, slope)
@@ -200,13 +200,13 @@ def _like(grad: Tensor, input: Tensor) -> Tensor:
 
 def _is_far(mean: Tensor, invstd: Tensor) -> bool:
     """Whether some channel lies too far from 0, in its standard deviations, for x * scale + shift."""
-    return bool((mean[0] * invstd).abs_().max() > _SHIFT_UP_TO)
+    return float(torch.linalg.vector_norm(mean[0] * invstd, math.inf)) > _SHIFT_UP_TO
 
 
 def _shift(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """bias - mean * scale, rounded once."""
-    product = (mean[0].to(torch.float64) + mean[1]) * scale
-    return (-product if bias is None else bias - product).to(scale.dtype)
+    exact = mean.sum(0, dtype=torch.float64).mul_(scale)
+    return (exact.neg_() if bias is None else bias - exact).to(scale.dtype)
 
 
 def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -216,27 +216,27 @@ def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return output
 
 
-def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """sum(grad) and sum(grad * (input - mean)) per channel, (C,) float64; both dense and in the same layout."""
+def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> Tensor:
+    """sum(grad) and sum(grad * (input - mean)) per channel, (2, C) float64; both dense and in the same layout."""
     num_channels = input.size(1)
     if input.is_contiguous() and input.dim() > 2:
         pieces = _pieces_of(input)
         shape = (input.size(0), num_channels * pieces, _plane_size(input) // pieces)
         sums = _native_sums(grad.view(shape), input.view(shape), mean, repeat=pieces, interleave=True)
-        return tuple(part.view(num_channels, pieces).sum(1, dtype=torch.float64) for part in sums)  # type: ignore[return-value]
+        return sums.view(2, num_channels, pieces).sum(2, dtype=torch.float64)
     # Rows of channels: a few side by side are one longer row, whose accumulators still fit into the nearest cache.
     order = [0, *range(2, input.dim()), 1]
     rows = input.permute(order).reshape(-1, num_channels)
     grad_rows = rows if grad is input else grad.permute(order).reshape(-1, num_channels)
-    sums_of_parts = []
+    sums_of_blocks = []
     # Few rows: rather more accumulators than long ones.
     widest = max(1, _COLUMNS // num_channels, min(8, rows.size(0) // 16))
     for start, stop, width in _blocks(rows.size(0), widest):
         long = (-1, width * num_channels)
-        part = _native_sums(grad_rows[start:stop].view(long), rows[start:stop].view(long), mean, width, False)
-        sums_of_parts.append([vector.view(width, num_channels) for vector in part])
-    first, product = (torch.cat(parts).sum(0, dtype=torch.float64) for parts in zip(*sums_of_parts, strict=True))
-    return first, product
+        sums = _native_sums(grad_rows[start:stop].view(long), rows[start:stop].view(long), mean, width, False)
+        sums_of_blocks.append(sums.view(2, width, num_channels))
+    every = sums_of_blocks[0] if len(sums_of_blocks) == 1 else torch.cat(sums_of_blocks, 1)
+    return every.sum(1, dtype=torch.float64)
 
 
 def _blocks(num_rows: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -250,10 +250,8 @@ def _blocks(num_rows: int, width: int) -> Iterator[tuple[int, int, int]]:
             yield whole, stop, 1
 
 
-def _native_sums(
-    grad: Tensor, input: Tensor, mean: Tensor | None, repeat: int, interleave: bool
-) -> tuple[Tensor, Tensor]:
-    """sum(grad) and sum(grad * (input - mean)) of each column, in the type of the input."""
+def _native_sums(grad: Tensor, input: Tensor, mean: Tensor | None, repeat: int, interleave: bool) -> Tensor:
+    """sum(grad) and sum(grad * (input - mean)) of each column, (2, columns) in the type of the input."""
     zero, one = input.new_zeros(input.size(1)), input.new_ones(input.size(1))
     if mean is None:
         mean = zero
@@ -262,4 +260,4 @@ def _native_sums(
     _, product, first = _aten.native_batch_norm_backward(
         grad, input, one, mean, one, mean, one, False, 0.0, [False, True, True]
     )
-    return first, product
+    return torch.stack([first, product])

@@ -72,7 +72,7 @@ class _NormalizeByBatch(torch.autograd.Function):
             sums = operators.backward_reduce(grad, input, mean, invstd)
             # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is
             # in place.
-            grad_bias, grad_weight = (half.clone() for half in sums.chunk(2))
+            grad_bias, grad_weight = sums.clone().chunk(2)
             if needs_input:
                 sums = reduce(sums, ctx.group, ctx.owner, "backward")
                 grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
