@@ -12,7 +12,6 @@ reference.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -219,45 +218,37 @@ def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> Tensor:
     """sum(grad) and sum(grad * (input - mean)) per channel, (2, C) float64; both dense and in the same layout."""
     num_channels = input.size(1)
+    mean = input.new_zeros(num_channels) if mean is None else mean
     if input.is_contiguous() and input.dim() > 2:
         pieces = _pieces_of(input)
         shape = (input.size(0), num_channels * pieces, _plane_size(input) // pieces)
-        sums = _native_sums(grad.view(shape), input.view(shape), mean, repeat=pieces, interleave=True)
-        return sums.view(2, num_channels, pieces).sum(2, dtype=torch.float64)
-    # Rows of channels: a few side by side are one longer row, whose accumulators still fit into the nearest cache.
+        mean = mean.repeat_interleave(pieces) if pieces > 1 else mean
+        pair = _native_sums(grad.view(shape), input.view(shape), mean, torch.ones_like(mean))
+        return torch.stack(pair).view(2, num_channels, pieces).sum(2, dtype=torch.float64)
+    # Rows of channels: a few side by side are one longer row, whose accumulators still fit into the nearest cache. And
+    # where there are few rows, rather more accumulators than long ones.
     order = [0, *range(2, input.dim()), 1]
     rows = input.permute(order).reshape(-1, num_channels)
     grad_rows = rows if grad is input else grad.permute(order).reshape(-1, num_channels)
-    sums_of_blocks = []
-    # Few rows: rather more accumulators than long ones.
-    widest = max(1, _COLUMNS // num_channels, min(8, rows.size(0) // 16))
-    for start, stop, width in _blocks(rows.size(0), widest):
-        long = (-1, width * num_channels)
-        sums = _native_sums(grad_rows[start:stop].view(long), rows[start:stop].view(long), mean, width, False)
-        sums_of_blocks.append(sums.view(2, width, num_channels))
-    every = sums_of_blocks[0] if len(sums_of_blocks) == 1 else torch.cat(sums_of_blocks, 1)
-    return every.sum(1, dtype=torch.float64)
+    num_rows = rows.size(0)
+    width = min(num_rows, max(1, _COLUMNS // num_channels, min(8, num_rows // 16)))
+    whole = num_rows // width * width
+    long_mean = mean.repeat(width) if width > 1 else mean
+    ones = torch.ones_like(long_mean)
+    long, long_grad = (tensor[:whole].view(-1, width * num_channels) for tensor in (rows, grad_rows))
+    blocks = [
+        _native_sums(g, x, long_mean, ones) for g, x in zip(long_grad.split(_ROWS), long.split(_ROWS), strict=True)
+    ]
+    every = torch.stack([torch.stack(vectors) for vectors in zip(*blocks, strict=True)]).view(2, -1, num_channels)
+    sums = every.sum(1, dtype=torch.float64)
+    if whole < num_rows:
+        sums += torch.stack(_native_sums(grad_rows[whole:], rows[whole:], mean, ones[:num_channels]))
+    return sums
 
 
-def _blocks(num_rows: int, width: int) -> Iterator[tuple[int, int, int]]:
-    """Rows as (first, last, number side by side): blocks of up to `_ROWS` long rows, and what is left."""
-    for start in range(0, num_rows, _ROWS * width):
-        stop = min(start + _ROWS * width, num_rows)
-        whole = start + (stop - start) // width * width
-        if whole > start:
-            yield start, whole, width
-        if stop > whole:
-            yield whole, stop, 1
-
-
-def _native_sums(grad: Tensor, input: Tensor, mean: Tensor | None, repeat: int, interleave: bool) -> Tensor:
-    """sum(grad) and sum(grad * (input - mean)) of each column, (2, columns) in the type of the input."""
-    zero, one = input.new_zeros(input.size(1)), input.new_ones(input.size(1))
-    if mean is None:
-        mean = zero
-    elif repeat > 1:
-        mean = mean.repeat_interleave(repeat) if interleave else mean.repeat(repeat)
+def _native_sums(grad: Tensor, input: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(grad) and sum(grad * (input - mean)) of each column, in the type of the input."""
     _, product, first = _aten.native_batch_norm_backward(
-        grad, input, one, mean, one, mean, one, False, 0.0, [False, True, True]
+        grad, input, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
     )
-    return torch.stack([first, product])
+    return first, product
