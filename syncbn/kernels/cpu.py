@@ -31,6 +31,8 @@ _SHIFT_UP_TO = 4.0
 _PIECE = 256
 # The same in channels_last, and how many accumulators there are side by side.
 _ROWS, _COLUMNS = 256, 1024
+# Values of a temporary that stays in the cache.
+_BLOCK = 2**17
 # The largest plane that torch's own sums, one accumulator per lane of the processor, are good enough for.
 _LONGEST_PLANE = 16 * _PIECE
 
@@ -41,8 +43,8 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
         return reference.moments(input, mask)
     num_channels = input.size(1)
     count = input.numel() // num_channels
-    wide = input.to(reference.compute_dtype(input.dtype))
-    sums = _pair_sums(wide, wide, None)
+    dtype = reference.compute_dtype(input.dtype)
+    sums = _pair_sums(input, input, torch.zeros(num_channels, dtype=dtype))
     packed = torch.zeros(4 * num_channels + 1, dtype=torch.float64)
     packed[0] = count
     parts = packed[1:].view(4, num_channels)  # S1 high, S1 low, S2 high, S2 low
@@ -52,13 +54,13 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     square = mean.square()
     ill = square * (1.0 + _SUMS_UP_TO**-2) > mean_square
     if ill.any():
-        part, pivot = (wide, mean) if ill.all() else (wide[:, ill], mean[ill])
+        part, pivot = (input, mean) if ill.all() else (input[:, ill], mean[ill])
         if (square * (1.0 + _PIVOT_UP_TO**-2) > mean_square).any():
             careful = reference.moments(part)
         else:
-            pivot = pivot.to(wide.dtype)
-            centred = part - reference.per_channel(pivot, part)
-            careful = pack(count, pivot.to(torch.float64), *_pair_sums(centred, centred, None))
+            pivot = pivot.to(dtype)
+            centred = part.to(dtype) - reference.per_channel(pivot, part)
+            careful = pack(count, pivot.to(torch.float64), *_pair_sums(centred, centred, torch.zeros_like(pivot)))
         parts[:, ill] = careful[1:].view(4, -1)
     return packed
 
@@ -119,8 +121,7 @@ def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -
     """See `reference.backward_reduce`."""
     if not _is_regular(input):
         return reference.backward_reduce(grad, input, mean, invstd)
-    dtype = mean.dtype
-    sums = _pair_sums(_like(grad, input).to(dtype), input.to(dtype), mean[0])
+    sums = _pair_sums(_like(grad, input), input, mean[0])
     sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
     return sums.view(-1)
 
@@ -142,10 +143,16 @@ def backward_elementwise(
         offset = input
         shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
     shift, slope = (reference.per_channel(vector.to(mean.dtype), input) for vector in (shift, slope))
-    # The input first: the first tensor operand decides the layout.
-    output = torch.addcmul(shift, offset, slope)
-    output = output.addcmul_(grad.to(mean.dtype), reference.per_channel(scale, input))
-    return output.to(input.dtype)
+    scale = reference.per_channel(scale, input)
+    if input.dtype == mean.dtype:
+        return torch.addcmul(shift, offset, slope).addcmul_(grad, scale)
+    # Narrower types: a few samples at a time, so that what is wide stays in the cache.
+    output = torch.empty_like(input)
+    samples = max(1, _BLOCK * input.size(0) // input.numel())
+    parts = zip(offset.split(samples), grad.split(samples), output.split(samples), strict=True)
+    for offset_part, grad_part, output_part in parts:
+        output_part.copy_(torch.addcmul(shift, offset_part, slope).addcmul_(grad_part, scale))
+    return output
 
 
 def backward_local(
@@ -153,18 +160,17 @@ def backward_local(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_local`; torch's own backward pass where its sums, one per plane, are good enough."""
     num_channels = input.size(1)
-    planes = input.is_contiguous() and input.dim() > 2 and input.numel() > 0
+    longest = _LONGEST_PLANE if input.dim() > 2 else _ROWS
+    fits = input.is_contiguous() and 0 < (_plane_size(input) if input.dim() > 2 else input.size(0)) <= longest
     # Masked samples are in the input, and not in the count.
-    everything_counts = planes and float(count) * num_channels == input.numel()
-    if not everything_counts or _plane_size(input) > _LONGEST_PLANE or _is_far(mean, invstd):
+    if not fits or float(count) * num_channels != input.numel() or _is_far(mean, invstd):
         sums = backward_reduce(grad, input, mean, invstd)
         return backward_elementwise(grad, input, mean, invstd, weight, sums, count), sums
-    dtype = mean.dtype
-    scale = None if weight is None else weight.to(dtype)
+    scale = torch.ones_like(invstd) if weight is None else weight.to(invstd.dtype)
     grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward(
-        _like(grad, input).to(dtype), input.to(dtype), scale, None, None, mean[0], invstd, True, 0.0, [True, True, True]
+        _like(grad, input), input, scale, None, None, mean[0], invstd, True, 0.0, [True, True, True]
     )
-    return grad_input.to(input.dtype), torch.cat([grad_bias, grad_weight]).to(torch.float64)
+    return grad_input, torch.cat([grad_bias, grad_weight]).to(torch.float64)
 
 
 def _is_regular(input: Tensor) -> bool:
@@ -215,10 +221,12 @@ def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return output
 
 
-def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> Tensor:
-    """sum(grad) and sum(grad * (input - mean)) per channel, (2, C) float64; both dense and in the same layout."""
+def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
+    """sum(grad) and sum(grad * (input - mean)) per channel, (2, C) float64.
+
+    Both tensors are dense and in the same layout; `mean` is in the compute type.
+    """
     num_channels = input.size(1)
-    mean = input.new_zeros(num_channels) if mean is None else mean
     if input.is_contiguous() and input.dim() > 2:
         pieces = _pieces_of(input)
         shape = (input.size(0), num_channels * pieces, _plane_size(input) // pieces)
@@ -247,7 +255,7 @@ def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def _native_sums(grad: Tensor, input: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(grad) and sum(grad * (input - mean)) of each column, in the type of the input."""
+    """sum(grad) and sum(grad * (input - mean)) of each column, in the compute type."""
     _, product, first = _aten.native_batch_norm_backward(
         grad, input, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
     )
