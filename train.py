@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from syncbn.training import launch
+from syncbn.training import launch, reporting
 from syncbn.training.parsing import parse
 
 
@@ -21,8 +21,8 @@ def main(composed: DictConfig) -> None:
     """One job: checks the composed configuration, then runs its task."""
     job = HydraConfig.get()
     run_dir, number, overrides = Path(job.runtime.output_dir), job.job.get("num", 0), job.overrides.task
-    alone = launch.failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
-    with launch.clear_errors(), alone:
+    alone = reporting.failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
+    with reporting.clear_errors(), alone:
         config = parse(composed)
         from syncbn.training import tasks  # imports torch, which composing a config should not wait for
 
@@ -30,8 +30,8 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with launch.clear_errors():  # around Hydra's own errors too
+    with reporting.clear_errors():  # around Hydra's own errors too
         launch.prepare()
         main()
-        if code := launch.exit_code_of_jobs():
+        if code := reporting.exit_code_of_jobs():
             sys.exit(code)

@@ -160,8 +160,8 @@ def backward_local(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_local`; torch's own backward pass where its sums, one per plane, are good enough."""
     num_channels = input.size(1)
-    longest = _LONGEST_PLANE if input.dim() > 2 else _ROWS
-    fits = input.is_contiguous() and 0 < (_plane_size(input) if input.dim() > 2 else input.size(0)) <= longest
+    longest, length = (_LONGEST_PLANE, _plane_size(input)) if input.dim() > 2 else (_ROWS, input.size(0))
+    fits = input.numel() > 0 and input.is_contiguous() and length <= longest
     # Masked samples are in the input, and not in the count.
     if not fits or float(count) * num_channels != input.numel() or _is_far(mean, invstd):
         sums = backward_reduce(grad, input, mean, invstd)

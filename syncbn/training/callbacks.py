@@ -11,7 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from syncbn.training import launch
+from syncbn.training import reporting, world
 from syncbn.training.config import ConfigError
 from syncbn.training.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.sweep import print_table
@@ -24,12 +24,12 @@ class Guard(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Checks the run directory before Hydra makes it."""
-        with launch.clear_errors():
+        with reporting.clear_errors():
             _check_directory("hydra.run.dir", config.hydra.run.dir, config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Checks the directory of all runs before Hydra makes it."""
-        with launch.clear_errors():
+        with reporting.clear_errors():
             _check_directory("hydra.sweep.dir", config.hydra.sweep.dir, config)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
@@ -40,7 +40,7 @@ class Guard(Callback):
         learn(OmegaConf.to_container(config, resolve=False))
         guard_logging()
         sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records them
-        if launch.rank() == 0:
+        if world.rank() == 0:
             written = [*Path(config.hydra.runtime.output_dir, ".hydra").glob("*.yaml")]
             for path in (*written, Path(config.hydra.sweep.dir, "multirun.yaml")):
                 content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
@@ -49,7 +49,7 @@ class Guard(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints a row per job."""
-        if launch.rank() == 0:
+        if world.rank() == 0:
             print_table(Path(config.hydra.sweep.dir))
 
 

@@ -36,7 +36,7 @@ from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
-from syncbn.training import console, launch, optimizers, schedules
+from syncbn.training import console, optimizers, reporting, schedules
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
@@ -130,7 +130,7 @@ class Trainer:
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
                 raise Stopped(self.counters.step) from None
             except RuntimeError as error:
-                timeout = launch.explain_timeout(error, f"step {self.counters.step}")
+                timeout = reporting.explain_timeout(error, f"step {self.counters.step}")
                 if timeout is None:
                     raise
                 raise timeout from error

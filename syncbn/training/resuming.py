@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from syncbn.training import launch
+from syncbn.training import world
 from syncbn.training.config import SCHEMAS, Config, ConfigError
 from syncbn.training.parsing import flatten, parse, to_dict
 from syncbn.training.redaction import is_redacted, redacted
@@ -41,7 +41,7 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
         ConfigError: `resume=none` in a directory that holds a run already; no checkpoint where one was named.
     """
     present = newest(run_dir)
-    if config.resume == "auto" or (present is not None and launch.attempt() != "0"):
+    if config.resume == "auto" or (present is not None and world.attempt() != "0"):
         return present  # whatever the first attempt started from, after a restart the run goes on
     if present is not None and config.resume == "none":
         raise ConfigError(f"resume: {run_dir} holds a run already; choose another name with run=..., or resume=auto")

@@ -15,7 +15,7 @@ from torch import nn
 
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.training import console, launch, losses, models, state
+from syncbn.training import console, launch, losses, models, state, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
@@ -47,10 +47,10 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
     """
-    if not launch.is_distributed():
+    if not world.is_distributed():
         treat_as_world_of_one()
     device = _device(config)
-    place = place_for(config, Place(launch.rank(), launch.world_size(), device, torch.float32))
+    place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
     debugging.enabled |= config.bn.debug
     # The tracker ends after the group: the other ranks need not wait for an upload.
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
@@ -157,11 +157,11 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
 def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
     """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
     mark = run_dir / ".shared"
-    if launch.rank() == 0:
+    if world.rank() == 0:
         mark.touch()
-    found = launch.on_all_ranks(None if checkpoint is None else checkpoint.name)
-    visible = launch.on_all_ranks(mark.exists())
-    if launch.rank() == 0:
+    found = world.on_all_ranks(None if checkpoint is None else checkpoint.name)
+    visible = world.on_all_ranks(mark.exists())
+    if world.rank() == 0:
         mark.unlink()
     if len(set(found)) > 1 or not all(visible):
         other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])

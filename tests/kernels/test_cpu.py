@@ -125,7 +125,7 @@ def test_planes_that_cannot_be_cut():
     assert not cpu._is_regular(torch.empty(2, 3, 8209))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (4, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (4, 3, 0), (0, 3), (0, 3, 2, 2)], ids=str)
 def test_nothing_to_normalize(shape):
     input = torch.randn(shape)
     packed = cpu.moments(input)
@@ -137,6 +137,7 @@ def test_nothing_to_normalize(shape):
     count = torch.tensor(0.0, dtype=torch.float64)
     sums = torch.zeros(2 * shape[1], dtype=torch.float64)
     assert cpu.backward_elementwise(input, input, mean, vector, None, sums, count).shape == shape
+    assert cpu.backward_local(input, input, mean, vector, None, count)[0].shape == shape
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

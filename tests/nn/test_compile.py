@@ -240,12 +240,13 @@ def operator_samples(dtype, rows):
         (operators.normalize, (x, mean, invstd, None, None)),
         (operators.backward_reduce, (x, x, mean, invstd)),
         (operators.backward_elementwise, (x, x, mean, invstd, weight, sums, count)),
+        (operators.backward_local, (x, x, mean, invstd, weight, torch.tensor(5.0 * rows, dtype=torch.float64))),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows", [4, 0])
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_operators_pass_opcheck(dtype, rows, number):
     function, arguments = operator_samples(dtype, rows)[number]
     torch.library.opcheck(function, arguments)

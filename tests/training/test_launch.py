@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from syncbn.training import console, launch, tasks
+from syncbn.training import console, launch, tasks, world
 from syncbn.training.config import ConfigError
 from tests.training.jobs import ROOT, compose_config
 from tests.training.test_resume import SMALL
@@ -24,9 +24,9 @@ def only_rank(monkeypatch):
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    launch.store.cache_clear()
+    world.store.cache_clear()
     yield
-    launch.store.cache_clear()
+    world.store.cache_clear()
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
@@ -52,10 +52,10 @@ def test_a_multirun_makes_one_group_after_the_other(only_rank):
 
 
 def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
-    monkeypatch.setattr(launch, "_agreed", {})
-    assert launch.agree("name", lambda: "first") == "first"
-    monkeypatch.setattr(launch, "_agreed", {})  # as in a process that torchrun has restarted
-    assert launch.agree("name", lambda: "second") == "first"
+    monkeypatch.setattr(world, "agreed", {})
+    assert world.agree("name", lambda: "first") == "first"
+    monkeypatch.setattr(world, "agreed", {})  # as in a process that torchrun has restarted
+    assert world.agree("name", lambda: "second") == "first"
 
 
 def test_a_terminal_shows_a_progress_bar_and_anything_else_does_not(monkeypatch):

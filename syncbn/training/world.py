@@ -1,0 +1,81 @@
+"""This process among the others of its job, and what they agree on. Imports torch only where it has to talk to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+T = TypeVar("T")
+
+_STORE_TIMEOUT = timedelta(seconds=60)
+
+
+def rank() -> int:
+    """This process's rank in the job; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks of the job; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def attempt() -> str:
+    """How often torchrun has restarted the job."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def is_distributed() -> bool:
+    """Whether torchrun (or anything else that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+agreed: dict[str, str] = {}
+
+
+def agree(key: str, propose: Callable[[], str]) -> str:
+    """What rank 0 proposes, on every rank, and the same again however often it is asked.
+
+    After an elastic restart too, because torchrun's store outlives the ranks.
+    """
+    if key not in agreed:
+        if is_distributed():
+            name = f"syncbn/{key}"
+            if rank() == 0 and not store().check([name]):
+                store().set(name, propose())
+            agreed[key] = store().get(name).decode()
+        else:
+            agreed[key] = propose()
+    return agreed[key]
+
+
+@cache
+def store() -> Store:
+    """The job's key-value store: the one that torchrun's agent keeps, else one that rank 0 hosts."""
+    from torch.distributed import TCPStore
+
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=rank() == 0 and not agent_hosts_it,
+        timeout=_STORE_TIMEOUT,
+    )
+
+
+def on_all_ranks(value: T) -> list[T]:
+    """What each rank says, on every rank, in the order of ranks; values that pickle."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
