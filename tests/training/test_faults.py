@@ -96,6 +96,23 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_p
     check_same_run(tmp_path / "outputs/job", undisturbed)
 
 
+@pytest.mark.slow
+def test_a_multirun_that_is_restarted_goes_on_in_the_job_where_it_was(tmp_path):
+    options = ("--max-restarts", "1")
+    sweep = [*DATA, "duration=40", "log_every=1", "save.every=5", "tracker=none", "seed=0,1,2", "-m"]
+    with LiveJob(tmp_path, *sweep, num_ranks=2, options=options) as job:
+        job.wait_for("step 40/")  # of the first job
+        job.wait_for("step 22/")  # of the second
+        os.kill(job.workers()[-1], signal.SIGKILL)
+        assert job.finish() == 0, job.output
+    [directory] = (tmp_path / "outputs").iterdir()
+    for number in range(3):
+        steps = [record["step"] for record in read_metrics(directory / str(number)) if "train/loss" in record]
+        assert steps == list(range(1, 41))
+    assert job.output.count("this run is finished") == 1
+    assert re.search(rf"resumed from outputs/{directory.name}/1/checkpoints/step_000000(20|15).pt", job.output)
+
+
 def test_metrics_are_readable_after_a_kill_of_everything(tmp_path):
     with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
         job.wait_for("step 12/")
