@@ -142,15 +142,19 @@ def backward_elementwise(
     else:
         offset = input
         shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
-    shift, slope = (reference.per_channel(vector.to(mean.dtype), input) for vector in (shift, slope))
-    scale = reference.per_channel(scale, input)
+    vectors = [vector.to(mean.dtype) for vector in (shift, slope, scale)]
     if input.dtype == mean.dtype:
+        shift, slope, scale = (reference.per_channel(vector, input) for vector in vectors)
         return torch.addcmul(shift, offset, slope).addcmul_(grad, scale)
-    # Narrower types: a few samples at a time, so that what is wide stays in the cache.
+    # Narrower types: a block of rows at a time, so that what is wide stays in the cache.
     output = torch.empty_like(input)
-    samples = max(1, _BLOCK * input.size(0) // input.numel())
-    parts = zip(offset.split(samples), grad.split(samples), output.split(samples), strict=True)
-    for offset_part, grad_part, output_part in parts:
+    rows = [_rows(tensor) for tensor in (offset, grad, output)]
+    by_row = input.is_contiguous()  # a row is a channel of a sample; in channels_last it has all channels
+    vectors = [vector.repeat(input.size(0)).unsqueeze(1) if by_row else vector.unsqueeze(0) for vector in vectors]
+    size = max(1, _BLOCK // rows[0].size(1))
+    for start in range(0, rows[0].size(0), size):
+        offset_part, grad_part, output_part = (part[start : start + size] for part in rows)
+        shift, slope, scale = (vector[start : start + size] if by_row else vector for vector in vectors)
         output_part.copy_(torch.addcmul(shift, offset_part, slope).addcmul_(grad_part, scale))
     return output
 
@@ -186,6 +190,13 @@ def _pieces_of(input: Tensor) -> int:
     fewest = -(-size // _PIECE)
     found = next((number for number in range(fewest, min(size, 64 * fewest) + 1) if size % number == 0), 0)
     return found if found or size > 32 * _PIECE else 1
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A view of two dimensions: (N * C, values) of the contiguous layout, (N * positions, C) of channels_last."""
+    if tensor.is_contiguous():
+        return tensor.view(tensor.size(0) * tensor.size(1), -1)
+    return tensor.permute(0, *range(2, tensor.dim()), 1).view(-1, tensor.size(1))
 
 
 def _plane_size(input: Tensor) -> int:
