@@ -1,9 +1,10 @@
 """The operators on CPU, out of ATen's own kernels: one read of the activation where the reference takes several.
 
-What makes it fast (FIELD: torch spends half of a local layer in its statistics): `native_batch_norm_backward` in
-evaluation mode computes sum(g) and sum(g * (x - mean)) of a channel in one vectorized read. With g = x these are the
-moments, and with the gradient the sums of the backward pass. It adds up in the input's type, so `_pair_sums` cuts each
-channel into short pieces and adds those up in float64: float32 sums then come out with an error near 1e-7.
+What makes it fast (benchmarks/layer.md): torch spends half of a local layer in its statistics, but its operator
+`native_batch_norm_backward` in evaluation mode computes sum(g) and sum(g * (x - mean)) of a channel in one vectorized
+read. With g = x these are the moments, and with the gradient the sums of the backward pass. It adds up in the input's
+type, so `_pair_sums` cuts each channel into short pieces and adds those up in float64: float32 sums then come out with
+an error near 1e-7.
 
 What keeps it exact: such sums are good for channels whose mean is not large against their spread. The others, which the
 sums themselves tell, are taken again around a pivot. The same holds for x * scale + shift, which is one pass, against
@@ -89,10 +90,7 @@ def finish(
             rate = momentum
         else:
             rate = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-        if running_mean.dtype == torch.float64:
-            running_mean.lerp_(mean, rate)
-        else:
-            running_mean.copy_(running_mean.to(torch.float64).lerp_(mean, rate))
+        running_mean.copy_(running_mean.to(torch.float64).lerp_(mean, rate))
         if count > 1.0:
             unbiased = variance * (count / (count - 1.0))
             running_var.copy_(running_var.to(torch.float64).lerp_(unbiased, rate))

@@ -47,7 +47,7 @@ from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
-from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read
+from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole_step
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
 from syncbn.training.updating import Reports, Update
@@ -210,7 +210,7 @@ class Trainer:
         candidates = [
             candidate
             for candidate in dict.fromkeys([best, path.with_name(BEST)])
-            if candidate.exists() and read(candidate, "resume")["step"] == self.counters.best_step
+            if candidate.exists() and whole_step(candidate) == self.counters.best_step
         ]
         if not candidates and self.counters.best_step:
             log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
@@ -221,7 +221,9 @@ class Trainer:
             self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
             self.checkpoints.begin(self.counters.step)
             if candidates and candidates[0] != best:
-                shutil.copyfile(candidates[0], best)
+                temporary = best.with_name(f".{BEST}.tmp")
+                shutil.copyfile(candidates[0], temporary)
+                temporary.replace(best)  # never a part of it
 
     def _train_step(self, step: int) -> None:
         self.model.train()

@@ -240,15 +240,19 @@ def _without_wrapper(name: str) -> str:
 
 def newest(run_dir: Path) -> Path | None:
     """The newest training checkpoint of a run directory that is whole; a warning for each that is not."""
-    for path in reversed(by_step(run_dir / "checkpoints")):
-        try:
-            content = read(path, "resume")
-        except ConfigError as error:
-            log.warning("%s; it is passed over", error)
-            continue
-        if "step" in content and "model" in content:
-            return path
-        log.warning("%s is not a checkpoint of a run; it is passed over", path)
+    return next((path for path in reversed(by_step(run_dir / "checkpoints")) if whole_step(path) is not None), None)
+
+
+def whole_step(path: Path) -> int | None:
+    """The step of a run's checkpoint that is whole; None, with a warning, for any other file."""
+    try:
+        content = read(path, "resume")
+    except ConfigError as error:
+        log.warning("%s; it is passed over", error)
+        return None
+    if "step" in content and "model" in content:
+        return int(content["step"])
+    log.warning("%s is not a checkpoint of a run; it is passed over", path)
     return None
 
 

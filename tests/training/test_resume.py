@@ -184,6 +184,26 @@ def test_going_back_to_an_earlier_step_takes_neither_later_checkpoints_nor_the_l
         assert torch.equal(load_last(run)["model"][key], value)
 
 
+def test_without_synchronization_weights_resume_bit_for_bit_too(job, tmp_path):
+    same = [*SMALL, "bn.sync=false", "duration=9", "save.every=1", "save.keep=99"]
+    whole = job(*same, "run=whole", num_ranks=2)
+    parts = tmp_path / "outputs/parts/checkpoints"
+    parts.mkdir(parents=True)
+    shutil.copyfile(whole / "checkpoints/step_00000004.pt", parts / "step_00000004.pt")
+    expected, actual = load_last(whole)["model"], load_last(job(*same, "run=parts", num_ranks=2))["model"]
+    assert all(torch.equal(actual[key], value) for key, value in expected.items() if "running" not in key)
+
+
+def test_a_damaged_best_model_is_passed_over_and_found_anew(job, tmp_path, caplog):
+    run = job(*SMALL, "duration=4", "eval_every=2", "run=a")
+    best = run / "checkpoints/best.pt"
+    best.write_bytes(best.read_bytes()[:-100])
+    job("duration=6", "run=a")
+    assert "best.pt' is not a readable checkpoint" in caplog.text
+    assert torch.load(best, weights_only=True)["step"] in (4, 6)
+    assert "test/accuracy" in read_metrics(run)[-1]
+
+
 def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, monkeypatch):
     first = job(*SMALL, "duration=2", "run=first")
     own = stored_run(tmp_path / "own")
