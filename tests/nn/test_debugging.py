@@ -14,6 +14,7 @@ from torch import nn
 from syncbn import SyncBatchNorm, new_bn_groups, sync_batch_norm
 from syncbn.nn import debugging
 from tests.counting import collectives
+from tests.training.jobs import ROOT
 
 
 class Net(nn.Module):
@@ -115,6 +116,38 @@ def test_a_rank_that_does_not_come_fails_the_others_within_the_group_s_timeout_w
     message = ranks(2, check_a_rank_that_does_not_come, debug)[0]
     assert "the forward pass of stem.1" in message
     assert ("have come to a layer of this group" in message) == debug
+
+
+DIES = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from syncbn import SyncBatchNorm
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+net = nn.ModuleDict({"stem": nn.Sequential(nn.Linear(3, 3), SyncBatchNorm(3))})
+net["stem"](torch.randn(4, 3))
+if rank == 1:
+    os._exit(9)
+try:
+    net["stem"](torch.randn(4, 3))
+except RuntimeError as error:
+    print(error, flush=True)
+os._exit(0)  # the group is broken: no orderly end
+"""
+
+
+def test_a_rank_that_dies_fails_the_others_at_once_with_the_layer_s_name(tmp_path):
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DIES, str(rank), str(tmp_path / "store")], text=True, cwd=ROOT,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    output, _ = processes[0].communicate(timeout=60)  # far below gloo's own timeout of 30 minutes
+    processes[1].communicate(timeout=60)
+    assert "rank 0: the sum over ranks in the forward pass of stem.1 failed: " in output
 
 
 def check_the_backward_pass_is_named():
