@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.holding import hold, is_held, own_parameters, release
+from syncbn.nn.watching import record_local
 from syncbn.nn.wrappers import check_wrapper
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # Functions that replace layers of any class derived from torch's _BatchNorm: those of torch (and with it Lightning's
 # sync_batchnorm=True), timm and mmengine, and of apex.
 _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_batchnorm")
+
+_OF_A_CONTEXT = ("_pool", "_record")  # what a context hangs on a layer; no copy has it
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
@@ -91,6 +94,7 @@ class SyncBatchNorm(_BatchNorm):
     process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None = None
     _stats_frozen: bool = False
     _pool: Pool | None = None  # inside of `accumulate_stats`
+    _record: Tensor | None = None  # inside of `Monitor.watch`
 
     def __init__(
         self,
@@ -192,13 +196,17 @@ class SyncBatchNorm(_BatchNorm):
             training = False
         if not training:
             if running_mean is not None and running_var is not None:
+                if self._record is not None:
+                    record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
-            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask)
+            return normalize_by_batch(
+                input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record
+            )
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
-            input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self
+            input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self, self._record
         )
 
     @property
@@ -268,20 +276,20 @@ class SyncBatchNorm(_BatchNorm):
     def __copy__(self) -> SyncBatchNorm:
         copied = self.__class__.__new__(self.__class__)
         copied.__dict__.update(self.__dict__)
-        copied.__dict__.pop("_pool", None)
+        for name in _OF_A_CONTEXT:
+            copied.__dict__.pop(name, None)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         memo[id(self.process_group)] = self.process_group  # a group is a handle: copies of the layer share it
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        state = {name: value for name, value in self.__dict__.items() if name != "_pool"}
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}
         copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("_pool", None)
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}
         if self.process_group is not None and not isinstance(self.process_group, LostGroup):
             group = as_group(self.process_group)
             is_world = dist.is_initialized() and group is dist.group.WORLD

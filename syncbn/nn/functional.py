@@ -10,6 +10,7 @@ from syncbn.kernels import operators, reference
 from syncbn.nn.debugging import reduce
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.recomputing import Rerun, refuse_checkpoint_around_compiled
+from syncbn.nn.watching import sum_and_record
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -33,12 +34,15 @@ class _NormalizeByBatch(torch.autograd.Function):
         pool: Tensor | None,
         owner: nn.Module | None,
         rerun: Rerun | None,
+        record: Tensor | None,
     ) -> Tensor:
+        def over_ranks(local: Tensor) -> Tensor:
+            if record is None:
+                return reduce(local, group, owner, "forward")
+            return sum_and_record(local, lambda payload: reduce(payload, group, owner, "watched forward"), record)
+
         packed = operators.moments(input, mask)
-        if rerun is None:
-            packed = reduce(packed, group, owner, "forward")
-        else:
-            packed = rerun.total(packed, lambda local: reduce(local, group, owner, "forward"))
+        packed = over_ranks(packed) if rerun is None else rerun.total(packed, over_ranks)
         mean, invstd, count = operators.finish(
             packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
         )
@@ -80,7 +84,7 @@ class _NormalizeByBatch(torch.autograd.Function):
             grad_input,
             grad_weight.to(weight.dtype) if needs_weight else None,
             grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-            *[None] * 10,
+            *[None] * 11,
         )
 
 
@@ -97,6 +101,7 @@ def normalize_by_batch(
     mask: Tensor | None = None,
     pool: Tensor | None = None,
     owner: nn.Module | None = None,
+    record: Tensor | None = None,
 ) -> Tensor:
     """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
     ones. What runs again for activation checkpointing takes the statistics of its first run and moves nothing.
@@ -106,6 +111,7 @@ def normalize_by_batch(
             there, and its gradient, mean nothing.
         pool: adds the batch's packed moments to this instead of moving the running statistics.
         owner: the layer, for errors.
+        record: adds what the batch looks like to this (see `watching`); to be given on all ranks or on none.
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
@@ -126,7 +132,7 @@ def normalize_by_batch(
         pool = None
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-        mask, pool, owner, rerun,
+        mask, pool, owner, rerun, record,
     )  # fmt: skip
 
 

@@ -1,24 +1,35 @@
-"""Monitor: what the batch normalization layers of a model hold, read with one copy to the host."""
+"""Monitor: what the batch normalization layers of a model hold and see, read with one copy to the host."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.kernels.packing import unpack
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.holding import is_held
+from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
+from syncbn.nn.watching import new_record, split_record
 
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
 DEAD_VARIANCE = 1e-8  # running variance below this: the channel hardly varies
 
+_HELD = ("running_mean", "running_var", "weight", "bias")
+
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """One layer at one moment; vectors are (C,) float64 on the CPU, None where the layer has no such tensor."""
+    """One layer at one moment. Vectors are (C,) float64 on the CPU; None stands for what the layer does not have, or
+    has not shown on a watched step.
+    """
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -26,19 +37,39 @@ class LayerSnapshot:
     bias: Tensor | None
     stats_frozen: bool
     affine_frozen: bool
+    batch_mean: Tensor | None = None
+    """Of the last watched step: over all ranks that the layer sums over, if it normalized by the batch; otherwise
+    (frozen statistics, evaluation mode, a class other than `SyncBatchNorm`) over this rank's samples."""
+    batch_var: Tensor | None = None
+    """Biased (divided by the count); of the same samples."""
+    drift: Tensor | None = None
+    """|batch mean - running mean| in running standard deviations, sqrt(running_var + eps); the running statistics are
+    those from before the watched step."""
+    between_rank_share: Tensor | None = None
+    """The share of the batch's variance that lies between the means of the ranks, 0 to 1; NaN where nothing varies."""
+    values_per_channel: float | None = None
+    """Over how many values the batch statistics were taken, over all ranks of the layer: the effective batch size."""
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers: means over channels, the share of dead channels, and the frozen switches as 0 or
-        1.
+        """The layer in a few numbers; those that it does not have are left out.
+
+        `running_mean_abs`, `running_var`, `batch_mean_abs`, `batch_var`, `drift`, `between_rank_share`, `weight_abs`
+        (of |weight|) and `bias` are means over channels, `dead_channels` is the share of channels with |weight| < 1e-3
+        or running variance < 1e-8, `stats_frozen` and `affine_frozen` are 0 or 1.
         """
-        numbers: dict[str, float] = {}
-        if self.running_mean is not None and self.running_var is not None:
-            numbers["running_mean_abs"] = self.running_mean.abs().mean().item()
-            numbers["running_var"] = self.running_var.mean().item()
-        if self.weight is not None:
-            numbers["weight_abs"] = self.weight.abs().mean().item()
-        if self.bias is not None:
-            numbers["bias"] = self.bias.mean().item()
+        means = {
+            "running_mean_abs": None if self.running_mean is None else self.running_mean.abs(),
+            "running_var": self.running_var,
+            "batch_mean_abs": None if self.batch_mean is None else self.batch_mean.abs(),
+            "batch_var": self.batch_var,
+            "drift": self.drift,
+            "between_rank_share": _defined(self.between_rank_share),
+            "weight_abs": None if self.weight is None else self.weight.abs(),
+            "bias": self.bias,
+        }
+        numbers = {name: vector.mean().item() for name, vector in means.items() if vector is not None}
+        if self.values_per_channel is not None:
+            numbers["values_per_channel"] = self.values_per_channel
         dead = [self.weight.abs() < DEAD_WEIGHT] if self.weight is not None else []
         dead += [self.running_var < DEAD_VARIANCE] if self.running_var is not None else []
         if dead:
@@ -49,52 +80,164 @@ class LayerSnapshot:
 
     def vectors(self) -> dict[str, Tensor]:
         """The layer channel by channel, for histograms."""
-        named = {
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-            "weight": self.weight,
-            "bias": self.bias,
-        }
-        return {name: vector for name, vector in named.items() if vector is not None}
+        names = (*_HELD, "batch_mean", "batch_var", "drift", "between_rank_share")
+        return {name: vector for name in names if (vector := getattr(self, name)) is not None}
 
 
 class Monitor:
     """Snapshots of every batch normalization layer of a model, of any class, by name.
 
-    Reading costs one copy from the device to the host, for all layers together; between readings nothing at all. In a
-    synchronized model every rank reads the same numbers, so one rank's reading is enough.
+    What the layers hold (running statistics, weight, bias, frozen switches) can be read at any time. What they see
+    (batch statistics, drift, the share of variance between ranks) is recorded inside of `watch`, on all ranks, and is
+    part of the snapshots that follow. A watched step sends C more numbers in each forward collective of a
+    `SyncBatchNorm`, no collective more. Reading costs one copy from the device to the host, for all layers together;
+    unwatched steps, and a model without a monitor, cost nothing.
+
+    In a synchronized model every rank reads the same numbers, so it is enough that one of them takes the snapshot.
 
     Example:
         >>> from syncbn import Monitor, SyncBatchNorm
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), SyncBatchNorm(4))
-        >>> Monitor(model).snapshot()["1"].scalars()["running_var"]
-        1.0
+        >>> monitor = Monitor(model)
+        >>> for step in range(100):
+        ...     with monitor.watch(step % 50 == 0):
+        ...         output = model(torch.randn(8, 1, 6, 6))
+        >>> monitor.snapshot()["1"].scalars()["values_per_channel"]
+        128.0
     """
 
-    _VECTORS = ("running_mean", "running_var", "weight", "bias")
-
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, _BatchNorm)}
+        self._model = model
+        self._layers: dict[_BatchNorm, str] = {}
+        for name, layer in named_modules(model):
+            if isinstance(layer, _BatchNorm):
+                self._layers.setdefault(layer, name)  # one in two places has one set of statistics, and its first name
+        self._seen: dict[_BatchNorm, _Seen] = {}
+
+    @contextmanager
+    def watch(self, enabled: bool = True) -> Iterator[None]:
+        """Records what the layers see in the forward passes inside; several passes (of micro-batches, or of a layer
+        that is called twice) are pooled. What was recorded before is dropped.
+
+        Args:
+            enabled: False does nothing, for `with monitor.watch(step % 50 == 0)`; the same on all ranks, because a
+                watched collective is longer.
+
+        Raises:
+            RuntimeError: another monitor is watching a layer of this one.
+        """
+        if not enabled:
+            yield
+            return
+        if any(layer.__dict__.get("_record") is not None for layer in self._layers):
+            raise RuntimeError("Monitor.watch: a monitor watches this model already; leave its context first")
+        device = next((tensor.device for tensor in self._model.parameters()), torch.get_default_device())
+        self._seen = {layer: _Seen.by(layer, device) for layer in self._layers if _has_width(layer)}
+        hooks = []
+        for layer, seen in self._seen.items():
+            if isinstance(layer, SyncBatchNorm):
+                layer._record = seen.record
+            else:
+                hooks.append(layer.register_forward_pre_hook(seen.look))
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.__dict__.pop("_record", None)
+            for hook in hooks:
+                hook.remove()
 
     def snapshot(self) -> dict[str, LayerSnapshot]:
-        """What every layer holds now."""
-        found = [
-            (name, kind, vector.detach())
-            for name, layer in self._layers.items()
-            for kind in self._VECTORS
-            if (vector := getattr(layer, kind, None)) is not None
-        ]
-        # The one copy to the host (on a GPU: the one wait) of a logging step.
-        flat = torch.cat([vector.to(torch.float64) for _, _, vector in found]).cpu() if found else torch.empty(0)
-        pieces = flat.split([vector.numel() for _, _, vector in found])
-        values: dict[str, dict[str, Tensor]] = {name: {} for name in self._layers}
-        for (name, kind, _), piece in zip(found, pieces, strict=True):
-            values[name][kind] = piece
-        return {name: self._layer_snapshot(layer, values[name]) for name, layer in self._layers.items()}
+        """What every layer holds now and saw in the last watched step, in the order of the model."""
+        parts: list[tuple[_BatchNorm, str, Tensor]] = []
+        for layer in self._layers:
+            held = {kind: getattr(layer, kind, None) for kind in _HELD}
+            seen = self._seen[layer].parts() if layer in self._seen else {}
+            parts += [(layer, kind, part.detach()) for kind, part in {**held, **seen}.items() if part is not None]
+        values: dict[_BatchNorm, dict[str, Tensor]] = {layer: {} for layer in self._layers}
+        for (layer, kind, _), value in zip(parts, _to_host([part for _, _, part in parts]), strict=True):
+            values[layer][kind] = value
+        return {name: _snapshot(layer, values[layer]) for layer, name in self._layers.items()}
 
-    def _layer_snapshot(self, layer: nn.Module, values: dict[str, Tensor]) -> LayerSnapshot:
-        return LayerSnapshot(
-            **{kind: values.get(kind) for kind in self._VECTORS},
-            stats_frozen=isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
-            affine_frozen=is_held(layer),
-        )
+
+@dataclass
+class _Seen:
+    """What a layer is seen to do in watched passes, on its device."""
+
+    record: Tensor  # see `watching`
+    running_mean: Tensor | None  # both from before the watched step
+    running_var: Tensor | None
+
+    @classmethod
+    def by(cls, layer: _BatchNorm, device: torch.device) -> _Seen:
+        """By this layer; `device` is that of a layer that has no tensor of its own."""
+        device = next((tensor.device for tensor in layer.state_dict().values()), device)
+        mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))
+        return cls(new_record(layer.__dict__["num_features"], device), mean, var)
+
+    def look(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """A hook for layers of other classes, before their forward."""
+        if arguments and isinstance(arguments[0], Tensor):
+            packed = Moments.of(arguments[0].detach()).packed
+            self.record[: packed.numel()].add_(packed)
+            if layer.training and not isinstance(layer, nn.SyncBatchNorm):  # whose batch is larger than what is here
+                self.record[-1].add_(1.0)
+
+    def parts(self) -> dict[str, Tensor | None]:
+        return {"record": self.record, "mean_before": self.running_mean, "var_before": self.running_var}
+
+
+def _to_host(tensors: list[Tensor]) -> list[Tensor]:
+    """All of them in float64 on the CPU, by one copy from each device (on a GPU: the one wait of a logging step)."""
+    pieces: dict[int, Tensor] = {}
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        there = [number for number, tensor in enumerate(tensors) if tensor.device == device]
+        one = torch.zeros(1, dtype=torch.float64, device=device)  # `cat` takes the widest type
+        flat = torch.cat([one, *(tensors[number].flatten() for number in there)]).cpu()[1:]
+        pieces |= dict(zip(there, flat.split([tensors[number].numel() for number in there]), strict=True))
+    return [pieces[number] for number in range(len(tensors))]
+
+
+def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
+    held: dict[str, Any] = {kind: values.get(kind) for kind in _HELD}
+    held |= {
+        "stats_frozen": isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
+        "affine_frozen": is_held(layer),
+    }
+    if "record" not in values:
+        return LayerSnapshot(**held)
+    packed, between, total, calls = split_record(values["record"])
+    count, (high, low), variance = unpack(packed)
+    if count == 0:
+        return LayerSnapshot(**held)
+    mean, drift = high + low, None
+    if "mean_before" in values:
+        drift = (mean - values["mean_before"]).abs() / (values["var_before"] + layer.eps).sqrt()
+    by_batch = bool(calls > 0)
+    return LayerSnapshot(
+        **held,
+        batch_mean=mean,
+        batch_var=variance,
+        drift=drift,
+        between_rank_share=between / total if by_batch and _sums_over_ranks(layer) else None,
+        values_per_channel=(count / calls).item() if by_batch else None,
+    )
+
+
+def _sums_over_ranks(layer: _BatchNorm) -> bool:
+    return (
+        isinstance(layer, SyncBatchNorm)
+        and not isinstance(layer.process_group, LostGroup)
+        and collective_group(layer.process_group) is not None
+    )
+
+
+def _has_width(layer: _BatchNorm) -> bool:
+    return layer.__dict__.get("num_features", 0) > 0  # a lazy layer learns it with its first batch
+
+
+def _defined(vector: Tensor | None) -> Tensor | None:
+    if vector is None:
+        return None
+    vector = vector[~vector.isnan()]
+    return vector if len(vector) else None

@@ -1,0 +1,59 @@
+"""What a layer's forward passes see, recorded for a `Monitor` on the steps that are watched, and only then.
+
+On such a step the payload of the forward pass carries C more numbers, each rank's sum of squared deviations from its
+*own* mean. With the deviations from the common mean, which the layer knows anyway, variance separates:
+
+    sum over all (x - mean)^2  =  sum over ranks of sum (x - mean of the rank)^2  +  sum over ranks of n_r (mean_r - mean)^2
+              total                                 within                                         between
+
+(the analysis of variance). All three are sums of squares: nothing cancels but in between = total - within.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from syncbn.kernels import operators
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def new_record(num_channels: int, device: torch.device) -> Tensor:
+    """A record of nothing: `[packed moments (4C+1), between (C), total (C), calls]`, float64, to which passes are added."""
+    return torch.zeros(6 * num_channels + 2, dtype=torch.float64, device=device)
+
+
+def split_record(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed moments (4C+1), sums of squares between ranks (C), in total (C), and passes that normalized by the batch."""
+    num_channels = (record.numel() - 2) // 6
+    packed, between, total, calls = record.split([4 * num_channels + 1, num_channels, num_channels, 1])
+    return packed, between, total, calls
+
+
+def sum_and_record(local: Tensor, reduce: Reduce, record: Tensor) -> Tensor:
+    """The sum over ranks of the packed moments, by one collective, with what they say added to `record`."""
+    with _hidden():
+        payload = torch.cat([local, operators.spread(local)])
+    payload = reduce(payload)
+    with _hidden():
+        packed, within = payload[: local.numel()], payload[local.numel() :]
+        total = operators.spread(packed)
+        record.add_(torch.cat([packed, (total - within).clamp(min=0.0), total, torch.ones_like(total[:1])]))
+    return packed
+
+
+def record_local(input: Tensor, mask: Tensor | None, record: Tensor) -> None:
+    """Adds the moments of this rank's samples, of a pass that does not normalize by them: no collective."""
+    with _hidden():
+        packed = operators.moments(input.detach(), mask)
+        record[: packed.numel()].add_(packed)
+
+
+def _hidden() -> AbstractContextManager[object]:
+    """Hides what is for us alone from selective checkpointing, which would miss it in the second run."""
+    return nullcontext() if torch.compiler.is_compiling() else _disable_current_modes()
