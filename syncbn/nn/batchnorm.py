@@ -199,14 +199,24 @@ class SyncBatchNorm(_BatchNorm):
                 if self._record is not None:
                     record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
-            return normalize_by_batch(
-                input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record
-            )
+            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record)
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
-            input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self, self._record
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            counter,
+            momentum,
+            eps,
+            group,
+            mask,
+            pool,
+            self,
+            self._record,
         )
 
     @property

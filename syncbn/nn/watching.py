@@ -3,10 +3,11 @@
 On such a step the payload of the forward pass carries C more numbers, each rank's sum of squared deviations from its
 *own* mean. With the deviations from the common mean, which the layer knows anyway, variance separates:
 
-    sum over all (x - mean)^2  =  sum over ranks of sum (x - mean of the rank)^2  +  sum over ranks of n_r (mean_r - mean)^2
-              total                                 within                                         between
+    total    sum over all of (x - mean)^2                                    = within + between
+    within   sum over ranks of sum over its samples of (x - mean_r)^2
+    between  sum over ranks of n_r (mean_r - mean)^2
 
-(the analysis of variance). All three are sums of squares: nothing cancels but in between = total - within.
+(the analysis of variance; n_r and mean_r are the rank's). All three are sums of squares: nothing cancels but in between = total - within.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def new_record(num_channels: int, device: torch.device) -> Tensor:
-    """A record of nothing: `[packed moments (4C+1), between (C), total (C), calls]`, float64, to which passes are added."""
+    """A record of nothing, to which passes are added: `[packed moments (4C+1), between (C), total (C), calls]`, float64."""
     return torch.zeros(6 * num_channels + 2, dtype=torch.float64, device=device)
 
 
 def split_record(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed moments (4C+1), sums of squares between ranks (C), in total (C), and passes that normalized by the batch."""
+    """Packed moments (4C+1), sums of squares between ranks (C) and in total (C), passes that normalized by the batch."""
     num_channels = (record.numel() - 2) // 6
     packed, between, total, calls = record.split([4 * num_channels + 1, num_channels, num_channels, 1])
     return packed, between, total, calls

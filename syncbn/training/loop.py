@@ -143,7 +143,8 @@ class Trainer:
             if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
-            self._train_step(self.counters.step)
+            with self.monitor.watch(self._is_due(self.log_every, self.counters.step + 1)):
+                self._train_step(self.counters.step)
             self.counters.step += 1
             save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
             # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
@@ -159,8 +160,8 @@ class Trainer:
             if save_is_due or self.counters.step == self.num_steps:
                 self._save(config_dict)
 
-    def _is_due(self, every: int) -> bool:
-        step = self.counters.step
+    def _is_due(self, every: int, step: int | None = None) -> bool:
+        step = self.counters.step if step is None else step
         return step > 0 and (step % every == 0 or step == self.num_steps)
 
     def _read_reports(self, config_dict: dict[str, Any], *, everything: bool) -> bool:
@@ -331,6 +332,8 @@ class Trainer:
                 metrics = self._validate_model(config_dict)
             log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
+            if self.place.is_first:
+                self.tracker.show_layers(step, self.monitor.snapshot())
 
     def _validate_model(self, config_dict: dict[str, Any]) -> dict[str, float]:
         step = self.counters.step

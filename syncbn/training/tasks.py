@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from syncbn.training import console, launch, losses, models, state, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
+from syncbn.training.environment import describe
 from syncbn.training.loop import Trainer
 from syncbn.training.metrics import evaluate as evaluate_split
 from syncbn.training.parsing import apply_overrides, parse, to_dict
@@ -121,7 +123,11 @@ def _train(
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
-    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, config_dict, active=place.is_first))
+    environment = describe(place, overrides)
+    if place.is_first:
+        (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    tracked = {**config_dict, "environment": environment}
+    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     loss = losses.build(config.loss)
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
     if checkpoint is not None:

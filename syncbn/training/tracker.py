@@ -18,6 +18,9 @@ from syncbn.training.redaction import redact
 
 log = logging.getLogger(__name__)
 
+# One number for the whole model: of the layer that is worst off.
+_WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
+
 
 class Tracker:
     """One record per logged step, flat keys with `/`, in `metrics.jsonl` and in wandb.
@@ -56,11 +59,31 @@ class Tracker:
         if self._file is None:
             return
         record: dict[str, Any] = {"step": step, **metrics}
-        for name, layer in (layers or {}).items():
-            record |= {f"bn/{name}/{key}": value for key, value in layer.scalars().items()}
+        of_layers = {name: layer.scalars() for name, layer in (layers or {}).items()}
+        for name, scalars in of_layers.items():
+            record |= {f"bn/{name}/{key}": value for key, value in scalars.items()}
+        for key, worst in _WORST.items():
+            values = [scalars[key] for scalars in of_layers.values() if key in scalars]
+            if values:
+                record[f"bn/{worst.__name__}_{key}"] = worst(values)
         self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
         if self._wandb is not None:
             self._guard(lambda: self._wandb.log({**record, **self._histograms(layers or {})}))
+
+    def show_layers(self, step: int, layers: Mapping[str, LayerSnapshot]) -> None:
+        """All layers at this step, channel by channel in `layers.json` (the latest only), in wandb as a table."""
+        if self._file is None:
+            return
+        vectors = {
+            name: {kind: [_jsonable(value) for value in vector.tolist()] for kind, vector in layer.vectors().items()}
+            for name, layer in layers.items()
+        }
+        path = self._run_dir / "layers.json"
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps({"step": step, "layers": vectors}) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        if self._wandb is not None:
+            self._guard(lambda: self._wandb.log({"step": step, "bn/layers": self._table(layers)}))
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Final values, in wandb's summary."""
@@ -101,6 +124,18 @@ class Tracker:
         # One step metric for everything, so that curves from several attempts share an axis.
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
+
+    def _table(self, layers: Mapping[str, LayerSnapshot]) -> Any:
+        """A row per layer, in the order of the model; a column per number that any of them has."""
+        import wandb
+
+        rows = {name: layer.scalars() for name, layer in layers.items()}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        # wandb sorts what it shows by name: the position keeps the model's order within reach.
+        data = [
+            [number, name, *(row.get(column) for column in columns)] for number, (name, row) in enumerate(rows.items())
+        ]
+        return wandb.Table(columns=["position", "layer", *columns], data=data)
 
     def _histograms(self, layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
         import wandb

@@ -72,7 +72,49 @@ def test_wandb_has_the_same_numbers_once_at_the_same_steps(default_run):
     expected = read_metrics(default_run)
     assert len(expected) > 20
     internal = {"_step", "_runtime", "_timestamp"}
-    assert [{key: row[key] for key in row.keys() - internal} for row in logged] == expected
+    scalars = [{key: row[key] for key in row.keys() - internal} for row in logged if "bn/layers/_type" not in row]
+    assert scalars == expected
+
+
+def test_everything_the_monitor_shows_is_recorded_at_each_logging_step(default_run):
+    training = [record for record in read_metrics(default_run) if "train/loss" in record]
+    layers = {key.split("/")[1] for key in training[0] if key.startswith("bn/") and key.count("/") == 2}
+    assert len(layers) == 9
+    shown = {"running_mean_abs", "running_var", "batch_mean_abs", "batch_var", "drift", "between_rank_share",
+             "values_per_channel", "weight_abs", "bias", "dead_channels", "stats_frozen", "affine_frozen"}  # fmt: skip
+    for record in training:
+        for layer in layers:
+            assert {key.split("/")[2] for key in record if key.startswith(f"bn/{layer}/")} == shown
+        assert record["bn/max_drift"] == max(record[f"bn/{layer}/drift"] for layer in layers)
+    # 64 samples of 8 x 8 over both ranks; 29 in the last step of an epoch
+    assert {record["bn/backbone.stem.bn/values_per_channel"] for record in training} <= {64.0 * 64, 29.0 * 64}
+    histograms = [row for row in read_history(default_run) if "bn/backbone.stem.bn/hist/drift/_type" in row]
+    assert [row["step"] for row in histograms] == [record["step"] for record in training]
+
+
+def test_each_evaluation_has_a_table_of_all_layers_and_the_vectors_of_the_latest(default_run):
+    evaluated = [record["step"] for record in read_metrics(default_run) if "val/loss" in record]
+    tables = [row for row in read_history(default_run) if "bn/layers/_type" in row]
+    assert [row["step"] for row in tables] == evaluated
+    assert tables[-1]["bn/layers/nrows"] == 9
+    [table] = default_run.glob(f"wandb/offline-run-*/files/{tables[-1]['bn/layers/path']}")
+    shown = json.loads(table.read_text())
+    latest = json.loads((default_run / "layers.json").read_text())
+    assert latest["step"] == evaluated[-1]
+    assert [row[:2] for row in shown["data"]] == [[number, name] for number, name in enumerate(latest["layers"])]
+    stem = latest["layers"]["backbone.stem.bn"]
+    column = shown["columns"].index("running_var")
+    assert shown["data"][0][column] == pytest.approx(sum(stem["running_var"]) / len(stem["running_var"]))
+    state = load_last(default_run)["model"]
+    assert stem["running_mean"] == state["backbone.stem.bn.running_mean"].double().tolist()
+
+
+def test_the_environment_is_recorded(default_run):
+    environment = json.loads((default_run / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert list(environment["hosts"].values()) == [2]
+    assert environment["torch"] == torch.__version__
+    assert environment["command"].startswith("train.py")
 
 
 def test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers(default_job, default_run):
