@@ -7,7 +7,8 @@ On such a step the payload of the forward pass carries C more numbers, each rank
     within   sum over ranks of sum over its samples of (x - mean_r)^2
     between  sum over ranks of n_r (mean_r - mean)^2
 
-(the analysis of variance; n_r and mean_r are the rank's). All three are sums of squares: nothing cancels but in between = total - within.
+(the analysis of variance; n_r and mean_r are the rank's). All three are sums of squares: nothing cancels but in
+between = total - within.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def new_record(num_channels: int, device: torch.device) -> Tensor:
-    """A record of nothing, to which passes are added: `[packed moments (4C+1), between (C), total (C), calls]`, float64."""
+    """Zeros, to which passes are added: `[packed moments (4C+1), between (C), total (C), calls]`, float64."""
     return torch.zeros(6 * num_channels + 2, dtype=torch.float64, device=device)
 
 
 def split_record(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed moments (4C+1), sums of squares between ranks (C) and in total (C), passes that normalized by the batch."""
+    """Packed moments (4C+1), sums of squares between ranks (C) and in total (C), calls that normalized by the batch."""
     num_channels = (record.numel() - 2) // 6
     packed, between, total, calls = record.split([4 * num_channels + 1, num_channels, num_channels, 1])
     return packed, between, total, calls

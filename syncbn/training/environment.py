@@ -1,4 +1,4 @@
-"""What a run was made with: command, code, versions and machines, for `environment.json`, the tracker and the report."""
+"""What a run was made with: command, code, versions and machines, for the tracker and the report."""
 
 from __future__ import annotations
 
@@ -44,21 +44,16 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the code that runs, with a + where files differ from it; None outside of a checkout."""
-    here = Path(sys.modules["syncbn"].__file__ or "").parent
+    code = Path(sys.modules["syncbn"].__file__ or "")
     with suppress(OSError, subprocess.SubprocessError):
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", "__init__.py"],
-            cwd=here,
-            capture_output=True,
-            timeout=10,
-            check=False,
-        )
-        return described.stdout.strip() if tracked.returncode == 0 else None
+        _git("ls-files", "--error-unmatch", code.name, at=code.parent)  # not the checkout of something around us
+        return _git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*", at=code.parent)
     return None
+
+
+def _git(*arguments: str, at: Path) -> str:
+    done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -129,12 +129,10 @@ class Tracker:
         """A row per layer, in the order of the model; a column per number that any of them has."""
         import wandb
 
-        rows = {name: layer.scalars() for name, layer in layers.items()}
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        rows = [(name, layer.scalars()) for name, layer in layers.items()]
+        columns = list(dict.fromkeys(column for _, row in rows for column in row))
         # wandb sorts what it shows by name: the position keeps the model's order within reach.
-        data = [
-            [number, name, *(row.get(column) for column in columns)] for number, (name, row) in enumerate(rows.items())
-        ]
+        data = [[position, name, *map(row.get, columns)] for position, (name, row) in enumerate(rows)]
         return wandb.Table(columns=["position", "layer", *columns], data=data)
 
     def _histograms(self, layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:

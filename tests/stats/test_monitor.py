@@ -259,7 +259,7 @@ def test_a_snapshot_is_one_copy_to_the_host():
 def test_an_exception_a_copy_and_a_second_monitor():
     model = nn.Sequential(SyncBatchNorm(3))
     monitor = Monitor(model)
-    with pytest.raises(ZeroDivisionError), monitor.watch():
+    with pytest.raises(ZeroDivisionError), monitor.watch():  # noqa: PT012
         copies = [copy.deepcopy(model), copy.copy(model[0]), pickle.loads(pickle.dumps(model))]
         with pytest.raises(RuntimeError, match="watches this model already"), Monitor(model).watch():
             pass
@@ -289,12 +289,11 @@ def test_a_compiled_layer_can_be_watched(ranks):
 
 
 def check_one_rank_watches_alone():
-    layer = SyncBatchNorm(3)
+    layer, alone = SyncBatchNorm(3), dist.get_rank() == 0
     debugging.enabled = True
     try:
-        with pytest.raises(debugging.CollectiveError, match="watched forward pass"):
-            with Monitor(layer).watch(dist.get_rank() == 0):
-                layer(torch.randn(4, 3))
+        with pytest.raises(debugging.CollectiveError, match="watched forward pass"), Monitor(layer).watch(alone):
+            layer(torch.randn(4, 3))
     finally:
         debugging.enabled = False
 
