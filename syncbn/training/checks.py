@@ -11,7 +11,8 @@ from syncbn.surgery.plan import FreezePlan, FreezeRule
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.data import Data
 from syncbn.training.duration import Duration
-from syncbn.training.place import Place
+from syncbn.training.losses import CrossEntropy, Loss, check_loss
+from syncbn.training.place import Place, in_dtype
 from syncbn.training.sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -57,21 +58,24 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
     return plan
 
 
-def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place) -> None:
-    """Runs the model once without training it.
+def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, loss: Loss) -> None:
+    """Runs the model and the loss once without training.
 
     Raises:
-        ConfigError: it cannot take the images, its outputs are not one logit per class, or it cannot take zero rows
+        ConfigError: it cannot take the images, its outputs are not one logit per class (where cross entropy wants
+            that), the loss cannot take them or does not return a sum and a count, or the model cannot take zero rows
             where the last batch of an epoch leaves a rank without samples.
     """
-    images, _ = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
+    images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
     images = place.put(images)
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
-    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), data.num_classes):
+    wanted = (len(images), data.num_classes, *targets.shape[1:])
+    if isinstance(loss, CrossEntropy) and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ConfigError(f"model: expected logits of shape ({len(images)}, {data.num_classes}), got {got}")
+        raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
+    check_loss(loss, in_dtype(outputs, place.dtype), targets.to(place.device))
     if sampler.smallest_micro_batch() < place.world_size:
         failure, _ = _try(model, images[:0])
         if failure is not None:

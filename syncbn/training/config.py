@@ -113,11 +113,28 @@ class ResnetSmallConfig:
 
 
 @dataclass
+class UnetSmallConfig:
+    """A small U-Net."""
+
+    name: str
+    width: int
+    """Channels at full resolution."""
+    depth: int
+    """How often height and width are halved."""
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth"):
+            require(getattr(self, key) >= 1, f"model.{key}", "1 or more", getattr(self, key))
+
+
+@dataclass
 class CrossEntropyConfig:
-    """Cross entropy, a mean over samples."""
+    """Cross entropy, a mean over samples or pixels."""
 
     name: str
     label_smoothing: float
+    ignore_index: int | None
+    """Targets of this value do not count."""
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", "0 or more and below 1", self.label_smoothing)
@@ -279,6 +296,8 @@ class Config:
     data: Any
     model: Any
     loss: Any
+    metrics: dict[str, Any]
+    best: str
     optimizer: Any
     schedule: Any
     freeze: dict[str, Any]
@@ -300,6 +319,7 @@ class Config:
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
+        require(self.best != "", "best", "auto, loss, or the name of a validation metric", self.best)
         for key in ("duration", "eval_every", "log_every"):
             duration = parse_duration(key, getattr(self, key))
             require(duration.value > 0, key, "more than 0", getattr(self, key))
@@ -314,7 +334,7 @@ def _check_classes(classes: list[int] | None) -> None:
 # The named choices of each group. A node with `_target_` is open instead: its keys are the target's arguments.
 SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"digits": DigitsConfig, "fashion_mnist": FashionMnistConfig, "synthetic": SyntheticConfig},
-    "model": {"resnet_small": ResnetSmallConfig},
+    "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
     "loss": {"cross_entropy": CrossEntropyConfig},
     "optimizer": {"sgd": SgdConfig},
     "schedule": {"cosine": CosineConfig, "constant": ConstantConfig},

@@ -14,26 +14,36 @@ from syncbn.training.duration import Duration
 
 
 class Counters:
-    """Where the run is: steps done, and the best validation so far (accuracy, and among equals the loss)."""
+    """Where the run is: steps done, and the best validation so far."""
 
     def __init__(self) -> None:
         self.step = 0
-        self.best_accuracy, self.best_loss = -1.0, math.inf
+        self.best: dict[str, float] = {}  # all of its metrics
         self.best_step = 0
         self.evaluated_step = 0
         self.steps_left_out = 0
 
-    def is_best(self, accuracy: float, loss: float) -> bool:
-        """Whether this validation, of the present step, beats all before; then it is the best from now on."""
-        loss = loss if math.isfinite(loss) else math.inf  # NaN compares as neither better nor worse
-        if (accuracy, -loss) <= (self.best_accuracy, -self.best_loss):
+    def is_best(self, metrics: dict[str, float], by: str) -> bool:
+        """Whether this validation, of the present step, beats all before; then it is the best from now on.
+
+        Args:
+            metrics: without the name of the split; among them `loss` and `by`.
+            by: the metric that decides; the higher the better, and among equals the lower the loss. "loss": the loss.
+        """
+
+        def rank(of: dict[str, float]) -> tuple[float, float]:
+            loss, score = of.get("loss", math.inf), of.get(by, -math.inf)
+            loss = loss if math.isfinite(loss) else math.inf  # NaN compares as neither better nor worse
+            return (0.0 if by == "loss" else score if math.isfinite(score) else -math.inf), -loss
+
+        if self.best and rank(metrics) <= rank(self.best):
             return False
-        self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
+        self.best, self.best_step = dict(metrics), self.step
         return True
 
     def forget_best(self) -> None:
         """Whatever is validated next is the best."""
-        self.best_accuracy, self.best_loss, self.best_step, self.evaluated_step = -1.0, math.inf, 0, 0
+        self.best, self.best_step, self.evaluated_step = {}, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """All of them."""

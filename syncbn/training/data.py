@@ -39,7 +39,8 @@ class Data:
     train: Split
     val: Split
     test: Split
-    num_classes: int
+    num_classes: int | None
+    """None where the targets are no classes."""
     shift: int
     flip: bool
 
@@ -174,6 +175,7 @@ def _make_synthetic(config: SyntheticConfig) -> Data:
 
 
 def _keep_classes(data: Data, classes: list[int]) -> Data:
+    assert data.num_classes is not None
     if unknown := sorted(set(classes) - set(range(data.num_classes))):
         raise ConfigError(f"data.classes: expected labels between 0 and {data.num_classes - 1}, got {unknown}")
     renumbered = torch.full((data.num_classes,), -1)

@@ -22,7 +22,7 @@ from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
 
 _KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
-_OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 
 
 def prepare() -> None:

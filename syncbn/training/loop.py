@@ -42,8 +42,8 @@ from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
 from syncbn.training.duration import Duration
 from syncbn.training.losses import Loss
-from syncbn.training.metrics import evaluate
-from syncbn.training.place import Place
+from syncbn.training.metrics import best_by, build_metrics, evaluate
+from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
 from syncbn.training.sampling import Sampler, Shard
@@ -78,6 +78,8 @@ class Trainer:
         # what is trained, and where
         self.config, self.place, self.data, self.sampler = config, place, data, sampler
         self.model, self.loss, self.plan = model, loss, plan
+        self.metrics = build_metrics(config.metrics, data.num_classes)
+        self.best_by = best_by(config, self.metrics, data)
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
@@ -274,7 +276,7 @@ class Trainer:
         images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
         with self.place.forward_context():
             outputs = wrapped(self.place.put(images))
-        return self.loss(outputs.to(self.place.dtype), labels.to(self.place.device))
+        return self.loss(in_dtype(outputs, self.place.dtype), labels.to(self.place.device))
 
     def _apply_plan(self, step: int) -> None:
         """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
@@ -336,22 +338,21 @@ class Trainer:
         with self.clock.paused():
             with self._pooled_buffers():
                 metrics = self._validate_model(config_dict)
-            log.info("step %d  val/accuracy %.4f  val/loss %.4f", step, metrics["val/accuracy"], metrics["val/loss"])
+            names = dict.fromkeys([f"val/{self.best_by}", "val/loss"])
+            log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
             if self.place.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
 
     def _validate_model(self, config_dict: dict[str, Any]) -> dict[str, float]:
         step = self.counters.step
-        metrics = {f"val/{name}": value for name, value in self._evaluate(self.update.evaluated, self.data.val).items()}
-        loss = metrics["val/loss"]
-        if not math.isfinite(loss):
+        values = self._evaluate(self.update.evaluated, self.data.val)
+        if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
-        metrics |= self.drift.measure(self.model)
         self.counters.evaluated_step = step
-        if self.counters.is_best(metrics["val/accuracy"], loss) and self.place.is_first:
+        if self.counters.is_best(values, self.best_by) and self.place.is_first:
             self.checkpoints.save_best(step, config_dict, self.update.evaluated)
-        return metrics
+        return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
 
     @contextmanager
     def _pooled_buffers(self) -> Iterator[None]:
@@ -389,7 +390,7 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        return evaluate(model, self.data, split, self.loss, self.place, self.stop)
+        return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics)
 
     def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
@@ -403,8 +404,7 @@ class Trainer:
         model = copy.deepcopy(self.update.evaluated)
         model.load_state_dict(read(self.checkpoints.directory / BEST, "run")["model"])
         final = {
-            "val/accuracy": self.counters.best_accuracy,
-            "val/loss": self.counters.best_loss,
+            **{f"val/{name}": value for name, value in self.counters.best.items()},
             **{f"test/{name}": value for name, value in self._evaluate(model, self.data.test).items()},
             "train/samples_per_second": self.clock.overall(),
             **drift,

@@ -3,33 +3,73 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from syncbn.training.config import Config, ConfigError, require
 from syncbn.training.data import Data, Split
 from syncbn.training.losses import Loss
-from syncbn.training.place import Place
+from syncbn.training.place import Place, in_dtype
 from syncbn.training.stopping import StopAgreed, StopRequest
+from syncbn.training.targets import build_target
 
+_ALWAYS = ("loss", "accuracy")
 EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with running statistics, so it changes no result
 
 
-def evaluate(
-    model: nn.Module, data: Data, split: Split, loss: Loss, place: Place, stop: StopRequest | None = None
-) -> dict[str, float]:
-    """`accuracy` and `loss` over a split, the same on every rank; the model's modes are restored.
+def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | None) -> dict[str, Metric]:
+    """The metrics of the configuration, by name; `num_classes` is handed to those that take it and have not got it.
 
-    Every rank has to call it: the metrics are reduced over the default process group.
+    Raises:
+        ConfigError: one cannot be built, or is no torchmetrics metric, or takes the name of one that is always there.
+    """
+    for name in config:
+        require(name not in _ALWAYS and "/" not in name, f"metrics.{name}", "a name that is not taken", name)
+    return {
+        name: build_target(f"metrics.{name}", node, Metric, num_classes=num_classes) for name, node in config.items()
+    }
+
+
+def best_by(config: Config, metrics: Mapping[str, Metric], data: Data) -> str:
+    """The validation metric that chooses the best weights.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    there = [*(["accuracy"] if data.num_classes is not None else []), "loss", *metrics]
+    if config.best == "auto":
+        return there[0]
+    name = config.best.partition("/")[0]  # of a metric that has several numbers
+    require(name in there, "best", f"auto or one of {', '.join(there)}", config.best)
+    return config.best
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    loss: Loss,
+    place: Place,
+    stop: StopRequest | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> dict[str, float]:
+    """`loss`, for labels `accuracy`, and `metrics` over a split, the same on every rank; modes are restored.
+
+    Every rank has to call it: the metrics are reduced over the default process group. A metric of several numbers has a
+    name for each, `name/0`, `name/1`, ...
 
     Raises:
         StopAgreed: `stop` was requested on any rank meanwhile.
     """
-    accuracy = MulticlassAccuracy(data.num_classes, average="micro", validate_args=False).to(place.device)
+    shown: dict[str, Metric] = {**_accuracy(data, loss), **(metrics or {})}
+    for metric in shown.values():
+        metric.to(place.device).reset()
     # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
     loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
     with _evaluating(model):
@@ -39,18 +79,47 @@ def evaluate(
             index = batch.tensor_split(place.world_size)[place.rank]
             if len(index) == 0:
                 continue
-            images, labels = data.eval_batch(split, index, place.dtype)
+            images, targets = data.eval_batch(split, index, place.dtype)
             with place.forward_context():
                 outputs = model(place.put(images))
-            outputs, labels = outputs.to(place.dtype), labels.to(place.device)
-            total, number = loss(outputs, labels)
-            accuracy.update(outputs, labels)
+            outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
+            total, number = loss(outputs, targets)
+            for name, metric in shown.items():
+                _update(name, metric, outputs, targets)
             loss_sum.update(total)
             count.update(number)
     with warnings.catch_warnings():
         # A rank without a sample of a small split has nothing to add, and that is fine.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-        return {"accuracy": _value(accuracy.compute()), "loss": _value(loss_sum.compute() / count.compute())}
+        values = {"loss": _value(loss_sum.compute() / count.compute())}
+        for name, metric in shown.items():
+            values |= _flat(name, metric.compute())
+        return values
+
+
+def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
+    """Of labels; there is none where the data has no classes."""
+    if data.num_classes is None:
+        return {}
+    ignore = getattr(loss, "ignore_index", None)
+    micro = MulticlassAccuracy(data.num_classes, average="micro", ignore_index=ignore, validate_args=False)
+    return {"accuracy": micro}
+
+
+def _update(name: str, metric: Metric, outputs: Any, targets: Tensor) -> None:
+    try:
+        metric.update(outputs, targets)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"metrics.{name}: cannot take the model's outputs: {' '.join(str(error).split())}") from None
+
+
+def _flat(name: str, value: Any) -> dict[str, float]:
+    """Numbers by name, of a metric that may have several."""
+    if isinstance(value, Mapping):
+        return {key: number for part, item in value.items() for key, number in _flat(f"{name}/{part}", item).items()}
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return {f"{name}/{place}": _value(item) for place, item in enumerate(value.flatten())}
+    return {name: _value(value)}
 
 
 @contextmanager

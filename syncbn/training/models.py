@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.groups import new_bn_groups
 from syncbn.surgery.converting import convert_sync_batchnorm
-from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig
+from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
+from syncbn.training.targets import build_target
+from syncbn.training.unet import UnetSmall
 
 
 class ResidualBlock(nn.Module):
@@ -64,16 +66,20 @@ class ResnetSmall(nn.Module):
         return self.head(self.backbone(input).mean((2, 3)))
 
 
-def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.Module:
+def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) -> nn.Module:
     """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
 
     Raises:
         ConfigError: a `_target_` that cannot be imported or called; a model without a trainable parameter.
     """
+    if num_classes is None and not isinstance(config, dict):
+        raise ConfigError(f"model: {config.name} is for classes, which this data has not; choose model=custom")
     if isinstance(config, ResnetSmallConfig):
-        model: nn.Module = ResnetSmall(in_channels, num_classes, config.width, config.depth, config.stages)
+        model: nn.Module = ResnetSmall(in_channels, num_classes or 0, config.width, config.depth, config.stages)
+    elif isinstance(config, UnetSmallConfig):
+        model = UnetSmall(in_channels, num_classes or 0, config.width, config.depth)
     else:
-        model = _build_target("model", config)
+        model = build_target("model", config, nn.Module, in_channels=in_channels, num_classes=num_classes)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             if bn.momentum is not None:
@@ -91,17 +97,3 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.M
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
     return model
-
-
-def _build_target(key: str, node: dict[str, Any]) -> nn.Module:
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        built = instantiate(node)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"{key}._target_={node['_target_']}: {' '.join(str(cause).split())}") from None
-    if not isinstance(built, nn.Module):
-        raise ConfigError(f"{key}._target_={node['_target_']}: expected a torch module, got {type(built).__name__}")
-    return built

@@ -29,7 +29,7 @@ from syncbn.training.config import (
     require_choice,
 )
 
-OPEN_GROUPS = ("model",)
+OPEN_GROUPS = ("model", "loss")
 NESTED: dict[str, type] = {kind.__name__: kind for kind in (SaveConfig, BnConfig, TrackerConfig)}
 
 
@@ -52,6 +52,8 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         entries = getattr(config, group) or {}
         setattr(config, group, {name: _typed(schema, entry, f"{group}.{name}") for name, entry in entries.items()
                                 if entry is not None})  # fmt: skip
+    config.metrics = {name: _parse_metric(f"metrics.{name}", node) for name, node in (config.metrics or {}).items()
+                      if node is not None}  # fmt: skip
     for name, rule in config.freeze.items():
         _check_rule(f"freeze.{name}", rule)
     return config
@@ -67,7 +69,7 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
     node = OmegaConf.create(stored)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group in (*SCHEMAS, "freeze", "tracker", "experiment", "debug"):
+        if override.key_or_group in (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug"):
             raise ConfigError(
                 f"{override.key_or_group}: comes from load here; override single keys, not the whole group"
             )
@@ -105,6 +107,14 @@ def _parse_group(group: str, schemas: dict[str, type], node: Any) -> Any:
         return dict(node)
     require_choice(f"{group}.name", node.get("name"), tuple(schemas))
     return _typed(schemas[node["name"]], node, group)
+
+
+def _parse_metric(key: str, node: Any) -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(
+            f"{key}._target_: required; give a metric, {key}._target_=torchmetrics.classification.MulticlassF1Score"
+        )
+    return dict(node)
 
 
 Schema = TypeVar("Schema")

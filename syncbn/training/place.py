@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def in_dtype(outputs: Any, dtype: torch.dtype) -> Any:
+    """A model's outputs in `dtype`, also where they are a tuple, list or dict of tensors."""
+    if isinstance(outputs, Tensor):
+        return outputs.to(dtype) if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        return {name: in_dtype(output, dtype) for name, output in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        return [in_dtype(output, dtype) for output in outputs]
+    return outputs
 
 
 @dataclass(frozen=True)

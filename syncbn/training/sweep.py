@@ -47,8 +47,10 @@ def print_table(sweep_dir: Path) -> None:
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
     summaries = [(job.name, read_summary(job) or {}) for job in jobs]
-    names = [name for name in ("val/accuracy", "test/accuracy") if any(name in s["metrics"] for _, s in summaries)]
-    names += sorted({name for _, s in summaries for name in s["metrics"] if name.startswith("drift/")})
+    found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
+    names = [name for name in found if name.count("/") == 1 and name.startswith(("val/", "test/"))]  # not each class
+    names = [name for name in names if not name.endswith("/loss")] or names
+    names += sorted(name for name in found if name.startswith("drift/"))
     rows = [
         (
             job,

@@ -22,6 +22,7 @@ from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
 from syncbn.training.loop import Trainer
+from syncbn.training.metrics import build_metrics
 from syncbn.training.metrics import evaluate as evaluate_split
 from syncbn.training.parsing import apply_overrides, parse, to_dict
 from syncbn.training.place import Place
@@ -82,10 +83,10 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     data, model = _build(config, place)
     # A run with averaged weights evaluates those.
     state.load_into(model, checkpoint.get("average", checkpoint["model"]), path, "load")
-    loss = losses.build(config.loss)
+    loss, own_metrics = losses.build(config.loss), build_metrics(config.metrics, data.num_classes)
     metrics: dict[str, float] = {}
     for name, split in (("val", data.val), ("test", data.test)):
-        values = evaluate_split(model, data, split, loss, place)
+        values = evaluate_split(model, data, split, loss, place, metrics=own_metrics)
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
     tracker = replace(config.tracker, mode="disabled")
     with Tracker(tracker, run_dir, redacted(to_dict(config)), active=place.is_first) as records:
@@ -120,7 +121,8 @@ def _train(
         drift.remember(model, name)
     sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    check_model(model, data, sampler, place)
+    loss = losses.build(config.loss)
+    check_model(model, data, sampler, place, loss)
     config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
@@ -130,7 +132,6 @@ def _train(
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
-    loss = losses.build(config.loss)
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -230,9 +231,14 @@ def _shown(path: Path) -> str:
     return os.path.relpath(path)
 
 
+def _by_split(name: str) -> int:
+    """The order of the summary: validation, test, the rest."""
+    return next((place for place, split in enumerate(("val/", "test/")) if name.startswith(split)), 2)
+
+
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
-    names = ["val/accuracy", "val/loss", "test/accuracy", "test/loss", *(n for n in metrics if n.startswith("drift/"))]
-    rows = [(name, f"{metrics[name]:.4f}") for name in names]
+    shown = sorted((name for name in metrics if not name.startswith("train/")), key=_by_split)
+    rows = [(name, f"{metrics[name]:.4f}") for name in shown]
     rows += [
         ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),

@@ -36,6 +36,9 @@ MISTAKES = [
     (["freeze.a.match=x", "freeze.a.until=3x"], "freeze.a.until: expected a duration"),
     (["init.backbone.pth=x"], "init.backbone.pth: no such key; did you mean init.backbone.path?"),
     (["model=custom"], "model._target_: required"),
+    (["loss=custom"], "loss._target_: required"),
+    (["metrics.f1.average=macro"], "metrics.f1._target_: required; give a metric"),
+    (["best="], "best: expected auto, loss, or the name of a validation metric, got ''"),
     (["task=eval"], "load: expected a checkpoint or a run directory for task=eval"),
     (["bn.group=rack"], "bn.group: expected world, node, or a number of ranks, got 'rack'"),
     (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
@@ -52,6 +55,12 @@ MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
         "init.body: the model has no sub-network 'body'; its top-level ones are backbone, head",
     ),
     (["model=custom", "model._target_=nope.Net"], "model._target_=nope.Net: "),
+    (["loss=custom", "loss._target_=torch.nn.BCELoss"], "loss: cannot take the model's outputs"),
+    (["loss=custom", "loss._target_=torch.nn.CrossEntropyLoss"], "loss: expected a sum and a count"),
+    (["metrics.f1._target_=torch.nn.Linear"], "metrics.f1._target_=torch.nn.Linear: "),
+    (["metrics.accuracy._target_=torchmetrics.MeanMetric"], "metrics.accuracy: expected a name that is not taken"),
+    (["best=f1"], "best: expected auto or one of accuracy, loss, got 'f1'"),
+    (["model=unet_small"], "model: expected logits of shape (2, 10), got (2, 10, 8, 8)"),
 ]
 
 
@@ -102,7 +111,8 @@ def test_composing_a_config_does_not_import_torch(tmp_path):
     ),
 )
 def test_every_config_file_composes_and_passes_the_schema(choice):
-    extra = ["model._target_=torch.nn.Linear"] if choice == "model=custom" else []
+    group = choice.partition("=")[0]
+    extra = [f"{group}._target_=torch.nn.Linear"] if choice.endswith("=custom") else []
     assert isinstance(compose_config(choice, *extra), Config)
 
 
@@ -115,7 +125,7 @@ def test_a_yaml_starts_with_the_command_that_runs_it_and_fits_on_a_screen(path):
 
 def test_yaml_and_schema_have_the_same_root_keys():
     keys = set(yaml.safe_load((ROOT / "configs/train.yaml").read_text())) - {"defaults", "hydra"}
-    groups = {"tracker", "freeze", *SCHEMAS}
+    groups = {"tracker", "freeze", "metrics", *SCHEMAS}
     assert keys | groups == {field.name for field in fields(Config)}
 
 

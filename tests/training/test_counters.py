@@ -42,6 +42,7 @@ def test_a_job_saves_by_the_minute_where_its_ranks_have_clocks_of_their_own(job,
 def test_the_best_is_the_most_accurate_and_among_equals_the_one_of_least_loss():
     best = Counters()
     answers = [
-        best.is_best(*result) for result in [(0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.5, math.nan), (0.6, math.nan)]
+        best.is_best(dict(zip(("accuracy", "loss"), result, strict=True)), "accuracy")
+        for result in [(0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.5, math.nan), (0.6, math.nan)]
     ]
     assert answers == [True, True, False, False, True]
