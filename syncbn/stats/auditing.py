@@ -6,7 +6,6 @@ them all.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.nn.batchnorm import SyncBatchNorm
-from syncbn.nn.groups import LostGroup, as_group
 from syncbn.nn.patterns import select
+from syncbn.stats.comparing import is_frozen, is_synchronized, members_of, on_all_ranks, world_size
 from syncbn.stats.dropout import MIN_DROPOUT, after_dropout
 from syncbn.stats.findings import Finding, found, ordered
 from syncbn.stats.probing import Seen, probe
@@ -87,14 +86,16 @@ def audit(
     findings = [*after_dropout(modules)]
     evaluated = trained or not next(iter(modules.values())).training
     for name, layer in layers.items():
-        findings += _of_settings(name, layer, feeding[name])
-        findings += _of_statistics(name, layer, is_evaluated=evaluated)
+        parent = modules.get(name.rpartition(".")[0]) if name else None
+        findings += _of_settings(name, layer, feeding[name], parent)
+        # What does not run (an auxiliary head, say) need not have been updated.
+        findings += _of_statistics(name, layer, is_evaluated=evaluated and (batch is None or name in seen))
         findings += _of_world(name, layer)
         findings += _of_size(name, layer, seen.get(name), batch_size)
         findings += _of_data(name, layer, seen[name]) if name in seen else ()
         findings += _of_checkpointing(name, layer, modules, seen.get(name))
         findings += _of_optimizer(name, layer, optimizer) if optimizer is not None else ()
-    return ordered(_on_all_ranks(findings, layers))
+    return ordered(on_all_ranks(findings, layers))
 
 
 def is_moving(layer: _BatchNorm) -> bool:
@@ -131,19 +132,7 @@ def are_initial(mean: Tensor, var: Tensor, counter: Tensor | None) -> bool:
 
 
 def _normalizes_by_batch(layer: _BatchNorm) -> bool:
-    return layer.training and not _is_frozen(layer)
-
-
-def _is_frozen(layer: _BatchNorm) -> bool:
-    return isinstance(layer, SyncBatchNorm) and layer.stats_frozen
-
-
-def _is_synchronized(layer: _BatchNorm) -> bool:
-    return isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return layer.training and not is_frozen(layer)
 
 
 def _feeding(modules: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
@@ -157,8 +146,15 @@ def _feeding(modules: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
     return before
 
 
-def _of_settings(name: str, layer: _BatchNorm, feeding: nn.Module | None) -> Iterator[Finding]:
-    """What the switches of a layer contradict."""
+def _of_settings(
+    name: str, layer: _BatchNorm, feeding: nn.Module | None, parent: nn.Module | None
+) -> Iterator[Finding]:
+    """What the switches of a layer contradict.
+
+    Args:
+        feeding: the layer with parameters in front of it; None without one.
+        parent: the module that it is a part of; None for the model itself.
+    """
     if layer.running_mean is None:
         yield found("no-running-statistics", name)
     elif not layer.track_running_stats:
@@ -166,12 +162,12 @@ def _of_settings(name: str, layer: _BatchNorm, feeding: nn.Module | None) -> Ite
     if not is_moving(layer):
         return
     own = list(layer.parameters(recurse=False))
-    fed_by_frozen = feeding is not None and not any(p.requires_grad for p in feeding.parameters(recurse=False))
     if own and not any(parameter.requires_grad for parameter in own):
         # Where what feeds it trains its statistics have to move: then it may be meant.
-        severity = "error" if feeding is None or fed_by_frozen else "warning"
+        is_fed_by_frozen = feeding is None or not any(p.requires_grad for p in feeding.parameters(recurse=False))
+        severity = "error" if is_fed_by_frozen else "warning"
         yield found("parameters-frozen-statistics-moving", name, severity=severity)
-    elif not own and fed_by_frozen:
+    elif not own and parent is not None and _is_all_frozen(parent):  # not a probe on top of what is frozen
         yield found("parameters-frozen-statistics-moving", name)
     if layer.momentum is None:
         yield found("momentum-cumulative", name)
@@ -179,9 +175,14 @@ def _of_settings(name: str, layer: _BatchNorm, feeding: nn.Module | None) -> Ite
         yield found("momentum-zero", name)
 
 
+def _is_all_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
 def _of_statistics(name: str, layer: _BatchNorm, *, is_evaluated: bool) -> Iterator[Finding]:
     rule = None
-    if _is_frozen(layer) or (not layer.training and not is_evaluated):  # the latter: by hand, in a model that trains
+    if is_frozen(layer) or (not layer.training and not is_evaluated):  # the latter: by hand, in a model that trains
         rule = "frozen-at-initial-values"
     elif is_evaluated:
         rule = "never-updated"
@@ -197,7 +198,7 @@ def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
             "; its training forward raises on the CPU" if raises else ", which freezes nothing and fails on the CPU"
         )
         yield found("torch-syncbn", name, severity="error" if raises else None, detail=detail)
-    elif _world_size() > 1 and not isinstance(layer, SyncBatchNorm) and _normalizes_by_batch(layer):
+    elif world_size() > 1 and not isinstance(layer, SyncBatchNorm) and _normalizes_by_batch(layer):
         yield found("plain-bn-in-distributed-job", name)
 
 
@@ -205,14 +206,16 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
     """Few samples, or a single value, behind the statistics of a training forward."""
     if not _normalizes_by_batch(layer) or (seen is None and batch_size is None):
         return
-    members = _members(layer)
-    share = (1 if members is None else len(members)) / _world_size()
+    members = members_of(layer)
+    share = (1 if members is None else len(members)) / world_size()
     samples = 0.0 if batch_size is None else batch_size * share
     values: float | None = None
     if seen is not None:
         here, all_ranks = seen.rows_here, seen.rows * share
-        samples = max(samples, all_ranks if _is_synchronized(layer) else here)
+        samples = max(samples, all_ranks if is_synchronized(layer) else here)
         values = samples * seen.values_per_row
+    if samples == 0:  # this rank has none of the batch
+        return
     if values is not None and round(values) <= 1:
         yield found("few-values-per-channel", name, severity="error", found="a single value per channel")
     elif samples <= FEW_SAMPLES:
@@ -221,14 +224,14 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
 
 def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
     """What a batch tells."""
-    if seen.dropout >= MIN_DROPOUT and not _is_frozen(layer):
+    if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
         yield found("dropout-before-bn", name)
     if not seen.is_finite:
         yield found("activation-range", name, severity="error", found="values that are not finite",
                     cure="look for the first layer with this finding, and at what feeds it")  # fmt: skip
         return
     mean, var = layer.running_mean, layer.running_var
-    if mean is not None and var is not None and not _is_frozen(layer) and seen.rows >= GAP_SAMPLES:
+    if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
         gap = _divergence(seen, mean, var, layer.eps)
         if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
             yield found("train-eval-gap", name, gap=gap)
@@ -270,51 +273,3 @@ def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer
         yield found("frozen-parameter-updated", name)
     if any(id(p) not in optimized and p.requires_grad for p in own):
         yield found("affine-not-optimized", name)
-
-
-def _members(layer: _BatchNorm) -> tuple[int, ...] | None:
-    """The ranks whose statistics a layer shares in training; None for a local layer, or a group that is not ours."""
-    if not _is_synchronized(layer):
-        return None
-    if _world_size() == 1:
-        return (0,)
-    group = getattr(layer, "process_group", None)
-    if group is None:
-        return tuple(range(_world_size()))
-    if isinstance(group, LostGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
-        return None
-    resolved = as_group(group)
-    return None if resolved is None else tuple(dist.get_process_group_ranks(resolved))
-
-
-def _on_all_ranks(findings: list[Finding], layers: dict[str, _BatchNorm]) -> list[Finding]:
-    """The findings of all ranks, and what a comparison of the ranks adds."""
-    if _world_size() == 1:
-        return findings
-    digests = {name: _digests(layer) for name, layer in layers.items()}
-    everybodys: list[Any] = [None] * _world_size()
-    dist.all_gather_object(everybodys, (findings, digests))
-    result = [finding for theirs, _ in everybodys for finding in theirs]
-    for name in dict.fromkeys(name for _, theirs in everybodys for name in theirs):
-        per_rank = [theirs.get(name, ((), "", "")) for _, theirs in everybodys]
-        for members, settings, values in per_rank:
-            peers = [per_rank[other] for other in members or range(len(per_rank))]
-            if any(settings != other[1] for other in peers):
-                result.append(found("ranks-differ-in-mode", name))
-            elif any(values != other[2] for other in peers):
-                result.append(found("ranks-differ-in-statistics", name))
-    return result
-
-
-def _digests(layer: _BatchNorm) -> tuple[tuple[int, ...], str, str]:
-    """The ranks that a layer shares its statistics with (empty: all), and short digests of settings and statistics."""
-    settings = (type(layer).__name__, layer.training, _is_frozen(layer), layer.track_running_stats, layer.momentum)
-    values = hashlib.blake2b(digest_size=8)
-    for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked):
-        if buffer is not None and not buffer.is_meta:
-            values.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return (
-        _members(layer) or (),
-        hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest(),
-        values.hexdigest(),
-    )

@@ -36,7 +36,7 @@ def after_dropout(modules: dict[str, nn.Module]) -> Iterator[Finding]:
     """A finding for each layer that comes after dropout in an `nn.Sequential`, with nothing that normalizes between."""
     names = {id(module): name for name, module in modules.items()}
     for module in modules.values():
-        if isinstance(module, nn.Sequential):
+        if _runs_in_order(module):
             is_dropped = False
             for child in _chain(module):
                 if isinstance(child, _DROPOUT_MODULES):
@@ -47,10 +47,16 @@ def after_dropout(modules: dict[str, nn.Module]) -> Iterator[Finding]:
                     is_dropped = False
 
 
-def _chain(sequence: nn.Sequential) -> Iterator[nn.Module]:
+def _runs_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _chain(sequence: nn.Module) -> Iterator[nn.Module]:
     """The modules that run one after the other, sequences within unfolded."""
-    for child in sequence:
-        if type(child) is nn.Sequential:
+    for child in sequence._modules.values():
+        if child is None:
+            continue
+        if _runs_in_order(child):
             yield from _chain(child)
         else:
             yield child

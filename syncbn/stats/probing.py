@@ -85,7 +85,8 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.set_grad_enabled(model.training))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks have to run
+        if "torch._dynamo" in sys.modules:  # hooks have to run; what was never imported has compiled nothing
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(trace)
         try:
             model(batch[0] if isinstance(batch, tuple | list) else batch)

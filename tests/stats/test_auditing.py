@@ -102,11 +102,6 @@ def far_batch():
     return {"batch": 5 * images() + 20}
 
 
-def frozen_convolution(model):
-    model[0].requires_grad_(False)
-    return model
-
-
 def with_batch_normalization_free():
     """finetune_bn_unfrozen: the convolutions as they were, batch normalization adapts."""
     model = convert_sync_batchnorm(trained(network()))
@@ -128,121 +123,124 @@ def untracked(model):
 # Rule, a model with the mistake, one that comes near and is right, and what the audit is given of each.
 CASES = {
     "parameters of a sub-network": (
-        "parameters-frozen-statistics-moving", with_frozen_parameters, lambda: trained(network()), {}
+        "parameters-frozen-statistics-moving", with_frozen_parameters, lambda: trained(network()), dict
     ),
     "convolutions alone": (
         "parameters-frozen-statistics-moving",
         with_frozen_parameters,
         with_batch_normalization_free,
-        {},
+        dict,
     ),
     "no parameters of its own": (
         "parameters-frozen-statistics-moving",
-        lambda: frozen_convolution(network(affine=False)),
-        lambda: network(affine=False),
-        {},
+        lambda: nn.Sequential(network(affine=False)[:2].requires_grad_(False), nn.Linear(4, 2)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), network(affine=False)[1:]),  # a linear probe
+        dict,
     ),
     "frozen fresh": (
         "frozen-at-initial-values",
         lambda: freeze(m := convert_sync_batchnorm(network()), "1") and m,
         lambda: freeze(m := convert_sync_batchnorm(trained(network())), "1") and m,
-        {},
+        dict,
     ),
     "kept in evaluation mode by hand": (
         "frozen-at-initial-values",
         lambda: in_eval(network(), "1"),
         lambda: in_eval(trained(network()), "1"),
-        {},
+        dict,
     ),
     "folded statistics": (
         "frozen-at-initial-values",
         lambda: in_eval(with_statistics(), "1"),
         lambda: in_eval(with_statistics(var=1 - 1e-5), "1"),
-        {},
+        dict,
     ),
-    "evaluated fresh": ("never-updated", lambda: network().eval(), lambda: network().train(), {}),
-    "loaded fresh": ("never-updated", network, lambda: trained(network(), 1), {"trained": True}),
-    "NaN": ("invalid-statistics", lambda: with_statistics(mean=float("nan")), lambda: with_statistics(counter=1), {}),
-    "negative": ("invalid-statistics", lambda: with_statistics(var=-1e-9), lambda: with_statistics(var=0.0), {}),
-    "none kept": ("no-running-statistics", lambda: network(track_running_stats=False), network, {}),
-    "switched off": ("statistics-switched-off", lambda: untracked(network()), network, {}),
+    "evaluated fresh": ("never-updated", lambda: network().eval(), lambda: network().train(), dict),
+    "loaded fresh": ("never-updated", network, lambda: trained(network(), 1), lambda: {"trained": True}),
+    "NaN": ("invalid-statistics", lambda: with_statistics(mean=float("nan")), lambda: with_statistics(counter=1), dict),
+    "negative": ("invalid-statistics", lambda: with_statistics(var=-1e-9), lambda: with_statistics(var=0.0), dict),
+    "none kept": ("no-running-statistics", lambda: network(track_running_stats=False), network, dict),
+    "switched off": ("statistics-switched-off", lambda: untracked(network()), network, dict),
     "momentum 0": (
         "momentum-zero",
         lambda: network(momentum=0.0),
         lambda: freeze(m := convert_sync_batchnorm(trained(network(momentum=0.0))), "1") and m,
-        {},
+        dict,
     ),
-    "cumulative": ("momentum-cumulative", lambda: network(momentum=None), network, {}),
-    "few, by number": ("few-values-per-channel", network, lambda: in_eval(trained(network()), "1"), {"batch_size": 4}),
+    "cumulative": ("momentum-cumulative", lambda: network(momentum=None), network, dict),
+    "few, by number": (
+        "few-values-per-channel", network, lambda: in_eval(trained(network()), "1"), lambda: {"batch_size": 4}
+    ),
     "few, by batch": (
-        "few-values-per-channel", network, lambda: in_eval(trained(network()), "1"), {"batch": torch.randn(2, 3, 6, 6)}
+        "few-values-per-channel", network, lambda: in_eval(trained(network()), "1"), lambda: {"batch": images(2)}
     ),
     "dropout in a sequence": (
         "dropout-before-bn",
         lambda: network(between=(nn.Dropout(0.5), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
         lambda: network(between=(nn.Dropout(0.5), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.BatchNorm2d(4))),
-        {},
+        dict,
     ),
     "dropout behind": (
         "dropout-before-bn",
         lambda: network(between=(nn.Sequential(nn.Dropout(0.2)), nn.Sequential(nn.BatchNorm2d(4)))),
         lambda: network(between=(nn.BatchNorm2d(4), nn.Dropout(0.5))),
-        {},
+        dict,
     ),
     "dropout that is none": (
         "dropout-before-bn",
         lambda: network(between=(nn.Dropout(0.1), nn.BatchNorm2d(4))),
         lambda: network(between=(nn.Dropout(0.0), nn.AlphaDropout(0.5), nn.BatchNorm2d(4))),
-        {},
+        dict,
     ),
     "dropout by function": (
-        "dropout-before-bn", lambda: Branches(True), lambda: Branches(False), {"batch": images()}
+        "dropout-before-bn", lambda: Branches(True), lambda: Branches(False), lambda: {"batch": images()}
     ),
     "checkpointing": (
         "updated-twice",
         lambda: Checkpointed(False),
         lambda: Checkpointed(False, SyncBatchNorm),
-        {"batch": images()},
+        lambda: {"batch": images()},
     ),
     "reentrant checkpointing": (
         "updated-twice",
         lambda: Checkpointed(True),
         lambda: Checkpointed(True).eval(),
-        {"batch": images()},
+        lambda: {"batch": images()},
     ),
     "a wrapper for checkpointing": (
         "updated-twice",
         lambda: nn.Sequential(checkpoint_wrapper(network()[:2])),
         lambda: nn.Sequential(checkpoint_wrapper(convert_sync_batchnorm(network()[:2]))),
-        {},
+        dict,
     ),
     "torch's converter": (
         "torch-syncbn", lambda: nn.SyncBatchNorm.convert_sync_batchnorm(network()),
-        lambda: convert_sync_batchnorm(network()), {},
+        lambda: convert_sync_batchnorm(network()), dict,
     ),
-    "other data": ("train-eval-gap", lambda: trained(nn.BatchNorm2d(3)), lambda: nn.BatchNorm2d(3), far_batch()),
+    "other data": ("train-eval-gap", lambda: trained(nn.BatchNorm2d(3)), lambda: nn.BatchNorm2d(3), far_batch),
     "digits lost": (
-        "activation-range", lambda: nn.BatchNorm2d(3), lambda: SyncBatchNorm(3), {"batch": images() + 2e4},
+        "activation-range", lambda: nn.BatchNorm2d(3), lambda: SyncBatchNorm(3), lambda: {"batch": images() + 2e4},
     ),
     "digits lost in bfloat16": (
-        "activation-range", lambda: SyncBatchNorm(3), lambda: nn.LayerNorm(6),
-        {"batch": (torch.randn(16, 3, 6, 6) + 100).bfloat16()},
+        "activation-range", lambda: SyncBatchNorm(3),
+        lambda: nn.Sequential(nn.LayerNorm(6).bfloat16(), SyncBatchNorm(3)),
+        lambda: {"batch": (images() + 100).bfloat16()},
     ),
     "near the end of float16": (
-        "activation-range", lambda: SyncBatchNorm(3), lambda: nn.Identity(),
-        {"batch": (1e4 * torch.randn(16, 3, 6, 6)).clamp(-5e4, 5e4).half()},
+        "activation-range", lambda: SyncBatchNorm(3), lambda: nn.Sequential(nn.Hardtanh(), SyncBatchNorm(3)),
+        lambda: {"batch": (2e4 * images()).clamp(-5e4, 5e4).half()},
     ),
     "not finite": (
-        "activation-range", lambda: SyncBatchNorm(3), lambda: nn.Identity(),
-        {"batch": torch.full((16, 3, 2, 2), float("inf"))},
+        "activation-range", lambda: SyncBatchNorm(3), lambda: nn.Sequential(nn.Hardtanh(), SyncBatchNorm(3)),
+        lambda: {"batch": torch.full((16, 3, 2, 2), float("inf"))},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "wrong", "right", "options"), CASES.values(), ids=[*CASES])
 def test_a_rule_finds_its_mistake_and_leaves_what_is_right(rule, wrong, right, options):
-    assert rule in {finding.rule for finding in audit(wrong(), **options)}
-    assert rule not in {finding.rule for finding in audit(right(), **options)}
+    assert rule in {finding.rule for finding in audit(wrong(), **options())}
+    assert rule not in {finding.rule for finding in audit(right(), **options())}
 
 
 def test_nothing_is_found_in_a_model_that_is_converted_frozen_and_evaluated():
@@ -305,6 +303,36 @@ def test_parameters_that_no_optimizer_has():
     convert_sync_batchnorm(model)
     freeze(model, "1")
     assert rules(model, **optimized(model, lambda m: m[0].parameters())) == []
+
+
+class WithAnAuxiliaryHead(nn.Module):
+    """The head runs in training alone, and nobody has trained it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.auxiliary = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(x)
+
+
+def test_what_does_not_run_need_not_have_been_updated():
+    model = trained(WithAnAuxiliaryHead()).eval()
+    assert rules(model) == [("auxiliary", "never-updated", "error")]
+    assert audit(model, batch=images()) == []
+
+
+class Backwards(nn.Sequential):
+    def forward(self, x):
+        for module in reversed(self):
+            x = module(x)
+        return x
+
+
+def test_the_order_of_modules_counts_only_where_it_is_the_order_of_calls():
+    assert rules(nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3))) == [("1", "dropout-before-bn", "warning")]
+    model = Backwards(nn.Dropout(0.5), nn.BatchNorm2d(3))
+    assert audit(model) == audit(model, batch=images()) == []
 
 
 def test_the_gap_of_a_healthy_model_is_far_below_what_counts():
@@ -480,6 +508,12 @@ def plain(rank):
     return network()
 
 
+def plain_after_a_step(rank):
+    model = network()
+    model[1].running_mean.fill_(float(rank))
+    return model
+
+
 def healthy(rank):
     return convert_sync_batchnorm(network())
 
@@ -499,6 +533,10 @@ def another_model(rank):
         (statistics_of_rank, [("ranks-differ-in-statistics", "error")]),
         (frozen_on_one, [("ranks-differ-in-mode", "error")]),
         (not_finite_on_one, [("invalid-statistics", "error"), ("ranks-differ-in-statistics", "error")]),
+        (
+            plain_after_a_step,
+            [("plain-bn-in-distributed-job", "warning"), ("ranks-differ-in-statistics", "warning")],
+        ),
         (plain, [("plain-bn-in-distributed-job", "warning")]),
         (of_torch, [("torch-syncbn", "error")]),
         (another_model, [("ranks-differ-in-mode", "error")]),
@@ -527,6 +565,16 @@ def check_sizes():
     assert audit(model, batch=images(4)) == []
     [finding] = audit(model, batch=images(2))
     assert (finding.rule, "4 samples" in finding.why) == ("few-values-per-channel", True)
+
+
+def check_a_rank_outside_of_the_group():
+    model = convert_sync_batchnorm(network(), dist.new_group([0]))
+    model[1].running_mean.fill_(float(dist.get_rank()))
+    assert audit(model) == []
+
+
+def test_a_rank_outside_of_the_group_of_a_layer_has_statistics_of_its_own(ranks):
+    ranks(2, check_a_rank_outside_of_the_group)
 
 
 def test_samples_are_counted_over_the_ranks_that_a_layer_sums_over(ranks):

@@ -46,7 +46,8 @@ def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, name,
     assert findings(run) == (0, expected)
     audited = job("task=audit", f"load={run}", f"run=audit_{name}_{num_ranks}", num_ranks=num_ranks, cwd=pretrained)
     step, found = findings(audited)
-    assert (step, found) == (20, expected) or (0 < step <= 20 and found == expected)
+    assert 0 < step <= 20  # the best
+    assert found == expected
     assert main(["audit", str(run)]) == 0  # what is frozen is not in a state dict
 
 
