@@ -24,7 +24,8 @@ _WRAPPERS: dict[type, str] = {
 def _wrapped_child(module: nn.Module) -> str | None:
     if type(module).__name__ == "OptimizedModule":  # torch.compile's; importing its class would import the compiler
         return "_orig_mod"
-    return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), None)
+    own = getattr(type(module), "wrapped_child", None)  # of a wrapper that says so itself
+    return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), own)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

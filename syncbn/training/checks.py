@@ -65,7 +65,7 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place) ->
             where the last batch of an epoch leaves a rank without samples.
     """
     images, _ = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
-    images = images.to(place.device)
+    images = place.put(images)
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")

@@ -271,8 +271,13 @@ class Config:
     seed: int
     device: str
     precision: str
+    compile: Any
+    channels_last: bool
+    tf32: bool
+    deterministic: bool
     batch_size: int
     accumulate: int
+    clip_norm: float | None
     ema: float | None
     on_nonfinite: str
     collective_timeout: float
@@ -295,6 +300,9 @@ class Config:
         require_choice("task", self.task, ("train", "eval", "audit"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
+        is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")
+        require(is_backend, "compile", "true, false or the name of a backend of torch.compile", self.compile)
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "null or a number above 0", self.clip_norm)
         require_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "skip"))
         require(self.ema is None or 0 < self.ema < 1, "ema", "null or a number between 0 and 1", self.ema)
         require(

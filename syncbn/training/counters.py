@@ -45,24 +45,26 @@ class Counters:
 
 
 class Totals:
-    """Loss sum and count since the last log line, on the device."""
+    """Sums since the last log line, on the device: loss, what the loss counts, gradient norms, updates."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(2, dtype=torch.float64, device=device)
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both, so that the first log line after a resume is that of an uninterrupted run."""
+        """All, so that the first log line after a resume is that of an uninterrupted run."""
         return {"values": self.values}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Takes them over."""
         self.values.copy_(state_dict["values"])
 
-    def take(self) -> tuple[float, float]:
-        """Both, starting anew; the one wait for the device of a logging step."""
-        loss_sum, count = self.values.tolist()
+    def take(self) -> tuple[float | None, float | None]:
+        """Means of loss and gradient norm, starting anew (None: every step was left out); the one wait for the device
+        of a logging step.
+        """
+        loss_sum, count, norm_sum, updates = self.values.tolist()
         self.values.zero_()
-        return loss_sum, count
+        return loss_sum / count if count else None, norm_sum / updates if updates else None
 
 
 class Throughput:

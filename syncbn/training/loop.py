@@ -36,7 +36,7 @@ from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
-from syncbn.training import console, optimizers, reporting, schedules
+from syncbn.training import console, optimizers, reporting, schedules, switches
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
@@ -91,7 +91,11 @@ class Trainer:
         self.optimizer = optimizers.build(config.optimizer, model)
         self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
         is_half = place.autocast == torch.float16
-        self.update = Update(model, self.optimizer, self.schedule, place.device, half=is_half, decay=config.ema)
+        self.update = Update(
+            model, self.optimizer, self.schedule, place.device,
+            half=is_half, decay=config.ema, clip_norm=config.clip_norm,
+        )  # fmt: skip
+        self.executed = switches.executed(model, config.compile)  # the same model, by another way through it
         self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
         # what survives
         self.counters, self.totals = Counters(), Totals(place.device)
@@ -248,8 +252,9 @@ class Trainer:
         # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples.
         correction = nominal / totals[1].clamp(min=1.0)
         verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
-        self.totals.values += torch.where(verdict.left_out, 0.0, totals[:2])
-        self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict), totals[3:]]))
+        kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])
+        self.totals.values += torch.where(verdict.left_out, 0.0, kept)
+        self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict[:2]), totals[3:]]))
         self.clock.add(nominal)
 
     def _without_communication(self) -> AbstractContextManager[None]:
@@ -268,7 +273,7 @@ class Trainer:
         epoch = self.sampler.epoch_of(step)
         images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
         with self.place.forward_context():
-            outputs = wrapped(images.to(self.place.device))
+            outputs = wrapped(self.place.put(images))
         return self.loss(outputs.to(self.place.dtype), labels.to(self.place.device))
 
     def _apply_plan(self, step: int) -> None:
@@ -299,29 +304,30 @@ class Trainer:
             shard = self.sampler.shards(step)[0]
             self.model.train()
             self.wrapped = wrap(
-                self.model, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, step, shard)[0]
+                self.executed, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, step, shard)[0]
             )
 
     def _log(self, show: console.ShowStep | None) -> None:
         step = self.counters.step
-        loss_sum, count = self.totals.take()
-        loss = loss_sum / count if count else math.nan  # every step since the last line was left out
+        loss, gradient_norm = self.totals.take()
         metrics = {
             "epoch": step / self.steps_per_epoch,
-            **({"train/loss": loss} if count else {}),
+            **({} if loss is None else {"train/loss": loss}),
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/samples_per_second": self.clock.samples_per_second(),
         }
+        if self.config.clip_norm is not None and gradient_norm is not None:
+            metrics["train/grad_norm"] = gradient_norm
         if self.counters.steps_left_out:
             metrics["train/steps_left_out"] = self.counters.steps_left_out
         if self.place.is_first:
             self.tracker.log(step, metrics, self.monitor.snapshot())
         if show is not None:
-            show(step, loss)
+            show(step, math.nan if loss is None else loss)
         else:
             log.info(
                 "step %d/%d  epoch %.2f  loss %.4f  lr %.4f  %.0f samples/s",
-                step, self.num_steps, metrics["epoch"], loss, metrics["train/lr"],
+                step, self.num_steps, metrics["epoch"], math.nan if loss is None else loss, metrics["train/lr"],
                 metrics["train/samples_per_second"],
             )  # fmt: skip
 

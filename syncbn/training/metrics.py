@@ -41,7 +41,7 @@ def evaluate(
                 continue
             images, labels = data.eval_batch(split, index, place.dtype)
             with place.forward_context():
-                outputs = model(images.to(place.device))
+                outputs = model(place.put(images))
             outputs, labels = outputs.to(place.dtype), labels.to(place.device)
             total, number = loss(outputs, labels)
             accuracy.update(outputs, labels)

@@ -18,7 +18,7 @@ from torch import nn
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
 from syncbn.stats.findings import SEVERITIES
-from syncbn.training import auditing, console, launch, losses, models, state, world
+from syncbn.training import auditing, console, launch, losses, models, state, switches, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
@@ -60,7 +60,9 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
         if config.task in WITH_LOAD:
             return WITH_LOAD[config.task](config, run_dir, place)
-        return train(config, run_dir, place, overrides, tracking)
+        switches.check(config, device)
+        with switches.applied(config):
+            return train(config, run_dir, place, overrides, tracking)
 
 
 def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
@@ -211,7 +213,10 @@ def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
     data = datasets.load(config.data)
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
-    return data, model.to(place.device, place.dtype)
+    model = model.to(place.device, place.dtype)
+    if place.channels_last:
+        switches.lay_out(model)
+    return data, model
 
 
 def _sampler(config: Config, data: datasets.Data, place: Place) -> Sampler:
@@ -221,7 +226,12 @@ def _sampler(config: Config, data: datasets.Data, place: Place) -> Sampler:
 def place_for(config: Config, place: Place) -> Place:
     """`place` with the precision of this configuration."""
     autocast = AUTOCAST.get(config.precision)
-    return replace(place, dtype=DTYPES.get(config.precision, torch.float32), autocast=autocast)
+    return replace(
+        place,
+        dtype=DTYPES.get(config.precision, torch.float32),
+        autocast=autocast,
+        channels_last=config.channels_last,
+    )
 
 
 def _device(config: Config) -> torch.device:

@@ -25,6 +25,8 @@ class Verdict(NamedTuple):
     """It changed nothing."""
     at_fault: Tensor
     """Its loss was not finite, or its gradient, where no scaled float16 explains that."""
+    gradient_norm: Tensor
+    """Of all parameters together (the Euclidean one), before it was clipped; 0 where nothing is clipped."""
 
 
 class Update:
@@ -34,6 +36,7 @@ class Update:
         optimizer: of torch, built with `fused=True`: those can leave a step out on the device.
         half: scale the loss, as float16 gradients need it to stay above zero.
         decay: of the averaged weights; None for no average.
+        clip_norm: a gradient whose Euclidean norm over all parameters is larger is scaled down to it.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Update:
         *,
         half: bool = False,
         decay: float | None = None,
+        clip_norm: float | None = None,
     ) -> None:
+        self.clip_norm = clip_norm
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.average = None if decay is None else Average(model, decay)
@@ -77,7 +82,11 @@ class Update:
         factor = torch.where(loss_counts, factor, torch.nan)
         for gradient in gradients:
             gradient.mul_(factor)
-        left_out = ~(get_total_norm(gradients, math.inf).to(loss.device).isfinite() & loss_counts)
+        if self.clip_norm is None:
+            norm = get_total_norm(gradients, math.inf).to(loss.device)
+        else:
+            norm = self._clip(gradients, self.clip_norm).to(loss.device)
+        left_out = ~(norm.isfinite() & loss_counts)
         # A scaled gradient that overflows is no fault, the scaler tries again with a smaller scale; with a scale of 1
         # it is not the scale's either.
         at_fault = ~loss_counts | left_out
@@ -90,7 +99,17 @@ class Update:
         self._buffers.put_back(left_out)
         if self.average is not None:
             self.average.update(self.model, left_out)
-        return Verdict(left_out, at_fault)
+        return Verdict(left_out, at_fault, torch.zeros_like(norm) if self.clip_norm is None else norm)
+
+    def _clip(self, gradients: list[Tensor], clip_norm: float) -> Tensor:
+        """Scales the gradients down where they are longer; returns their norm, without the scaler's factor."""
+        norm = get_total_norm(gradients, 2.0)
+        if self.scaler.is_enabled():
+            norm = norm / self.scaler.scale(self._one)
+        coefficient = (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(coefficient)
+        return norm
 
     def restart(self, step: int) -> None:
         """Goes back to before `step`, the first one that was left out, as if it had not been tried."""
