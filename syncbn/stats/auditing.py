@@ -237,6 +237,12 @@ def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
     mean, var = layer.running_mean, layer.running_var
     if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
         gap = _divergence(seen, mean, var, layer.eps)
+        # After n batches (1 - momentum)^n of the initial 0 and 1 are left: early in a run that alone is no finding.
+        batches = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        left = (1 - (layer.momentum or 1.0)) ** batches
+        if 0 < left < 1:
+            settled = ((var - left) / (1 - left)).clamp(min=0)
+            gap = min(gap, _divergence(seen, mean / (1 - left), settled, layer.eps))
         if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
             yield found("train-eval-gap", name, gap=gap)
     # A tenth of the channels has to be so far off: single dead ones, a constant and hardly a variance, are common.

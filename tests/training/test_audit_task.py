@@ -39,7 +39,7 @@ def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, name,
         if not files.exists():
             files.mkdir()
             fashion_files(files, num_train=5200)
-        options += [f"data.path={files}", "model.width=4"]
+        options += [f"data.path={files}", "model.width=2"]
     run = job(f"experiment={name}", *options, num_ranks=num_ranks, cwd=pretrained)
     is_mistake = name == "finetune_mistake"
     expected = {("parameters-frozen-statistics-moving", "error")} if is_mistake else set()
