@@ -19,6 +19,8 @@ _HOMES = {
     "FreezePlan": "syncbn.surgery.plan",
     "Monitor": "syncbn.stats.monitor",
     "precise_bn": "syncbn.stats.population",
+    "audit": "syncbn.stats.auditing",
+    "Finding": "syncbn.stats.findings",
 }
 __all__ = [*_HOMES]
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
     from syncbn.nn.groups import new_bn_groups as new_bn_groups
     from syncbn.nn.stepping import even_steps as even_steps
+    from syncbn.stats.auditing import audit as audit
+    from syncbn.stats.findings import Finding as Finding
     from syncbn.stats.monitor import Monitor as Monitor
     from syncbn.stats.population import precise_bn as precise_bn
     from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm

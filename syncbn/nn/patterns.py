@@ -28,6 +28,13 @@ def _wrapped_child(module: nn.Module) -> str | None:
     return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), own)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside of wrappers."""
+    while (child := _wrapped_child(module)) is not None:
+        module = getattr(module, child)
+    return module
+
+
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module below `module` by its name without wrappers; a module in two places comes twice."""
     child_of_wrapper = _wrapped_child(module)

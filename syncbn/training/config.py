@@ -242,6 +242,17 @@ class BnConfig:
 
 
 @dataclass
+class AuditConfig:
+    """The audit at the start of a run."""
+
+    level: str
+    """What findings do: "warning" prints them, "error" stops the job at those of severity error, "off"."""
+
+    def __post_init__(self) -> None:
+        require_choice("audit.level", self.level, ("warning", "error", "off"))
+
+
+@dataclass
 class FreezeRuleConfig:
     """What a rule of the freeze plan selects (see `syncbn.FreezePlan`); times are durations."""
 
@@ -292,6 +303,7 @@ class Config:
     log_every: str
     save: SaveConfig
     bn: BnConfig
+    audit: AuditConfig
     tracker: TrackerConfig
     data: Any
     model: Any
@@ -304,7 +316,7 @@ class Config:
     init: dict[str, Any]
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, ("train", "eval"))
+        require_choice("task", self.task, ("train", "eval", "audit"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")

@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 
 from syncbn.training.config import (
     SCHEMAS,
+    AuditConfig,
     BnConfig,
     Config,
     ConfigError,
@@ -30,7 +31,7 @@ from syncbn.training.config import (
 )
 
 OPEN_GROUPS = ("model", "loss")
-NESTED: dict[str, type] = {kind.__name__: kind for kind in (SaveConfig, BnConfig, TrackerConfig)}
+NESTED: dict[str, type] = {kind.__name__: kind for kind in (SaveConfig, BnConfig, AuditConfig, TrackerConfig)}
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> Config:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +17,8 @@ from torch import nn
 
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.training import console, launch, losses, models, state, switches, world
+from syncbn.stats.findings import SEVERITIES
+from syncbn.training import auditing, console, launch, losses, models, state, switches, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
@@ -57,8 +59,8 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     debugging.enabled |= config.bn.debug
     # The tracker ends after the group: the other ranks need not wait for an upload.
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
-        if config.task == "eval":
-            return evaluate(config, run_dir, place)
+        if config.task in WITH_LOAD:
+            return WITH_LOAD[config.task](config, run_dir, place)
         switches.check(config, device)
         with switches.applied(config):
             return train(config, run_dir, place, overrides, tracking)
@@ -66,19 +68,7 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
 
 def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     """`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
-    if state.newest(run_dir) is not None:
-        raise ConfigError(
-            f"run: {_shown(run_dir)} holds a training run; evaluate it from another, load={_shown(run_dir)}"
-        )
-    assert config.load is not None
-    path = Path(config.load)
-    path = state.best_or_newest(path, "load") if path.is_dir() else path
-    checkpoint = state.read(path, "load")
-    if "config" not in checkpoint or "model" not in checkpoint:
-        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
-    stored = apply_overrides(checkpoint["config"], launch.held_back())
-    require_secrets(stored, path, unused=("tracker", "init"))
-    config = parse(stored)
+    config, checkpoint, path = _load(config, run_dir)
     place = place_for(config, place)
     data, model = _build(config, place)
     # A run with averaged weights evaluates those.
@@ -96,6 +86,41 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
         rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
         console.print_table(f"{path}, step {checkpoint['step']}", [*rows, ("run directory", _shown(run_dir))])
     return metrics
+
+
+def audit(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """`task=audit`: the mistakes that a run or checkpoint shows, by the configuration of its training and one batch."""
+    config, checkpoint, path = _load(config, run_dir)
+    place = place_for(config, place)
+    data, model = _build(config, place)
+    state.load_into(model, checkpoint["model"], path, "load")
+    sampler = _sampler(config, data, place)
+    plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
+    findings = auditing.audit_trained(model, plan, sampler, checkpoint["step"], data, place)
+    auditing.record(findings, checkpoint["step"], run_dir, place, shown=SEVERITIES)
+    if place.is_first:
+        counts = [(severity, str(sum(f.severity == severity for f in findings))) for severity in SEVERITIES]
+        console.print_table(f"{path}, step {checkpoint['step']}", [*counts, ("run directory", _shown(run_dir))])
+    auditing.stop_at_errors(findings, config.audit, run_dir)
+    return {}
+
+
+WITH_LOAD = {"eval": evaluate, "audit": audit}
+
+
+def _load(config: Config, run_dir: Path) -> tuple[Config, dict[str, Any], Path]:
+    """What `load` names: its stored configuration with the command line on top, its content and its path."""
+    if state.newest(run_dir) is not None:
+        raise ConfigError(f"run: {_shown(run_dir)} holds a training run; load it from another, load={_shown(run_dir)}")
+    assert config.load is not None
+    path = Path(config.load)
+    path = state.best_or_newest(path, "load") if path.is_dir() else path
+    checkpoint = state.read(path, "load")
+    if "config" not in checkpoint or "model" not in checkpoint:
+        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
+    stored = apply_overrides(checkpoint["config"], launch.held_back())
+    require_secrets(stored, path, unused=("tracker", "init"))
+    return parse(stored), checkpoint, path
 
 
 def train(
@@ -119,7 +144,7 @@ def _train(
     for name, init in config.init.items() if checkpoint is None else ():
         load_subnet(model, name, init)
         drift.remember(model, name)
-    sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
+    sampler = _sampler(config, data, place)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build(config.loss)
     check_model(model, data, sampler, place, loss)
@@ -138,9 +163,13 @@ def _train(
         log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
     elif place.is_first:
         trainer.checkpoints.begin(0)
+    metrics = _metrics_of_finished(run_dir, trainer)
+    if metrics is None and config.audit.level != "off":
+        findings = auditing.audit_at(model, plan, sampler, trainer.counters.step)
+        auditing.record(findings, trainer.counters.step, run_dir, place, shown=("error", "warning"))
+        auditing.stop_at_errors(findings, config.audit, run_dir)
     tracker.start()
     _announce(run_dir, trainer, overrides)
-    metrics = _metrics_of_finished(run_dir, trainer)
     if metrics is not None:
         log.info("this run is finished; the test set has been used and is not used again")
         tracker.log(trainer.counters.step, {key: value for key, value in metrics.items() if key.startswith("test/")})
@@ -189,6 +218,10 @@ def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
     if place.channels_last:
         switches.lay_out(model)
     return data, model
+
+
+def _sampler(config: Config, data: datasets.Data, place: Place) -> Sampler:
+    return Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
 
 
 def place_for(config: Config, place: Place) -> Place:

@@ -1,0 +1,63 @@
+"""`python -m syncbn audit PATH`: what can be done with a file or a run, without its code.
+
+Exit code 0: nothing wrong; 1: findings of severity error; 2: a mistake in the command, or a file that cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = _Parser(prog="python -m syncbn", description="Looks at what training leaves behind.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_audit(commands)
+    options = parser.parse_args(arguments)
+    exit_code: int = options.run(options)
+    return exit_code
+
+
+def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Names the classic batch normalization mistakes that a checkpoint shows; see docs/audit.md."
+    command = commands.add_parser("audit", help="mistakes that a checkpoint shows", description=description)
+    command.add_argument("path", type=Path, metavar="PATH", help="a checkpoint of train.py, a run directory (its best"
+                         " checkpoint), or a state dict saved by torch or safetensors")  # fmt: skip
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.set_defaults(run=_audit)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from syncbn.stats.findings import table
+    from syncbn.stats.state_dicts import audit_state_dict, bn_layers
+    from syncbn.training.config import ConfigError
+    from syncbn.training.state import read_model_weights
+
+    try:
+        state = read_model_weights(options.path, "PATH")
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    findings, num_layers = audit_state_dict(state), len(bn_layers(state))
+    if options.json:
+        content = {"path": str(options.path), "layers": num_layers, "findings": [one.as_dict() for one in findings]}
+        print(json.dumps(content, indent=2))
+    else:
+        print(f"{options.path}: {num_layers} batch normalization layers")
+        print(table(findings))
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The audit in the service: at the start of a run, and of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+from torch import nn
+
+from syncbn.stats.auditing import audit
+from syncbn.stats.findings import Finding, table
+from syncbn.surgery.plan import FreezePlan
+from syncbn.training import console
+from syncbn.training.config import AuditConfig, ConfigError
+from syncbn.training.data import Data
+from syncbn.training.place import Place
+from syncbn.training.sampling import Sampler
+
+
+def audit_at(model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int) -> list[Finding]:
+    """The model as it is about to train in this step, frozen as the plan says then; the same on every rank."""
+    return audit(_as_in(model, plan, step), batch_size=_samples_per_forward(sampler))
+
+
+def audit_trained(
+    model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int, data: Data, place: Place
+) -> list[Finding]:
+    """The model as it was in the last of `step` steps, with the first batch of training; the same on every rank."""
+    shard = sampler.shards(0)[0]
+    images, _ = data.train_batch(shard.index, sampler.seed, 0, place.dtype)
+    trained = _as_in(model, plan, max(step - 1, 0))
+    with place.forward_context():
+        return audit(trained, batch=place.put(images), batch_size=_samples_per_forward(sampler), trained=True)
+
+
+def record(findings: list[Finding], step: int, run_dir: Path, place: Place, shown: tuple[str, ...]) -> None:
+    """Writes `audit.json`, and prints the findings of these severities if there are any."""
+    if not place.is_first:
+        return
+    content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
+    (run_dir / "audit.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    to_show = [finding for finding in findings if finding.severity in shown]
+    if to_show:
+        console.CONSOLE.print(f"audit at step {step} (docs/audit.md)\n{table(to_show)}", markup=False)
+
+
+def stop_at_errors(findings: list[Finding], config: AuditConfig, run_dir: Path) -> None:
+    """Raises a ConfigError for findings of severity error where `audit.level=error` asks for it."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors and config.level == "error":
+        first, more = errors[0], f" ({len(errors)} such findings)" if len(errors) > 1 else ""
+        raise ConfigError(
+            f"audit.level=error: {first.rule} in {first.layer or 'the model'}{more}: {first.why}; {first.remedy}; see"
+            f" {os.path.relpath(run_dir / 'audit.json')}, or go on with audit.level=warning"
+        )
+
+
+def _as_in(model: nn.Module, plan: FreezePlan, step: int) -> nn.Module:
+    """A copy of the model in training mode, with the frozen switches of a step."""
+    copied = copy.deepcopy(model)
+    plan.apply(copied, step)
+    return copied.train()
+
+
+def _samples_per_forward(sampler: Sampler) -> int:
+    return max(1, min(sampler.batch_size, sampler.num_samples) // sampler.accumulate)
