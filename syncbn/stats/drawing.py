@@ -9,13 +9,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from bokeh.models import (
-    BasicTickFormatter, BoxZoomTool, ColumnDataSource, CustomJSHover, FixedTicker, HoverTool, Legend, LegendItem, Range1d,
-    ResetTool, SaveTool,
-)  # fmt: skip
+    BasicTickFormatter,
+    BoxZoomTool,
+    ColumnDataSource,
+    CustomJSHover,
+    FixedTicker,
+    GlyphRenderer,
+    HoverTool,
+    Legend,
+    LegendItem,
+    Range1d,
+    ResetTool,
+    SaveTool,
+)
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
-from syncbn.stats.reading import Run, shorten
+from syncbn.stats.reading import Run, shorten, shorten_name
 
 WIDTH = 1280  # pixels that the plots of one row have together
 # Okabe and Ito's colours, without the yellow that white paper swallows.
@@ -46,9 +56,15 @@ def plain(text: str, length: int = 60) -> str:
 def plot(width: int, height: int, title: str = "", **options: object) -> figure:
     """An empty plot in the style of the report; width and height are those of the frame, without axes."""
     drawn = figure(
-        frame_width=width, frame_height=height, tools=[BoxZoomTool(), ResetTool(), SaveTool()], title=plain(title),
-        min_border=4, outline_line_color=None, toolbar_location="above", **options,
-    )  # fmt: skip
+        frame_width=width,
+        frame_height=height,
+        title=plain(title, width // 7),
+        tools=[BoxZoomTool(), ResetTool(), SaveTool()],
+        toolbar_location="above",
+        min_border=4,
+        outline_line_color=None,
+        **options,
+    )
     drawn.toolbar.logo = None
     drawn.toolbar.autohide = True
     drawn.grid.grid_line_color = _GRID
@@ -65,7 +81,7 @@ def name_rows(drawn: figure, names: Sequence[str], *, visible: bool = True) -> N
     """Labels row k, which lies between k and k + 1, with the k-th name, as far as there is room for it."""
     every = max(1, math.ceil(len(names) * 10 / (drawn.frame_height or 1)))
     drawn.yaxis.ticker = FixedTicker(ticks=[row + 0.5 for row in range(0, len(names), every)])
-    drawn.yaxis.major_label_overrides = {row + 0.5: plain(name, 30) for row, name in enumerate(names)}
+    drawn.yaxis.major_label_overrides = {row + 0.5: plain(shorten_name(name)) for row, name in enumerate(names)}
     drawn.yaxis.major_label_text_font_size = "10px"
     drawn.yaxis.visible = visible
     drawn.ygrid.visible = False
@@ -79,9 +95,10 @@ def hover_names(names: Sequence[str]) -> CustomJSHover:
     return CustomJSHover(args={"source": source}, code=code)
 
 
-def steps_axis(drawn: figure, visible: bool = True) -> None:
+def steps_axis(drawn: figure) -> None:
     """Whole steps below."""
-    drawn.xaxis.axis_label = "step" if visible else None
+    drawn.xaxis.axis_label = "step"
+    drawn.xaxis.ticker.desired_num_ticks = max(2, drawn.frame_width // 90)
     drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
 
 
@@ -108,52 +125,76 @@ def finite_mean(values: NDArray[np.float64], axis: int | None = None) -> NDArray
 
 def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence[str], steps: Range1d) -> Panel:
     """Metrics over steps, a colour per run; the first key is drawn solid, the second dashed with circles."""
-    tables = [
-        (k, i, key, run.metrics[key]) for k, run in enumerate(runs) for i, key in enumerate(keys) if key in run.metrics
+    recorded = [
+        (k, i, run.metrics[key]) for k, run in enumerate(runs) for i, key in enumerate(keys) if key in run.metrics
     ]
-    drawable = [table for *_, table in tables if any(math.isfinite(value) for value in table.values())]
-    names = " or ".join(keys)
-    if not drawable:
-        return Panel(title, f"No finite {names} was recorded." if tables else f"No {names} was recorded.")
-    values = [value for table in drawable for value in table.values() if math.isfinite(value)]
-    is_log = min(values) > 0 and max(values) > 30 * min(values)
-    drawn = plot(WIDTH // 2 - 70, 240, x_range=steps, y_axis_type="log" if is_log else "linear")
+    tables = [entry for entry in recorded if any(math.isfinite(value) for value in entry[2].values())]
+    if not tables:
+        return Panel(title, f"No {'finite ' if recorded else ''}{' or '.join(keys)} was recorded.")
+    values = np.array([value for *_, table in tables for value in table.values() if math.isfinite(value)])
+    is_log = bool(values.min() > 0 and values.max() > 30 * values.min())
+    drawn = plot(WIDTH // 2 - 80, 240, x_range=steps, y_axis_type="log" if is_log else "linear")
     drawn.yaxis.axis_label = f"{unit} (log scale)" if is_log else unit
+    if is_log:
+        _label_decades(drawn, values.min(), values.max())
     steps_axis(drawn)
-    items = []
-    for k, which, key, table in tables:
-        if table not in drawable:
-            continue
-        x, y = thinned(table)
-        name = key if len(runs) == 1 else runs[k].label if len(keys) == 1 else f"{runs[k].label}  {key}"
-        source = ColumnDataSource({"x": x, "y": y})
-        style = {"color": color(which if len(runs) == 1 else k), "source": source}
-        line = drawn.line("x", "y", line_width=1.5, line_dash="solid" if which == 0 else "dashed", **style)
-        is_sparse = which > 0 or len(x) < 40
-        dots = drawn.scatter(
-            "x", "y", size=5 if is_sparse else 1, fill_color="white" if which else style["color"], **style
-        )
-        items.append(LegendItem(label=plain(name, 48), renderers=[line, dots]))
-        hover = HoverTool(renderers=[dots if is_sparse else line], mode="mouse", visible=False)
-        hover.tooltips = [("", escaped(name)), ("step", "@x{0}"), (unit, "@y{0.0000}")]
-        drawn.add_tools(hover)
-    if len(items) > 1:
-        inside = len(items) <= 4
-        legend = Legend(
-            items=items, click_policy="hide", label_text_font_size="10px", spacing=0, padding=4, glyph_height=14,
-            background_fill_alpha=0.8, border_line_color=_GRID, location="top_right" if inside else "top_left",
-        )  # fmt: skip
-        drawn.add_layout(legend, "center" if inside else "below")
+    lines: dict[str, list[GlyphRenderer]] = {}
+    for k, i, table in tables:
+        name = keys[i] if len(runs) == 1 else runs[k].label
+        lines.setdefault(name, []).extend(_curve(drawn, table, color(i if len(runs) == 1 else k), i > 0, name, unit))
+    if len(lines) > 1:
+        _add_legend(drawn, lines, is_rising=all(_is_rising(table) for *_, table in tables))
     notes = [text]
-    if any(len(table) > NUM_POINTS for table in drawable):
+    if any(len(table) > NUM_POINTS for *_, table in tables):
         notes.append(f"A longer record is drawn as {NUM_POINTS} means of neighbouring values.")
-    for k, _, key, table in tables:
+    for k, i, table in recorded:
         bad = [step for step, value in table.items() if not math.isfinite(value)]
         if bad:
             more = f" and {len(bad) - 1} later step(s)" if len(bad) > 1 else ""
             whose = "" if len(runs) == 1 else f"{runs[k].label}: "
-            notes.append(f"{whose}{key} was not finite at step {bad[0]}{more}.")
+            notes.append(f"{whose}{keys[i]} was not finite at step {bad[0]}{more}.")
     return Panel(title, " ".join(notes), [drawn])
+
+
+def _curve(
+    drawn: figure, table: dict[int, float], line_color: str, is_second: bool, name: str, unit: str
+) -> list[GlyphRenderer]:
+    x, y = thinned(table)
+    source = ColumnDataSource({"x": x, "y": y})
+    dash, fill = ("dashed", "white") if is_second else ("solid", line_color)
+    line = drawn.line("x", "y", source=source, color=line_color, line_width=1.5, line_dash=dash)
+    # Dots show where few values were recorded, and a value between two gaps, which has no line.
+    size = 5 if len(x) < 60 else 1.5
+    dots = drawn.scatter("x", "y", source=source, color=line_color, fill_color=fill, size=size)
+    hover = HoverTool(renderers=[dots], visible=False)
+    hover.tooltips = [("", escaped(name)), ("step", "@x{0}"), (unit, "@y{0.0000}")]
+    drawn.add_tools(hover)
+    return [line, dots]
+
+
+def _is_rising(table: dict[int, float]) -> bool:
+    finite = [value for value in table.values() if math.isfinite(value)]
+    return finite[-1] > finite[0]
+
+
+def _add_legend(drawn: figure, lines: dict[str, list[GlyphRenderer]], *, is_rising: bool) -> None:
+    """In the corner that the curves leave free, or below if it would hide them."""
+    items = [LegendItem(label=plain(name, 40), renderers=renderers) for name, renderers in lines.items()]
+    legend = Legend(items=items, click_policy="hide", location="bottom_right" if is_rising else "top_right")
+    legend.label_text_font_size, legend.glyph_height, legend.spacing, legend.padding = "10px", 14, 0, 4
+    legend.background_fill_alpha, legend.border_line_color = 0.8, _GRID
+    if len(items) > 5:
+        legend.location, legend.ncols = "top_left", 2
+    drawn.add_layout(legend, "below" if len(items) > 5 else "center")
+
+
+def _label_decades(drawn: figure, low: float, high: float) -> None:
+    """Ticks at 1, 2, 5, 10, ... or, over many decades, at powers of ten."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in ((1, 2, 5) if len(decades) < 5 else (1,))]
+    ticks = ticks[:: max(1, len(ticks) // 10)]
+    drawn.yaxis.ticker = drawn.ygrid.ticker = FixedTicker(ticks=ticks)
+    drawn.yaxis.major_label_overrides = {tick: f"{tick:g}" for tick in ticks}
 
 
 def escaped(text: str) -> str:

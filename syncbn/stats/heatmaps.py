@@ -17,32 +17,39 @@ from syncbn.stats.reading import Run
 
 NUM_CELLS = 20_000  # of all heatmaps of one quantity together; it bounds the size of the file
 NUM_BINS = 30
-_LABELS, _BAR, _PER_ROW = 190, 90, 4  # pixels for layer names and for the colour bar; plots side by side
+_LABELS, _BAR, _PER_ROW = 210, 70, 4  # pixels for layer names and for the colour bar; plots side by side
 
 
 def heatmap(
-    runs: Sequence[Run], layers: Sequence[str], key: str, title: str, text: str, unit: str, steps: Range1d
+    runs: Sequence[Run],
+    layers: Sequence[str],
+    key: str,
+    title: str,
+    text: str,
+    absent_text: str,
+    unit: str,
+    steps: Range1d,
 ) -> Panel:
     """One quantity, layers by steps; a plot per run, all with the same colours."""
     most = max(20, min(400, NUM_CELLS // max(1, len(layers))) // len(runs))
     grids = [_grid(run, layers, key, most) for run in runs]
     values = np.concatenate([grid[1].ravel() for grid in grids if grid is not None] or [np.empty(0)])
     values = values[np.isfinite(values)]
-    absent = [run.label for run, grid in zip(runs, grids, strict=True) if grid is None]
+    without = [run.label for run, grid in zip(runs, grids, strict=True) if grid is None]
     if not len(values):
-        return Panel(title, f"No {unit} was recorded ({key}).")
+        return Panel(title, f"No {title.lower()} was recorded (bn/LAYER/{key}). {absent_text}".rstrip())
     notes = [text]
     low, high = _colors_from_to(values, is_size=key != "weight_abs")
     if high < values.max():
         notes.append(f"Above {high:.3g} all colours are the same; the largest value is {values.max():.3g}.")
-    if absent and len(runs) > 1:
-        notes.append(f"Not recorded by {', '.join(absent)}.")
+    if without:
+        notes.append(f"Not recorded by {', '.join(without)}.")
     mapper = LinearColorMapper(palette=Cividis256, low=low, high=high, nan_color="#ffffff")
     present = [(run, grid) for run, grid in zip(runs, grids, strict=True) if grid is not None]
     if any(grid[2] for _, grid in present):
         notes.append("Where records are denser than the columns, a cell is the mean of its records.")
     per_row = min(_PER_ROW, len(present))
-    width = (WIDTH - _LABELS - _BAR) // per_row - (20 if per_row > 1 else 0)
+    width = (WIDTH - _LABELS - _BAR) // per_row - (34 if per_row > 1 else 0)
     names = list(reversed(layers))
     rows, hover_layer = Range1d(0, len(names)), hover_names(names)
     plots = []
@@ -72,7 +79,7 @@ def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str
     ]
     everything = np.concatenate([vector for vectors in held for vector in vectors.values()] or [np.empty(0)])
     if not len(everything):
-        return Panel(title, f"No {title} was recorded per channel (layers.json).")
+        return Panel(f"Histograms of {title}", "Not recorded, or not finite (layers.json).")
     batch_kind = kind.replace("running", "batch")
     batches: dict[str, NDArray[np.float64]] = {}
     if len(runs) == 1 and batch_kind != kind:
@@ -82,7 +89,10 @@ def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, NUM_BINS + 1)
     names = list(reversed([name for name in layers if any(name in vectors for vectors in held)]))
-    drawn = plot(WIDTH // 2 - _LABELS - 20, _height(len(names), 18), y_range=Range1d(0, len(names)))
+    margin = 0.02 * (high - low)
+    across, rows = Range1d(low - margin, high + margin), Range1d(0, len(names))
+    height = _height(len(names), 18 if len(runs) == 1 else 26)
+    drawn = plot(WIDTH // 2 - _LABELS - 20, height, x_range=across, y_range=rows)
     drawn.xaxis.axis_label = f"{title}, log10" if kind.endswith("var") else title
     name_rows(drawn, names)
     hover_layer = hover_names(names)
@@ -94,12 +104,14 @@ def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str
         for k, run in enumerate(runs):
             _outlines(drawn, names, held[k], edges, color(k), run.label, hover_layer)
     notes = [text, "Each row is scaled to its highest bar; the outermost bars hold what lies beyond the axis."]
+    if len(runs) > 1:
+        notes.append("Colours are those of the overview.")
     if batches:
         notes.append("Orange: the same of the last batch.")
     missing = [run.label for run, vectors in zip(runs, held, strict=True) if not vectors]
     if missing:
         notes.append(f"Not recorded by {', '.join(missing)}.")
-    return Panel(title, " ".join(notes), [drawn])
+    return Panel(f"Histograms of {title}", " ".join(notes), [drawn])
 
 
 def _grid(
@@ -134,7 +146,7 @@ def _grid(
 def _colors_from_to(values: NDArray[np.float64], *, is_size: bool) -> tuple[float, float]:
     """The ends of the colour scale; a few outliers must not make all the rest one colour."""
     low = 0.0 if is_size else float(values.min())
-    high, largest = float(np.quantile(values, 0.99)), float(values.max())
+    high, largest = float(np.quantile(values, 0.95)), float(values.max())
     high = largest if largest <= 2 * high or high <= low else high
     return low, high if high > low else low + (0.01 if is_size else 1.0)
 
@@ -154,9 +166,12 @@ def _counts(vector: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[
 
 
 def _bars(
-    drawn: figure, names: Sequence[str], vectors: dict[str, NDArray[np.float64]], edges: NDArray[np.float64],
+    drawn: figure,
+    names: Sequence[str],
+    vectors: dict[str, NDArray[np.float64]],
+    edges: NDArray[np.float64],
     hover_layer: CustomJSHover,
-) -> None:  # fmt: skip
+) -> None:
     columns: dict[str, list[float]] = {"left": [], "right": [], "bottom": [], "top": [], "channels": []}
     for row, name in enumerate(names):
         counts = _counts(vectors[name], edges)
@@ -174,9 +189,14 @@ def _bars(
 
 
 def _outlines(
-    drawn: figure, names: Sequence[str], vectors: dict[str, NDArray[np.float64]], edges: NDArray[np.float64], line_color: str,
-    label: str, hover_layer: CustomJSHover,
-) -> None:  # fmt: skip
+    drawn: figure,
+    names: Sequence[str],
+    vectors: dict[str, NDArray[np.float64]],
+    edges: NDArray[np.float64],
+    line_color: str,
+    label: str,
+    hover_layer: CustomJSHover,
+) -> None:
     x: list[NDArray[np.float64]] = []
     y: list[NDArray[np.float64]] = []
     for row, name in enumerate(names):

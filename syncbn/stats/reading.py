@@ -1,9 +1,10 @@
-"""What run directories hold, read for the report. No torch; a file that is absent or damaged is said, and is no error."""
+"""What run directories hold, read for the report; no torch. A file that is damaged is remarked, and is no error."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def run_directories(path: Path) -> list[Path]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run, each with a label that is its own: its directory's name, for jobs of a multirun with what they override."""
+    """Every run, each with a label that is its own: the directory's name, and what a job of a multirun overrides."""
     names = [path.resolve().name for path in paths]
     if any(name.isdecimal() for name in names) or len(set(names)) < len(names):
         names = [f"{path.resolve().parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
@@ -103,12 +104,23 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return labelled
 
 
-def shorten(text: str, length: int = 30) -> str:
-    """A long name with its middle left out, so that both ends can be read."""
+def shorten(text: str, length: int = 34) -> str:
+    """A long text with its middle left out, so that both ends can be read."""
     if len(text) <= length:
         return text
     tail = (length - len(_MIDDLE) + 1) // 2
     return text[: length - len(_MIDDLE) - tail] + _MIDDLE + text[-tail:]
+
+
+def shorten_name(name: str, length: int = 34) -> str:
+    """A long module name with shorter words, numbers kept: what tells two layers apart is often in the middle."""
+    for longest in (12, 8, 6, 5, 4, 3):
+        if len(name) <= length:
+            break
+        words = (re.fullmatch(r"(.*?)(\d*)", word, re.DOTALL) for word in name.split("."))
+        pairs = [found.groups() for found in words if found]
+        name = ".".join(word[: max(1, longest - len(digits))] + digits for word, digits in pairs)
+    return shorten(name, length)
 
 
 def _is_run(path: Path) -> bool:

@@ -18,14 +18,14 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
     title = "Freeze timeline"
     plots, without = [], []
     for run in runs:
-        rows = _rolled_up(_bars(run))
+        rows = _rolled_up(_bars(run), run.layers)
         if not rows:
             without.append(run.label)
             continue
         names = [name for name, _ in reversed(rows.items())]
         height = max(50, min(len(names) * 24, max(600, len(names) * 12)))
         drawn = plot(
-            WIDTH - 330, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
+            WIDTH - 320, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
         )
         items = []
         for lane, (switch, color) in enumerate(SWITCHES.items()):
@@ -37,6 +37,8 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
                 "bottom": [row + 0.65 - 0.27 * lane for row, _, _ in bars],
                 "module": [escaped(name) for _, name, _ in bars],
             }
+            if not bars:
+                continue
             quads = drawn.quad("left", "right", "top", "bottom", source=ColumnDataSource(data), color=color)
             items.append(LegendItem(label=switch, renderers=[quads]))
             hover = HoverTool(renderers=[quads], visible=False)
@@ -49,9 +51,9 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
     if not plots:
         return Panel(title, "No freeze switch was recorded: nothing was frozen by a rule.")
     text = (
-        "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights every other parameter. "
-        "Modules below one prefix that share all their times share a row, which tells how many they are. Below a frozen "
-        "stats bar, drift must not move the running statistics; weights without stats is the classic mistake."
+        "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights all other parameters. "
+        "Modules below one prefix that share their times share a row, which tells how many they are. Affine and weights "
+        "without stats is the classic mistake: the parameters rest, the running statistics go on moving."
     )
     nothing = f" Nothing was frozen by a rule in {', '.join(without)}." if without else ""
     return Panel(title, text + nothing, plots)
@@ -78,19 +80,33 @@ def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
     return found
 
 
-def _rolled_up(modules: dict[str, dict[str, _Bars]]) -> dict[str, dict[str, _Bars]]:
-    """Rows by name: modules below one prefix become one row where no two of them disagree about a switch."""
+def _rolled_up(modules: dict[str, dict[str, _Bars]], layers: Sequence[str]) -> dict[str, dict[str, _Bars]]:
+    """Rows by name: modules below one prefix become one row where no two of them disagree about a switch.
+
+    Args:
+        layers: the batch normalization layers that are known to be there, frozen or not.
+    """
     rows: dict[str, dict[str, _Bars]] = {}
     members: dict[str, int] = {}
     for module, switches in modules.items():
         parts = module.split(".")
         prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-        row = next(prefix for prefix in prefixes if prefix == module or _agree(prefix, modules))
+        row = next(prefix for prefix in prefixes if prefix == module or _agree(prefix, modules, layers))
         rows.setdefault(row, {}).update(switches)
         members[row] = members.get(row, 0) + 1
     return {name if members[name] == 1 else f"{name} ({members[name]} modules)": rows[name] for name in rows}
 
 
-def _agree(prefix: str, modules: dict[str, dict[str, _Bars]]) -> bool:
-    below = [switches for name, switches in modules.items() if name == prefix or name.startswith(f"{prefix}.")]
-    return all(len({switches[key] for switches in below if key in switches}) <= 1 for key in SWITCHES)
+def _agree(prefix: str, modules: dict[str, dict[str, _Bars]], layers: Sequence[str]) -> bool:
+    def is_below(name: str) -> bool:
+        return name == prefix or name.startswith(f"{prefix}.")
+
+    for switch in SWITCHES:
+        times = {switches[switch] for name, switches in modules.items() if is_below(name) and switch in switches}
+        # A layer whose statistics or affine are never frozen is on no record, yet it is below the prefix.
+        is_partial = switch != "weights" and any(
+            is_below(layer) and switch not in modules.get(layer, {}) for layer in layers
+        )
+        if len(times) > 1 or (times and is_partial):
+            return False
+    return True
