@@ -19,19 +19,19 @@ from syncbn.stats.tables import audit, config, differences, each, environment, l
 from syncbn.stats.timeline import freeze_timeline
 
 _TEXTS = {
-    "loss": "Solid: training, mean over the samples since the record before; dashed, circles: validation. Healthy: both "
-    "fall. Validation that rises while training falls is overfitting, or running statistics that do not fit.",
+    "loss": "Solid: training, mean over the samples since the record before; dashed, circles: validation. Healthy: "
+    "both fall. Validation that rises while training falls is overfitting, or running statistics that do not fit.",
     "accuracy": "Share of the validation set that is right, evaluated with running statistics. Dips while the loss "
     "falls point to running statistics that lag behind.",
     "loaded": "How far a running mean moved since it was loaded, in running standard deviations; the largest over "
     "layers and channels. Exactly 0 where statistics are frozen.",
     "lr": "Of the first parameter group.",
     "speed": "Evaluation and saving do not count. Healthy: flat.",
-    "drift": "|batch mean - running mean| in running standard deviations, mean over channels. Healthy: high in the first "
-    "steps, then low and even. A layer that stays bright is evaluated with statistics that are not those of its data. "
+    "drift": "|batch mean - running mean| in running standard deviations, mean over channels. Healthy: high in the "
+    "first steps, then low and even. A layer that stays bright is evaluated with statistics that are not those of its data. "
     "Blank: not recorded.",
-    "share": "The part of the variance that lies between the ranks. Near 0 every rank sees the same distribution; where "
-    "it is large, batch normalization without synchronization normalizes each rank differently. Blank: not recorded.",
+    "share": "The part of the variance that lies between the ranks. Near 0 every rank sees the same distribution; "
+    "where it is large, batch normalization without synchronization normalizes each rank differently. Blank: not recorded.",
     "gamma": "Mean |gamma| over channels. Healthy: slow changes. A layer that fades towards 0 is being switched off.",
     "dead": "Share of channels with |gamma| < 1e-3 or a variance < 1e-8: their output hardly depends on their input. "
     "Healthy: 0.",

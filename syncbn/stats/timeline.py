@@ -51,9 +51,9 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
     if not plots:
         return Panel(title, "No freeze switch was recorded: nothing was frozen by a rule.")
     text = (
-        "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights all other parameters. "
-        "Modules below one prefix that share their times share a row, which tells how many they are. Affine and weights "
-        "without stats is the classic mistake: the parameters rest, the running statistics go on moving."
+        "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights all other "
+        "parameters. Modules below one prefix that share their times share a row, which tells how many they are. "
+        "Affine and weights without stats is the classic mistake: the parameters rest, the running statistics go on moving."
     )
     nothing = f" Nothing was frozen by a rule in {', '.join(without)}." if without else ""
     return Panel(title, text + nothing, plots)
