@@ -98,7 +98,7 @@ def hover_names(names: Sequence[str]) -> CustomJSHover:
 def steps_axis(drawn: figure) -> None:
     """Whole steps below."""
     drawn.xaxis.axis_label = "step"
-    drawn.xaxis.ticker.desired_num_ticks = max(2, drawn.frame_width // 90)
+    drawn.xaxis.ticker.desired_num_ticks = max(2, drawn.frame_width // 60)
     drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
 
 
@@ -143,7 +143,7 @@ def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence
         name = keys[i] if len(runs) == 1 else runs[k].label
         lines.setdefault(name, []).extend(_curve(drawn, table, color(i if len(runs) == 1 else k), i > 0, name, unit))
     if len(lines) > 1:
-        _add_legend(drawn, lines, is_rising=all(_is_rising(table) for *_, table in tables))
+        _add_legend(drawn, lines, is_rising=sum(_trend(table) for *_, table in tables) > 0)
     notes = [text]
     if any(len(table) > NUM_POINTS for *_, table in tables):
         notes.append(f"A longer record is drawn as {NUM_POINTS} means of neighbouring values.")
@@ -172,9 +172,10 @@ def _curve(
     return [line, dots]
 
 
-def _is_rising(table: dict[int, float]) -> bool:
+def _trend(table: dict[int, float]) -> int:
+    """1, 0 or -1: whether it ends above or below where it began."""
     finite = [value for value in table.values() if math.isfinite(value)]
-    return finite[-1] > finite[0]
+    return (finite[-1] > finite[0]) - (finite[-1] < finite[0])
 
 
 def _add_legend(drawn: figure, lines: dict[str, list[GlyphRenderer]], *, is_rising: bool) -> None:

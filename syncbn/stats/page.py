@@ -28,10 +28,11 @@ _TEXTS = {
     "lr": "Of the first parameter group.",
     "speed": "Evaluation and saving do not count. Healthy: flat.",
     "drift": "|batch mean - running mean| in running standard deviations, mean over channels. Healthy: high in the "
-    "first steps, then low and even. A layer that stays bright is evaluated with statistics that are not those of its data. "
-    "Blank: not recorded.",
+    "first steps, then low and even. A layer that stays bright is evaluated with statistics that are not those of its "
+    "data. Blank: not recorded.",
     "share": "The part of the variance that lies between the ranks. Near 0 every rank sees the same distribution; "
-    "where it is large, batch normalization without synchronization normalizes each rank differently. Blank: not recorded.",
+    "where it is large, batch normalization without synchronization normalizes each rank differently. "
+    "Blank: not recorded.",
     "gamma": "Mean |gamma| over channels. Healthy: slow changes. A layer that fades towards 0 is being switched off.",
     "dead": "Share of channels with |gamma| < 1e-3 or a variance < 1e-8: their output hardly depends on their input. "
     "Healthy: 0.",
@@ -141,7 +142,8 @@ def page(runs: Sequence[Run]) -> str:
         f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{text}</section>' for name, text in sections
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
         f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n"
         f"<script>Bokeh.embed.embed_items({{report: {embedded}}}, {items})</script>\n</body>\n</html>\n"
     )
@@ -159,6 +161,6 @@ def _renumbered(content: Any) -> Any:
                 else renumber(item)
                 for key, item in value.items()
             }
-        return [renumber(item) for item in value] if isinstance(value, list) else value
+        return [renumber(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     return renumber(content)

@@ -25,9 +25,9 @@ def overview(runs: Sequence[Run]) -> str:
     headers = ["run", "state", "last step", *map(safe, names)]
     remarks = [f"{run.label}: {remark}" for run in runs for remark in run.remarks]
     text = (
-        "Numbers that a run gave at its end (of the weights that it kept) or, where it did not come to its end, the last "
-        "on record. Rates lie between 0 and 1. Dragging a box in a plot over steps zooms all of them; the symbol above a "
-        "plot that turns back resets."
+        "Numbers that a run gave at its end (of the weights that it kept) or, where it did not come to its end, the "
+        "last on record. Rates lie between 0 and 1. Dragging a box in a plot over steps zooms all of them; the symbol above "
+        "a plot that turns back resets."
     )
     return f"<p>{text}</p>{table(headers, rows)}" + "".join(f'<p class="absent">{safe(line)}</p>' for line in remarks)
 

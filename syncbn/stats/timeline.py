@@ -27,6 +27,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
         drawn = plot(
             WIDTH - 320, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
         )
+        drawn.min_border_left = 210  # the same for every run, so that steps stand below each other
         items = []
         for lane, (switch, color) in enumerate(SWITCHES.items()):
             bars = [(row, name, bar) for row, name in enumerate(names) for bar in rows[name].get(switch, ())]
@@ -53,7 +54,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
     text = (
         "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights all other "
         "parameters. Modules below one prefix that share their times share a row, which tells how many they are. "
-        "Affine and weights without stats is the classic mistake: the parameters rest, the running statistics go on moving."
+        "Affine and weights without stats is the classic mistake: the parameters rest, the running statistics move on."
     )
     nothing = f" Nothing was frozen by a rule in {', '.join(without)}." if without else ""
     return Panel(title, text + nothing, plots)
