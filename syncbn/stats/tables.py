@@ -26,8 +26,8 @@ def overview(runs: Sequence[Run]) -> str:
     remarks = [f"{run.label}: {remark}" for run in runs for remark in run.remarks]
     text = (
         "Numbers that a run gave at its end (of the weights that it kept) or, where it did not come to its end, the "
-        "last on record. Rates lie between 0 and 1. Dragging a box in a plot over steps zooms all of them; the symbol above "
-        "a plot that turns back resets."
+        "last on record. Rates lie between 0 and 1. Dragging a box in a plot over steps zooms all of them; "
+        "the symbol above a plot that turns back resets."
     )
     return f"<p>{text}</p>{table(headers, rows)}" + "".join(f'<p class="absent">{safe(line)}</p>' for line in remarks)
 
