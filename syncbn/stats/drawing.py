@@ -134,7 +134,7 @@ def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence
     values = np.array([value for *_, table in tables for value in table.values() if math.isfinite(value)])
     is_log = bool(values.min() > 0 and values.max() > 30 * values.min())
     drawn = plot(WIDTH // 2 - 80, 240, x_range=steps, y_axis_type="log" if is_log else "linear")
-    drawn.yaxis.axis_label = f"{unit} (log scale)" if is_log else unit
+    drawn.yaxis.axis_label = plain(f"{unit} (log scale)" if is_log else unit, 40)
     if is_log:
         _label_decades(drawn, values.min(), values.max())
     steps_axis(drawn)
@@ -167,7 +167,7 @@ def _curve(
     size = 5 if len(x) < 60 else 1.5
     dots = drawn.scatter("x", "y", source=source, color=line_color, fill_color=fill, size=size)
     hover = HoverTool(renderers=[dots], visible=False)
-    hover.tooltips = [("", escaped(name)), ("step", "@x{0}"), (unit, "@y{0.0000}")]
+    hover.tooltips = [("", escaped(name)), ("step", "@x{0}"), (escaped(unit), "@y{0.0000}")]
     drawn.add_tools(hover)
     return [line, dots]
 

@@ -59,7 +59,7 @@ figcaption { max-width: 1100px; margin: 6px 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 6px 0; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid #ddd; padding: 3px 8px; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; max-width: 420px; }
+  overflow-wrap: break-word; max-width: 420px; }
 th { background: #f4f4f4; } pre { background: #f7f7f7; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: 2px 0; }
 .swatch { display: inline-block; width: 12px; height: 12px; margin-right: 6px; vertical-align: -1px; }

@@ -84,7 +84,7 @@ def test_text_from_files_is_never_markup(tmp_path):
     run = make_run(
         tmp_path / "<script>alert(0)",
         [
-            record | {f"freeze/{evil}/stats": 1.0, f"val/{evil}": 0.5}
+            record | {f"freeze/{evil}/stats": 1.0, f"val/{evil}": 0.5, "val/$$x$$": 0.5}
             for record in records(layers=(evil, "naïve $$x$$"))
         ],
         config=f"key: '{evil}'\n",
@@ -97,6 +97,7 @@ def test_text_from_files_is_never_markup(tmp_path):
     assert page.count("<script") == 1  # the one that embeds the plots
     assert "<b>" + "</script" not in page
     assert "alert(0)" in page
+    assert '"axis_label": "$ $x$ $"' in page  # or Bokeh would take it for TeX
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
