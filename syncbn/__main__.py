@@ -1,4 +1,4 @@
-"""`python -m syncbn audit PATH`: what can be done with a file or a run, without its code.
+"""`python -m syncbn audit PATH` and `report RUN...`: what can be done with a file or a run, without its code.
 
 Exit code 0: nothing wrong; 1: findings of severity error; 2: a mistake in the command, or a file that cannot be read.
 """
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m syncbn", description="Looks at what training leaves behind.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_audit(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     exit_code: int = options.run(options)
     return exit_code
@@ -36,6 +37,17 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
                          " checkpoint), or a state dict saved by torch or safetensors")  # fmt: skip
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.set_defaults(run=_audit)
+
+
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    from syncbn.stats import report
+
+    description = (
+        "Writes one HTML file about a run, or several side by side; it needs no network. See docs/monitoring.md."
+    )
+    command = commands.add_parser("report", help="an HTML report of runs", description=description)
+    report.add_arguments(command)
+    command.set_defaults(run=report.command)
 
 
 def _audit(options: argparse.Namespace) -> int:

@@ -193,6 +193,8 @@ class TrackerConfig:
     mode: str
     project: str
     group: str | None
+    report: bool = True
+    """Write report.html at the end."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))

@@ -91,10 +91,10 @@ def evaluate(
     with warnings.catch_warnings():
         # A rank without a sample of a small split has nothing to add, and that is fine.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-        values = {"loss": _value(loss_sum.compute() / count.compute())}
+        values: dict[str, float] = {}
         for name, metric in shown.items():
             values |= _flat(name, metric.compute())
-        return values
+        return {**values, "loss": _value(loss_sum.compute() / count.compute())}
 
 
 def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:

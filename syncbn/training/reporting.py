@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -20,6 +22,8 @@ from syncbn.training.config import ConfigError, TrainingError
 from syncbn.training.redaction import redact
 from syncbn.training.sweep import write_summary
 from syncbn.training.world import agreed, attempt, is_distributed, rank, store, world_size
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -107,6 +111,34 @@ def report_failure(error: Exception) -> None:
             print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         sys.stderr.flush()
         raise SystemExit(1) from error
+
+
+class Report:
+    """At the end of a run, also of one that fails: `report.html`, and in `summary.json` why it failed.
+
+    A run that stops on request goes on later, and has its report then.
+    """
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
+        self.run_dir, self.overrides = run_dir, overrides
+
+    def end(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """To be pushed on an `ExitStack`."""
+        from syncbn.training.stopping import Stopped
+
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            return
+        if error is not None:
+            cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ is not None else error
+            reason = explain(cause) or f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            shown = [redact(override) for override in self.overrides]
+            write_summary(self.run_dir, -1, {}, shown, failed=redact(reason))
+        try:
+            from syncbn.stats.report import write_report
+
+            write_report([self.run_dir], self.run_dir / "report.html")
+        except Exception as error:  # nothing of the run depends on it
+            log.warning("no report.html: %s; python -m syncbn report %s writes it later", error, self.run_dir)
 
 
 def _is_first_to_report(what: str = "") -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
 from syncbn.stats.findings import SEVERITIES
-from syncbn.training import auditing, console, launch, losses, models, state, switches, world
+from syncbn.training import auditing, console, launch, losses, models, reporting, state, switches, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
@@ -155,6 +155,8 @@ def _train(
     environment = describe(place, overrides)
     if place.is_first:
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        if config.tracker.report:
+            tracking.push(reporting.Report(run_dir, overrides).end)  # after the tracker has written its last line
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
