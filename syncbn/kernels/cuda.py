@@ -22,9 +22,9 @@ from syncbn.kernels import reference
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Bytes of a tile, of one activation: of a pass that sums, of one that writes, and of one that writes a small activation
-# (then there are too few large tiles to keep all multiprocessors busy). Nobody has tuned them yet.
-_SUM_TILE, _TILE, _SMALL_TILE = 8192, 8192, 2048
+# Values of a tile: of a pass that sums, of one that writes, and of one that writes a small activation (of which large
+# tiles are too few to keep all multiprocessors busy). Chosen by what fits into registers; nobody has timed them yet.
+_SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
 # Warps of the programs that sum (float64 sums take two registers each), and of those that write.
 _SUM_WARPS, _WARPS = 8, 4
 # The widest tile: in planes it runs along a plane; in rows over channels, few, so that it has rows to add up.
@@ -262,7 +262,7 @@ def _dense_vector(vector: Tensor | None) -> Tensor | None:
 @lru_cache(maxsize=4096)
 def _plan_sums(layout: _Layout, itemsize: int, multiprocessors: int) -> _Sums:
     """Tiles of the programs that sum, and over how many of them a channel is split."""
-    width, height = _block(layout, itemsize, _SUM_TILE)
+    width, height = _block(layout, _SUM_TILE)
     height = min(height, _power_of_two(layout.planes))
     tiles_across = 1 if layout.last else _ceil_div(layout.size, width)
     tiles = _ceil_div(layout.planes, height) * tiles_across
@@ -286,9 +286,8 @@ def _plan_sums(layout: _Layout, itemsize: int, multiprocessors: int) -> _Sums:
 def _plan_passes(layout: _Layout, itemsize: int, multiprocessors: int) -> _Passes:
     """Tiles of the programs that write."""
     rows = layout.planes if layout.last else layout.planes * layout.channels
-    bytes_in_all = rows * layout.size * itemsize
-    is_small = bytes_in_all < 4 * _TILE * multiprocessors
-    width, height = _block(layout, itemsize, _SMALL_TILE if is_small else _TILE)
+    is_small = rows * layout.size < 4 * _TILE * multiprocessors
+    width, height = _block(layout, _SMALL_TILE if is_small else _TILE)
     height = height if layout.last else min(height, _MOST_PLANES)
     tiles_across = _ceil_div(layout.size, width)
     unit = _unit(layout.size, itemsize)
@@ -299,10 +298,10 @@ def _plan_passes(layout: _Layout, itemsize: int, multiprocessors: int) -> _Passe
     )
 
 
-def _block(layout: _Layout, itemsize: int, tile: int) -> tuple[int, int]:
-    """Columns and rows of a tile of so many bytes."""
-    width = min(_power_of_two(layout.size), _WIDEST_ROW if layout.last else _WIDEST_PLANE, tile // itemsize)
-    return width, tile // itemsize // width
+def _block(layout: _Layout, tile: int) -> tuple[int, int]:
+    """Columns and rows of a tile of so many values."""
+    width = min(_power_of_two(layout.size), _WIDEST_ROW if layout.last else _WIDEST_PLANE, tile)
+    return width, tile // width
 
 
 def _common(layout: _Layout, unit: int, height: int, width: int) -> dict[str, int | bool]:
