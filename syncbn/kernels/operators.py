@@ -69,9 +69,7 @@ def _(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: 
 
 
 @torch.library.register_fake("syncbn::backward_reduce", lib=_library)
-def _(
-    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     num_channels = input.size(1)
     return input.new_empty(2 * num_channels, dtype=torch.float64), input.new_empty((2, num_channels), dtype=dtype)
 

@@ -24,6 +24,14 @@ _SIZES = ["count", "num_channels", "planes", "units", "rows", "tiles", "tiles_ac
 
 
 @triton.jit
+def _store(pointer, value, mask):
+    """Stores float64 values; on the way to a half type through float32, as torch does."""
+    if pointer.dtype.element_ty.primitive_bitwidth < 32:
+        value = value.to(tl.float32)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _two_sum(a, b):
     high = a + b
     shadow = high - a
@@ -246,8 +254,8 @@ def finish(
             unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
             new_mean = (1.0 - rate) * old_mean + rate * (mean_high + mean_low)
             new_var = (1.0 - rate) * old_var + rate * unbiased
-            tl.store(running_mean + channel, new_mean.to(running_mean.dtype.element_ty), mask=inside & (counts > 0))
-            tl.store(running_var + channel, new_var.to(running_var.dtype.element_ty), mask=inside & (counts > 1))
+            _store(running_mean + channel, new_mean, inside & (counts > 0))
+            _store(running_var + channel, new_var, inside & (counts > 1))
 
         narrow = mean_high.to(mean.dtype.element_ty)
         narrow_low = ((mean_high - narrow.to(tl.float64)) + mean_low).to(mean.dtype.element_ty)
@@ -302,8 +310,8 @@ def _store_sums(sums, affine, invstd, channel, num_channels, first, second):
     second *= tl.load(invstd + channel, mask=inside, other=0.0).to(tl.float64)
     tl.store(sums + channel, first, mask=inside)
     tl.store(sums + num_channels + channel, second, mask=inside)
-    tl.store(affine + channel, first.to(affine.dtype.element_ty), mask=inside)
-    tl.store(affine + num_channels + channel, second.to(affine.dtype.element_ty), mask=inside)
+    _store(affine + channel, first, inside)
+    _store(affine + num_channels + channel, second, inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
