@@ -1,10 +1,10 @@
 """What the layer costs on a GPU, next to torch's synchronized one, to torch's local one, and to a copy.
 
-python benchmarks/gpu.py layers [--quick] [--json FILE]      the shapes of ResNet-50's layers, forward and backward
-python benchmarks/gpu.py models [--quick] [--json FILE]      whole training steps of a ResNet-50 and a segmentation model
+python benchmarks/gpu.py layers [--quick] [--json FILE]   the shapes of ResNet-50's layers, forward and backward
+python benchmarks/gpu.py models [--quick] [--json FILE]   whole training steps of a ResNet-50 and a segmentation model
 
-One process. "Collective forced" is ours with an NCCL all-reduce in a world of one each way; "torch sync" is the function
-behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. Device times are by events around several steps
+One process. "Collective forced" is ours with an NCCL all-reduce each way in a world of one; "torch sync" is the
+function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. Device times are by events around several steps
 in a row, host times what the calls take until they return; the rows take turns in random order; medians of the runs,
 with their smallest and largest. "Local again" is the same code twice: the noise. The copy moves as many bytes as a step
 has to (eight times the activation), so 1.00 is the bandwidth that the device has.
@@ -331,8 +331,10 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     driver = os.popen("nvidia-smi --query-gpu=driver_version --format=csv,noheader").read().strip()
-    machine = {"device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
-               "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__}  # fmt: skip
+    machine = {
+        "device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__,
+    }  # fmt: skip
     print(*(f"{key} {value}" for key, value in machine.items()), sep="  ")
     rows = {"layers": run_layers, "models": run_models}[arguments.what](arguments.quick)
     if arguments.json:

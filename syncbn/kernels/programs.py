@@ -1,7 +1,7 @@
 """The Triton programs that `cuda` launches. Importing this module imports Triton.
 
-An activation is read in the order of memory, as one of two layouts. In planes (contiguous), a value of sample n, channel
-c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), a row n holds the
+An activation is read in the order of memory, as one of two layouts. In planes (contiguous), a value of sample n,
+channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), a row n holds the
 values of all channels at n * C + c. `LAST` says which; a tile is R rows by W columns.
 
 Sums are taken in float64: the passes are bound by memory, and the sums of two programs then add without further care.
@@ -220,7 +220,7 @@ def finish(
     rate = tl.zeros([BLOCK], tl.float64)
     if not CUMULATIVE:
         rate += momentum
-    if num_batches_tracked is not None:
+    if num_batches_tracked is not None:  # noqa: SIM102 - decided when it is compiled, the other one when it runs
         if tl.program_id(0) == 0:
             counted = tl.load(num_batches_tracked)
             counted += (count > 0).to(counted.dtype)

@@ -219,8 +219,8 @@ class BnConfig:
             self.group in ("world", "node") or is_number, "bn.group", "world, node, or a number of ranks", self.group
         )
         require(self.sync or self.group == "world", "bn.group", "world where bn.sync=false", self.group)
-        require(not self.own_group or (self.sync and self.group == "world"), "bn.own_group",
-                "false unless bn.sync=true and bn.group=world (other groups are BN's own anyway)", self.own_group)  # fmt: skip
+        expected = "false unless bn.sync=true and bn.group=world (other groups are BN's own anyway)"
+        require(not self.own_group or (self.sync and self.group == "world"), "bn.own_group", expected, self.own_group)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)

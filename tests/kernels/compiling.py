@@ -41,7 +41,7 @@ class Recorder:
             fixed = {name: None for name, value in values.items() if value is None}
             fixed |= {name: options.pop(name) for name in self.program.arg_names if name in options}
             key = (self.name, *types.items(), *fixed.items(), *options.items())
-            types |= {name: "constexpr" for name in fixed}
+            types |= dict.fromkeys(fixed, "constexpr")
             self.launches[key] = (self.name, types, fixed, options)
 
         return launch
@@ -93,7 +93,8 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores", text)
     used = re.search(r"Used (\d+) registers", text)
-    assert spilled and used, text
+    assert spilled is not None, text
+    assert used is not None, text
     return int(used.group(1)), int(spilled.group(1))
 
 

@@ -93,8 +93,8 @@ def check(input, grad, bound=None, **options):
         assert result.stride() == like.stride()
 
 
-SHAPES = [(6, 4, 9, 7), (1, 3, 64), (70, 5), (2, 3, 4, 5, 6), (5, 1, 33), (300, 1), (3, 70, 2, 2), (3, 2, 1, 1), (1, 7, 5),
-          (2, 4, 16, 16)]  # fmt: skip
+SHAPES = [(6, 4, 9, 7), (1, 3, 64), (70, 5), (2, 3, 4, 5, 6), (5, 1, 33), (300, 1), (3, 70, 2, 2), (3, 2, 1, 1),
+          (1, 7, 5), (2, 4, 16, 16)]  # fmt: skip
 
 
 @pytest.mark.usefixtures("_tiles")
@@ -111,7 +111,7 @@ def test_every_type(dtype, layout):
     check(*make((4, 5, 8, 11), dtype, layout))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=2, max_size=5),
     layout=st.sampled_from(["contiguous", "rows", "strided", "transposed"]),
@@ -127,7 +127,7 @@ def test_any_shape(shape, layout, dtype, affine, momentum):
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (10, 1), (1e3, 0.1), (1e3, 1e-2), (1e4, 1), (1e5, 1)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-10)], ids=str)
 def test_means_far_from_zero(mean, std, dtype, bound, layout):
-    input, grad = make((8, 2, 16, 16), dtype, layout, mean, std)
+    input, _ = make((8, 2, 16, 16), dtype, layout, mean, std)
     wide = input.to(torch.float64)
     centred = wide - wide.mean((0, 2, 3), keepdim=True)
     centred -= centred.mean((0, 2, 3), keepdim=True)
@@ -258,7 +258,7 @@ def test_plans_cover_every_value_once(shape, itemsize, rows):
     "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16", "float64"))]
 )
 def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.kernels.compiling", dtype]
