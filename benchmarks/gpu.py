@@ -4,10 +4,10 @@ python benchmarks/gpu.py layers [--quick] [--json FILE]   the shapes of ResNet-5
 python benchmarks/gpu.py models [--quick] [--json FILE]   whole training steps of a ResNet-50 and a segmentation model
 
 One process. "Collective forced" is ours with an NCCL all-reduce each way in a world of one; "torch sync" is the
-function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. Device times are by events around several steps
-in a row, host times what the calls take until they return; the rows take turns in random order; medians of the runs,
-with their smallest and largest. "Local again" is the same code twice: the noise. The copy moves as many bytes as a step
-has to (eight times the activation), so 1.00 is the bandwidth that the device has.
+function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. Device times are by events around
+several steps in a row, host times what the calls take until they return; the rows take turns in random order; medians
+of the runs, with their smallest and largest. "Local again" is the same code twice: the noise. The copy moves as many
+bytes as a step has to (eight times the activation), so 1.00 is the bandwidth that the device has.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Triton programs that `cuda` launches. Importing this module imports Triton.
 
 An activation is read in the order of memory, as one of two layouts. In planes (contiguous), a value of sample n,
-channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), a row n holds the
-values of all channels at n * C + c. `LAST` says which; a tile is R rows by W columns.
+channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), row n
+holds the values of all channels, at n * C + c. `LAST` says which; a tile is R rows by W columns.
 
 Sums are taken in float64: the passes are bound by memory, and the sums of two programs then add without further care.
 Each program sums a fixed part in a fixed order, and no two write to the same place, so results have the same bits every

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
-from syncbn.nn.groups import LostGroup, as_group, collective_group, spans_world
+from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.holding import hold, is_held, own_parameters, release
 from syncbn.nn.watching import record_local
 from syncbn.nn.wrappers import check_wrapper
@@ -199,24 +199,14 @@ class SyncBatchNorm(_BatchNorm):
                 if self._record is not None:
                     record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
-            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record)
+            return normalize_by_batch(
+                input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record
+            )
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            counter,
-            momentum,
-            eps,
-            group,
-            mask,
-            pool,
-            self,
-            self._record,
+            input, weight, bias, running_mean, running_var, counter, momentum, eps, group, mask, pool, self, self._record
         )
 
     @property
@@ -302,7 +292,8 @@ class SyncBatchNorm(_BatchNorm):
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}
         if self.process_group is not None and not isinstance(self.process_group, LostGroup):
             group = as_group(self.process_group)
-            state["process_group"] = None if spans_world(group) else LostGroup(dist.get_world_size(group))
+            is_world = dist.is_initialized() and group is dist.group.WORLD
+            state["process_group"] = None if is_world else LostGroup(dist.get_world_size(group))
         return state
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ def test_a_step_is_that_of_float64_wherever_the_mean_is(mean, std, dtype, bound,
     assert max_error(actual.running_var.cpu(), truth.running_var) < bound
 
 
-@pytest.mark.parametrize("shape", [(12, 4, 6, 6), (64, 33), (7, 5, 9), (3, 4, 5, 6, 7), (2, 2048, 7, 7), (64, 3, 65, 9)],
+@pytest.mark.parametrize("shape", [(12, 4, 6, 6), (64, 33), (7, 5, 9), (3, 4, 5, 6, 7), (2, 999, 7, 7), (64, 3, 9, 65)],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_every_type_and_rank(shape, dtype):
