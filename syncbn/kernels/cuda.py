@@ -29,7 +29,8 @@ _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
 _SUM_WARPS, _WARPS = 8, 4
 # The widest tile: in planes it runs along a plane; in rows over channels, few, so that it has rows to add up.
 _WIDEST_PLANE, _WIDEST_ROW = 1024, 64
-# Where small planes are written, most rows of a tile: each brings a channel of its own, whose vectors take registers.
+# Where small planes are written, most rows of a tile that has not few values anyway: each row brings a channel of its
+# own, whose vectors take registers.
 _MOST_PLANES = 16
 # Programs that sum, for each multiprocessor; and tiles that are worth a program.
 _PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
@@ -288,7 +289,8 @@ def _plan_passes(layout: _Layout, itemsize: int, multiprocessors: int) -> _Passe
     rows = layout.planes if layout.last else layout.planes * layout.channels
     is_small = rows * layout.size < 4 * _TILE * multiprocessors
     width, height = _block(layout, _SMALL_TILE if is_small else _TILE)
-    height = height if layout.last else min(height, _MOST_PLANES)
+    if not layout.last:
+        height = min(height, max(_MOST_PLANES, _SMALL_TILE // width))
     tiles_across = _ceil_div(layout.size, width)
     unit = _unit(layout.size, itemsize)
     return _Passes(

@@ -125,7 +125,8 @@ def new_world_group() -> dist.ProcessGroup | None:
     """All ranks of the job in a group of their own: what is summed over it does not queue behind other collectives.
 
     Every rank has to call it, in the same order as other calls that make groups. It waits for other ranks as long as
-    the default group does.
+    the default group does. On GPUs two NCCL communicators are then at work at once; nobody has run that on several GPUs
+    yet.
 
     Returns:
         The group, or None without a distributed job and in a world of one.

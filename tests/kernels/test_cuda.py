@@ -272,3 +272,17 @@ def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, t
     assert all("spilled=0" in line for line in programs), done.stdout
     if dtype == "float32":
         assert all("ld.global.v4" in line for line in programs if "'UNIT': 4, 'R': 2, 'W': 1024" in line)
+
+
+def test_the_dispatcher_has_them_all_and_nothing_imports_triton_before_it_is_needed():
+    code = (
+        "import sys, torch; from syncbn.kernels import operators\n"
+        "names = [name.split('::')[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith('syncbn::')]\n"
+        "print(sorted(n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f'syncbn::{n}', 'CUDA')))\n"
+        "print('triton' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT
+    )
+    operators = ["backward_elementwise", "backward_local", "backward_reduce", "finish", "moments", "normalize"]
+    assert done.stdout.splitlines() == [str(operators), "False"]
