@@ -50,7 +50,8 @@ class _NormalizeByBatch(torch.autograd.Function):
             pool.add_(packed)
         ctx.save_for_backward(input, weight, mean, invstd, count, mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.affine_dtype = next((vector.dtype for vector in (weight, bias) if vector is not None), mean.dtype)
+        dtypes = [vector.dtype for vector in (weight, bias) if vector is not None]
+        ctx.affine_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else mean.dtype
         ctx.eps, ctx.group, ctx.owner = eps, group, owner
         return operators.normalize(input, mean, invstd, weight, bias)
 

@@ -277,7 +277,7 @@ def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, t
 def test_the_dispatcher_has_them_all_and_nothing_imports_triton_before_it_is_needed():
     code = (
         "import sys, torch; from syncbn.kernels import operators\n"
-        "names = [name.split('::')[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith('syncbn::')]\n"
+        "names = [n.split('::')[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith('syncbn::')]\n"
         "print(sorted(n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f'syncbn::{n}', 'CUDA')))\n"
         "print('triton' in sys.modules)"
     )
