@@ -115,13 +115,15 @@ def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
     return _scale_and_shift(input, scale, shift)
 
 
-def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def backward_reduce(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """See `reference.backward_reduce`."""
     if not _is_regular(input):
-        return reference.backward_reduce(grad, input, mean, invstd)
+        return reference.backward_reduce(grad, input, mean, invstd, dtype)
     sums = _pair_sums(_like(grad, input), input, mean[0])
     sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
-    return sums.view(-1)
+    return sums.view(-1), sums.to(dtype, copy=True)
 
 
 def backward_elementwise(
@@ -158,7 +160,7 @@ def backward_elementwise(
 
 
 def backward_local(
-    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_local`; torch's own backward pass where its sums, one per plane, are good enough."""
     num_channels = input.size(1)
@@ -166,13 +168,13 @@ def backward_local(
     fits = input.numel() > 0 and input.is_contiguous() and length <= longest
     # Masked samples are in the input, and not in the count.
     if not fits or float(count) * num_channels != input.numel() or _is_far(mean, invstd):
-        sums = backward_reduce(grad, input, mean, invstd)
-        return backward_elementwise(grad, input, mean, invstd, weight, sums, count), sums
+        sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
+        return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
     scale = torch.ones_like(invstd) if weight is None else weight.to(invstd.dtype)
     grad_input, grad_weight, grad_bias = _aten.native_batch_norm_backward(
         _like(grad, input), input, scale, None, None, mean[0], invstd, True, 0.0, [True, True, True]
     )
-    return grad_input, torch.cat([grad_bias, grad_weight]).to(torch.float64)
+    return grad_input, torch.stack([grad_bias, grad_weight]).to(dtype)
 
 
 def _is_regular(input: Tensor) -> bool:

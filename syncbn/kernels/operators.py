@@ -7,7 +7,7 @@ device registers itself for that device's dispatch key and nothing else changes:
 import torch
 from torch import Tensor
 
-from syncbn.kernels import cpu, reference
+from syncbn.kernels import cpu, cuda, reference
 
 _library = torch.library.Library("syncbn", "DEF")
 _library.define("moments(Tensor input, Tensor? mask=None) -> Tensor")
@@ -17,20 +17,24 @@ _library.define(
     " float? momentum, float eps, ScalarType dtype) -> (Tensor mean, Tensor invstd, Tensor count)"
 )
 _library.define("normalize(Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias) -> Tensor")
-_library.define("backward_reduce(Tensor grad, Tensor input, Tensor mean, Tensor invstd) -> Tensor")
+_library.define(
+    "backward_reduce(Tensor grad, Tensor input, Tensor mean, Tensor invstd, ScalarType dtype)"
+    " -> (Tensor sums, Tensor affine)"
+)
 _library.define(
     "backward_elementwise(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor sums,"
     " Tensor count) -> Tensor"
 )
 
 _library.define(
-    "backward_local(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor count)"
-    " -> (Tensor grad_input, Tensor sums)"
+    "backward_local(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor count,"
+    " ScalarType dtype) -> (Tensor grad_input, Tensor affine)"
 )
 
 for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_elementwise", "backward_local"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     _library.impl(_name, getattr(cpu, _name), "CPU")
+    _library.impl(_name, getattr(cuda, _name), "CUDA")
 _library.impl("spread", reference.spread, "CompositeExplicitAutograd")
 
 
@@ -65,8 +69,9 @@ def _(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: 
 
 
 @torch.library.register_fake("syncbn::backward_reduce", lib=_library)
-def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    return input.new_empty(2 * input.size(1), dtype=torch.float64)
+def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    num_channels = input.size(1)
+    return input.new_empty(2 * num_channels, dtype=torch.float64), input.new_empty((2, num_channels), dtype=dtype)
 
 
 @torch.library.register_fake("syncbn::backward_elementwise", lib=_library)
@@ -78,9 +83,9 @@ def _(
 
 @torch.library.register_fake("syncbn::backward_local", lib=_library)
 def _(
-    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), input.new_empty(2 * input.size(1), dtype=torch.float64)
+    return torch.empty_like(input), input.new_empty((2, input.size(1)), dtype=dtype)
 
 
 moments = torch.ops.syncbn.moments.default

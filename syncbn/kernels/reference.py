@@ -111,13 +111,21 @@ def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
     return (centred * per_channel(scale, input) + per_channel(shift, input)).to(input.dtype)
 
 
-def backward_reduce(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """[sum(g), sum(g * xhat)] over the local samples, 2C float64 numbers: also the gradients of bias and weight."""
+def backward_reduce(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """sum(g) and sum(g * xhat) over the local samples, twice.
+
+    Returns:
+        sums: 2C float64 numbers, to be summed over ranks.
+        affine: (2, C) in `dtype`, the gradients of bias and weight, which stay local (DDP averages them).
+    """
     dims = reduced_dims(input)
     wide = mean.to(torch.float64)
     centred = (input.to(torch.float64) - per_channel(wide[0], input)) - per_channel(wide[1], input)
     wide_grad = grad.to(torch.float64)
-    return torch.cat([wide_grad.sum(dims), (wide_grad * centred).sum(dims) * invstd.to(torch.float64)])
+    sums = torch.cat([wide_grad.sum(dims), (wide_grad * centred).sum(dims) * invstd.to(torch.float64)])
+    return sums, sums.view(2, input.size(1)).to(dtype, copy=True)
 
 
 def backward_elementwise(
@@ -138,13 +146,13 @@ def backward_elementwise(
 
 
 def backward_local(
-    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`backward_elementwise` and `backward_reduce` where the local samples are all there are; in one operator it can be
-    one pass less.
+    """`backward_elementwise` and the `affine` of `backward_reduce` where the local samples are all there are; in one
+    operator it can be one pass less.
     """
-    sums = backward_reduce(grad, input, mean, invstd)
-    return backward_elementwise(grad, input, mean, invstd, weight, sums, count), sums
+    sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
+    return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
 
 
 def differentiable_backward(

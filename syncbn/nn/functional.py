@@ -50,6 +50,8 @@ class _NormalizeByBatch(torch.autograd.Function):
             pool.add_(packed)
         ctx.save_for_backward(input, weight, mean, invstd, count, mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        dtypes = [vector.dtype for vector in (weight, bias) if vector is not None]
+        ctx.affine_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else mean.dtype
         ctx.eps, ctx.group, ctx.owner = eps, group, owner
         return operators.normalize(input, mean, invstd, weight, bias)
 
@@ -70,13 +72,11 @@ class _NormalizeByBatch(torch.autograd.Function):
                 mask,
             )
         elif needs_input and ctx.group is None:
-            grad_input, sums = operators.backward_local(grad, input, mean, invstd, weight, count)
-            grad_bias, grad_weight = sums.chunk(2)
+            grad_input, affine = operators.backward_local(grad, input, mean, invstd, weight, count, ctx.affine_dtype)
+            grad_bias, grad_weight = affine.unbind()
         else:
-            sums = operators.backward_reduce(grad, input, mean, invstd)
-            # Gradients of the parameters stay local (DDP averages them): take them before the sum over ranks, which is
-            # in place.
-            grad_bias, grad_weight = sums.clone().chunk(2)
+            sums, affine = operators.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
+            grad_bias, grad_weight = affine.unbind()
             if needs_input:
                 sums = reduce(sums, ctx.group, ctx.owner, "backward")
                 grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)

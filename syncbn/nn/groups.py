@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -115,8 +116,42 @@ def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
         members = [list(range(first, first + size)) for first in range(0, world_size, size)]
     if len(members) == 1:
         return None
-    group, _ = dist.new_subgroups_by_enumeration(members)
+    assert dist.group.WORLD is not None
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout_of(dist.group.WORLD))
     return group
+
+
+def new_world_group() -> dist.ProcessGroup | None:
+    """All ranks of the job in a group of their own: what is summed over it does not queue behind other collectives.
+
+    Every rank has to call it, in the same order as other calls that make groups. It waits for other ranks as long as
+    the default group does. On GPUs two NCCL communicators are then at work at once; nobody has run that on several GPUs
+    yet.
+
+    Returns:
+        The group, or None without a distributed job and in a world of one.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    assert dist.group.WORLD is not None
+    return dist.new_group(timeout=timeout_of(dist.group.WORLD))
+
+
+def spans_world(process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None) -> bool:
+    """Whether it is all ranks of the job, in the default group or in one of their own."""
+    if process_group is None or isinstance(process_group, LostGroup):
+        return process_group is None
+    group = as_group(process_group)
+    return dist.is_initialized() and dist.get_world_size(group) == dist.get_world_size()
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long its collectives wait for other ranks; None where it does not say."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout
+    return None
 
 
 SumInPlace = Callable[[Tensor], object]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.packing import pack, unpack
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.groups import spans_world
 
 
 def pool_running_stats(layers: Iterable[nn.Module], weight: float) -> None:
@@ -54,5 +55,5 @@ def unsynchronized_layers(model: nn.Module) -> list[nn.Module]:
         layer
         for layer in model.modules()
         if isinstance(layer, _BatchNorm)
-        and not (isinstance(layer, SyncBatchNorm) and (layer.process_group is None or layer.stats_frozen))
+        and not (isinstance(layer, SyncBatchNorm) and (spans_world(layer.process_group) or layer.stats_frozen))
     ]

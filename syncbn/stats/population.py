@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.kernels import operators
 from syncbn.nn.accumulating import pooling
 from syncbn.nn.batchnorm import SyncBatchNorm
-from syncbn.nn.groups import collective_group, sum_over_ranks
+from syncbn.nn.groups import collective_group, spans_world, sum_over_ranks
 from syncbn.nn.moments import Moments
 from syncbn.nn.stepping import even_steps
 
@@ -77,7 +77,7 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
 
 def _over_all_groups(layer: SyncBatchNorm, packed: Tensor) -> Tensor:
     """Sums of all ranks, where a layer with a sub-group has those of the group on each of its ranks."""
-    if layer.process_group is None or not (dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()) or spans_world(layer.process_group):
         return packed
     group = collective_group(layer.process_group)
     total = packed / (1 if group is None else dist.get_world_size(group))

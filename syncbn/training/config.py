@@ -221,6 +221,8 @@ class BnConfig:
     """Convert to SyncBatchNorm; False leaves statistics local to each rank."""
     group: Any
     """The ranks to sum over: "world", "node", or a number of neighbouring ranks."""
+    own_group: bool
+    """Where `group` is the world: a process group for BN alone, so that its sums do not queue behind DDP's buckets."""
     buffers: str
     """Running statistics that differ between ranks: "pool" them before evaluation and checkpoint, or keep "per_group".
     """
@@ -236,6 +238,8 @@ class BnConfig:
             self.group in ("world", "node") or is_number, "bn.group", "world, node, or a number of ranks", self.group
         )
         require(self.sync or self.group == "world", "bn.group", "world where bn.sync=false", self.group)
+        expected = "false unless bn.sync=true and bn.group=world (other groups are BN's own anyway)"
+        require(not self.own_group or (self.sync and self.group == "world"), "bn.own_group", expected, self.own_group)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)

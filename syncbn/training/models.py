@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.nn.groups import new_bn_groups
+from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.targets import build_target
@@ -88,7 +88,10 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
                 layer.eps = bn.eps
     if bn.sync:
         try:
-            group = None if bn.group == "world" else new_bn_groups(bn.group)
+            if bn.group != "world":
+                group = new_bn_groups(bn.group)
+            else:
+                group = new_world_group() if bn.own_group else None
         except ValueError as error:
             raise ConfigError(f"bn.group: {error}") from None
         try:

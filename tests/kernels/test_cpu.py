@@ -44,9 +44,9 @@ def run(kernels, input, grad, weight, bias):
     dtype = reference.compute_dtype(input.dtype)
     mean, invstd, count = kernels.finish(packed, *buffers, 0.1, 1e-5, dtype)
     output = kernels.normalize(input, mean, invstd, weight, bias)
-    sums = kernels.backward_reduce(grad, input, mean, invstd)
+    sums, _ = kernels.backward_reduce(grad, input, mean, invstd, torch.float32)
     grad_input = kernels.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
-    local, local_sums = kernels.backward_local(grad, input, mean, invstd, weight, count)
+    local, local_sums = kernels.backward_local(grad, input, mean, invstd, weight, count, torch.float64)
     number = max(float(count), 1.0)
     return output, grad_input, sums / number, *buffers, local, local_sums / number
 
@@ -130,9 +130,9 @@ def test_the_gradient_where_it_follows_the_input(layout, kind):
     for kernels, x, g in ((cpu, input, grad), (reference, input.double(), grad.double())):
         mean, invstd, count = kernels.finish(kernels.moments(x), None, None, None, None, 1e-5, x.dtype)
         if kind == "local":
-            results.append(kernels.backward_local(g, x, mean, invstd, None, count))
+            results.append(kernels.backward_local(g, x, mean, invstd, None, count, torch.float64))
         else:
-            sums = kernels.backward_reduce(g, x, mean, invstd)
+            sums, _ = kernels.backward_reduce(g, x, mean, invstd, torch.float64)
             results.append((kernels.backward_elementwise(g, x, mean, invstd, None, sums, count), sums))
     for actual, expected in zip(*results, strict=True):
         assert float((actual - expected).abs().max()) < 1.5e-6 * float(expected.abs().max())
@@ -152,11 +152,12 @@ def test_nothing_to_normalize(shape):
     vector = torch.ones(shape[1])
     mean = torch.zeros(2, shape[1])
     assert cpu.normalize(input, mean, vector, None, None).shape == shape
-    assert cpu.backward_reduce(input, input, mean, vector).shape == (2 * shape[1],)
+    sums, affine = cpu.backward_reduce(input, input, mean, vector, torch.float32)
+    assert sums.shape == (2 * shape[1],)
+    assert affine.shape == (2, shape[1])
     count = torch.tensor(0.0, dtype=torch.float64)
-    sums = torch.zeros(2 * shape[1], dtype=torch.float64)
     assert cpu.backward_elementwise(input, input, mean, vector, None, sums, count).shape == shape
-    assert cpu.backward_local(input, input, mean, vector, None, count)[0].shape == shape
+    assert cpu.backward_local(input, input, mean, vector, None, count, torch.float32)[0].shape == shape
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

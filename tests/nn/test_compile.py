@@ -238,9 +238,9 @@ def operator_samples(dtype, rows):
         (operators.finish, (packed, None, None, None, None, 1e-5, wide)),
         (operators.normalize, (x, mean, invstd, weight, bias)),
         (operators.normalize, (x, mean, invstd, None, None)),
-        (operators.backward_reduce, (x, x, mean, invstd)),
+        (operators.backward_reduce, (x, x, mean, invstd, torch.float32)),
         (operators.backward_elementwise, (x, x, mean, invstd, weight, sums, count)),
-        (operators.backward_local, (x, x, mean, invstd, weight, torch.tensor(5.0 * rows, dtype=torch.float64))),
+        (operators.backward_local, (x, x, mean, invstd, weight, 5.0 * torch.tensor(rows).double(), torch.bfloat16)),
     ]
 
 

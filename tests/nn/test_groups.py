@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn import SyncBatchNorm, new_bn_groups
+from syncbn.nn.groups import new_world_group, timeout_of
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from tests.reference import expected_step, make_batch, max_error, run_step
 
@@ -110,15 +111,46 @@ def test_ranks_that_have_seen_nothing_keep_what_they_have(ranks):
 
 
 def check_unsynchronized():
-    pair = dist.new_group([0, 1])
+    alone, both = new_bn_groups(1), dist.new_group([0, 1])
     model = nn.Sequential(
         nn.BatchNorm1d(2),
         SyncBatchNorm(2),
-        SyncBatchNorm(2, process_group=pair),
-        SyncBatchNorm(2, process_group=pair).freeze(),
+        SyncBatchNorm(2, process_group=both),
+        SyncBatchNorm(2, process_group=alone),
+        SyncBatchNorm(2, process_group=alone).freeze(),
     )
-    assert [layer is model[0] or layer is model[2] for layer in unsynchronized_layers(model)] == [True, True]
+    assert [layer is model[0] or layer is model[3] for layer in unsynchronized_layers(model)] == [True, True]
 
 
 def test_layers_that_agree_anyway_or_are_frozen_are_left_alone(ranks):
     ranks(2, check_unsynchronized)
+
+
+def check_own_group(size_of_others):
+    own, others = new_world_group(), new_bn_groups(size_of_others)
+    assert own is not None
+    assert own is not dist.group.WORLD
+    assert dist.get_process_group_ranks(own) == list(range(dist.get_world_size()))
+    world_timeout = timeout_of(dist.group.WORLD)
+    assert world_timeout is not None
+    assert all(timeout_of(group) == world_timeout for group in (own, others) if group is not None)
+    rank = dist.get_rank()
+    input, grad = (tensor.chunk(dist.get_world_size())[rank] for tensor in make_batch((8, 2, 3)))
+    steps = [
+        run_step(SyncBatchNorm(2, process_group=group, dtype=torch.float64), input, grad)
+        for group in (None, own, others, own)  # one after the other: their collectives do not meet
+    ]
+    for step in (steps[1], steps[3]):
+        assert torch.equal(step.output, steps[0].output)
+        assert torch.equal(step.grad_input, steps[0].grad_input)
+        assert torch.equal(step.running_var, steps[0].running_var)
+    assert unsynchronized_layers(nn.Sequential(SyncBatchNorm(2, process_group=own))) == []
+
+
+@pytest.mark.parametrize(("world_size", "size_of_others"), [(2, 1), (2, 2), (4, 2)])
+def test_a_group_of_all_ranks_for_batch_normalization_alone(ranks, world_size, size_of_others):
+    ranks(world_size, check_own_group, size_of_others)
+
+
+def test_a_single_process_needs_no_group_of_its_own():
+    assert new_world_group() is None

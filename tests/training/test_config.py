@@ -42,6 +42,8 @@ MISTAKES = [
     (["task=eval"], "load: expected a checkpoint or a run directory for task=eval"),
     (["bn.group=rack"], "bn.group: expected world, node, or a number of ranks, got 'rack'"),
     (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
+    (["bn.own_group=true", "bn.group=2"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
+    (["bn.own_group=true", "bn.sync=false"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
     (["data.classes=[1]"], "data.classes: expected two or more labels, each once, got [1]"),
 ]
 MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [

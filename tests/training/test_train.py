@@ -377,6 +377,13 @@ def test_statistics_of_groups_are_pooled_by_samples_before_they_are_saved(job, o
     assert (pooled[FIRST] - synced[FIRST]).abs().max() < 1e-12
 
 
+def test_a_process_group_of_its_own_changes_no_bit(job):
+    runs = [job(*THREES, f"bn.own_group={own}", f"run={own}", "duration=3", num_ranks=2) for own in ("true", "false")]
+    own, shared = (load_last(run)["model"] for run in runs)
+    assert own.keys() == shared.keys()
+    assert all(torch.equal(value, shared[key]) for key, value in own.items())
+
+
 @pytest.mark.parametrize("options", GROUPS, ids=str)
 def test_evaluation_uses_the_pooled_statistics_that_the_checkpoint_has(job, options):
     run = job(*THREES, *options, "duration=4", "run=a", num_ranks=2)
