@@ -20,8 +20,11 @@ from syncbn.training.config import (
     BnConfig,
     Config,
     ConfigError,
+    EvalConfig,
+    ExportConfig,
     FreezeRuleConfig,
     InitConfig,
+    RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
     parse_duration,
@@ -30,7 +33,9 @@ from syncbn.training.config import (
 )
 
 OPEN_GROUPS = ("model",)
-NESTED: dict[str, type] = {kind.__name__: kind for kind in (SaveConfig, BnConfig, TrackerConfig)}
+NESTED: dict[str, type] = {
+    kind.__name__: kind for kind in (SaveConfig, BnConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
+}
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> Config:

@@ -7,27 +7,25 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.training import console, launch, losses, models, state, world
+from syncbn.training import console, evaluating, exporting, launch, losses, recalibrating, state, world
 from syncbn.training import data as datasets
-from syncbn.training.checks import build_freeze_plan, check_model
+from syncbn.training.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
+from syncbn.training.loading import build_model, place_for, shown
 from syncbn.training.loop import Trainer
-from syncbn.training.metrics import evaluate as evaluate_split
-from syncbn.training.parsing import apply_overrides, parse, to_dict
+from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
 from syncbn.training.redaction import redact, redacted
-from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored, require_secrets
+from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
 from syncbn.training.sampling import Sampler
 from syncbn.training.stopping import StopRequest
 from syncbn.training.sweep import read_summary, write_summary
@@ -35,8 +33,8 @@ from syncbn.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The tasks that take a run or checkpoint from `load`.
+WITH_LOAD = {"eval": evaluating.run, "recalibrate": recalibrating.run, "export": exporting.run}
 
 
 def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -56,43 +54,9 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     debugging.enabled |= config.bn.debug
     # The tracker ends after the group: the other ranks need not wait for an upload.
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
-        if config.task == "eval":
-            return evaluate(config, run_dir, place)
+        if config.task in WITH_LOAD:
+            return WITH_LOAD[config.task](config, run_dir, place)
         return train(config, run_dir, place, overrides, tracking)
-
-
-def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
-    """`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
-    if state.newest(run_dir) is not None:
-        raise ConfigError(
-            f"run: {_shown(run_dir)} holds a training run; evaluate it from another, load={_shown(run_dir)}"
-        )
-    assert config.load is not None
-    path = Path(config.load)
-    path = state.best_or_newest(path, "load") if path.is_dir() else path
-    checkpoint = state.read(path, "load")
-    if "config" not in checkpoint or "model" not in checkpoint:
-        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
-    stored = apply_overrides(checkpoint["config"], launch.held_back())
-    require_secrets(stored, path, unused=("tracker", "init"))
-    config = parse(stored)
-    place = place_for(config, place)
-    data, model = _build(config, place)
-    # A run with averaged weights evaluates those.
-    state.load_into(model, checkpoint.get("average", checkpoint["model"]), path, "load")
-    loss = losses.build(config.loss)
-    metrics: dict[str, float] = {}
-    for name, split in (("val", data.val), ("test", data.test)):
-        values = evaluate_split(model, data, split, loss, place)
-        metrics |= {f"{name}/{key}": value for key, value in values.items()}
-    tracker = replace(config.tracker, mode="disabled")
-    with Tracker(tracker, run_dir, redacted(to_dict(config)), active=place.is_first) as records:
-        records.start()
-        records.log(checkpoint["step"], metrics)
-    if place.is_first:
-        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-        console.print_table(f"{path}, step {checkpoint['step']}", [*rows, ("run directory", _shown(run_dir))])
-    return metrics
 
 
 def train(
@@ -111,7 +75,8 @@ def _train(
     _require_shared(run_dir, checkpoint)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
-    data, model = _build(config, place)
+    data = datasets.load(config.data)
+    model = build_model(config, data, place)
     drift = Drift()
     for name, init in config.init.items() if checkpoint is None else ():
         load_subnet(model, name, init)
@@ -119,6 +84,7 @@ def _train(
     sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     check_model(model, data, sampler, place)
+    warn_of_dropout(model)
     config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
@@ -132,7 +98,7 @@ def _train(
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-        log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
+        log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
     elif place.is_first:
         trainer.checkpoints.begin(0)
     tracker.start()
@@ -144,9 +110,9 @@ def _train(
     else:
         metrics = trainer.run(config_dict)
     if place.is_first:
-        shown = [redact(override) for override in overrides]
+        given = [redact(override) for override in overrides]
         stopped = trainer.counters.step < trainer.num_steps
-        write_summary(run_dir, trainer.counters.step, metrics, shown, stopped=stopped)
+        write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     return metrics
 
@@ -172,23 +138,9 @@ def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
     if len(set(found)) > 1 or not all(visible):
         other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])
         raise ConfigError(
-            f"run: rank {other} does not see the directory {_shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
+            f"run: rank {other} does not see the directory {shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
             f" here: {found[other]}); outputs/ has to be on storage that all machines share"
         )
-
-
-def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
-    """Data and model; the same initial weights on every rank."""
-    data = datasets.load(config.data)
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
-    return data, model.to(place.device, place.dtype)
-
-
-def place_for(config: Config, place: Place) -> Place:
-    """`place` with the precision of this configuration."""
-    autocast = AUTOCAST.get(config.precision)
-    return replace(place, dtype=DTYPES.get(config.precision, torch.float32), autocast=autocast)
 
 
 def _device(config: Config) -> torch.device:
@@ -209,15 +161,11 @@ def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None
     log.info(
         "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
         place.world_size, place.device.type, trainer.config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
-        num_parameters, _shown(run_dir),
+        num_parameters, shown(run_dir),
     )  # fmt: skip
     if place.is_first and trainer.plan.rules:
         rows = trainer.plan.table(trainer.model)
         console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
-
-
-def _shown(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
@@ -227,6 +175,6 @@ def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -
         ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
-        ("run directory", _shown(run_dir)),
+        ("run directory", shown(run_dir)),
     ]
     console.print_table("summary (weights of the best validation)", rows)

@@ -135,8 +135,8 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         run_dir = Path("outputs", config.run or "unnamed").resolve()
         run_dir.mkdir(parents=True, exist_ok=True)
         place = tasks.place_for(config, Place(rank, world_size, torch.device("cpu"), torch.float32))
-        if config.task == "eval":
-            tasks.evaluate(config, run_dir, place)
+        if config.task in tasks.WITH_LOAD:
+            tasks.WITH_LOAD[config.task](config, run_dir, place)
         else:
             with ExitStack() as tracking:
                 tasks.train(config, run_dir, place, overrides, tracking)
