@@ -91,9 +91,7 @@ def test_eval_takes_the_weights_that_are_asked_for(job, averaged):
 
 
 def test_weights_that_a_checkpoint_has_not_are_an_error(job, averaged):
-    with pytest.raises(
-        ConfigError, match=r"eval.weights=raw: .*best.pt holds the averaged weights alone; load a check"
-    ):
+    with pytest.raises(ConfigError, match=r"eval.weights=raw: .*best.pt holds the averaged weights alone; load"):
         job("task=eval", f"load={averaged}", "eval.weights=raw", "run=b")
     plain = job(*TRAIN, "run=plain")
     with pytest.raises(ConfigError, match=r"eval.weights=ema: .*best.pt holds no averaged weights"):
@@ -148,8 +146,8 @@ def test_population_statistics_are_the_same_bits_on_every_rank_and_the_same_for_
     alone = recalibrated_state(averaged, tmp_path, num_batches, accumulate)
     before = read(averaged / "checkpoints/best.pt")["model"]
     assert not torch.equal(alone["backbone.stem.bn.running_mean"], before["backbone.stem.bn.running_mean"])
-    for world_size in (2, 3):
-        states = ranks(world_size, recalibrated_state, averaged, tmp_path, num_batches, accumulate)
+    for number in (2, 3):
+        states = ranks(number, recalibrated_state, averaged, tmp_path, num_batches, accumulate)
         assert all(is_equal(other, states[0]) for other in states[1:])
         torch.testing.assert_close(states[0], alone, rtol=1e-12, atol=1e-12)
 
@@ -219,7 +217,7 @@ def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypat
         return data
 
     monkeypatch.setattr(loading.datasets, "load", poisoned)
-    with pytest.raises(TrainingError, match="the statistics of backbone.stem.bn are not finite"):
+    with pytest.raises(TrainingError, match=r"the statistics of backbone.stem.bn are not finite"):
         job("task=recalibrate", f"load={averaged}", "run=r")
     assert not (tmp_path / "outputs/r/recalibrated.pt").exists()
 
@@ -314,9 +312,7 @@ def check_a_broken_export(cwd, load):
     write = exporting._WRITERS["pt2"]
     with (
         patch.dict(exporting._WRITERS, pt2=write_something_else),
-        pytest.raises(
-            ConfigError, match=r"export.formats: model.pt2 differs from the evaluated model by 1e-06 on real"
-        ),
+        pytest.raises(ConfigError, match=r"export.formats: model.pt2 differs from the evaluated model by 1e-06 "),
     ):
         run_rank(cwd, ("task=export", f"load={load}", "run=x"))
 
@@ -338,7 +334,7 @@ def test_a_file_that_computes_something_else_is_an_error_on_every_rank_and_leave
 def test_a_model_that_cannot_be_exported_is_a_clear_error(job, own_modules, tmp_path):
     model = ("model=custom", "model._target_=mine_of_tasks.Fixed")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "run=a")
-    with pytest.raises(ConfigError, match="export.formats: .*pt2"):
+    with pytest.raises(ConfigError, match=r"export.formats: .*pt2"):
         job("task=export", f"load={trained}", "export.formats=[pt2]", "run=x")
     assert list((tmp_path / "outputs/x").iterdir()) == []
 
@@ -349,24 +345,22 @@ def test_onnx_is_left_out_without_its_extra_and_an_error_if_asked_for(job, avera
         run = job("task=export", f"load={averaged}", "precision=fp32", "run=x")
     assert "no model.onnx: it needs onnxscript; pip install 'syncbn[export]'" in caplog.text
     assert files_in(run) == ["export.json", "model.pt2", "model.safetensors"]
-    with pytest.raises(ConfigError, match="export.formats: onnx cannot be written: it needs onnxscript; pip install"):
+    with pytest.raises(ConfigError, match=r"export.formats: onnx cannot be written: it needs onnxscript; pip"):
         job("task=export", f"load={averaged}", "export.formats=[onnx]", "run=y")
 
 
 def test_float64_goes_without_onnx(job, averaged):
     assert "model.onnx" not in files_in(job("task=export", f"load={averaged}", "run=x"))
-    with pytest.raises(
-        ConfigError, match="onnxruntime has no float64 convolution to check it with; add precision=fp32"
-    ):
+    with pytest.raises(ConfigError, match="onnxruntime has no float64 convolution to check it with; add prec"):
         job("task=export", f"load={averaged}", "export.formats=[onnx]", "run=y")
 
 
 # The command line
 
 
-def test_a_chain_of_tasks_under_torchrun_as_a_user_types_it(tmp_path):
+def test_a_chain_of_tasks_under_torchrun_as_a_user_types_it(job, tmp_path):
+    job(*SMALL, "duration=3", "run=first")
     for command in (
-        [*SMALL, "duration=3", "run=first"],
         ["task=recalibrate", "load=outputs/first", "recalibrate.batches=3", "run=second"],
         ["task=export", "load=outputs/second", "export.formats=[pt2]", "run=third"],
     ):
