@@ -6,7 +6,7 @@ from pathlib import Path
 
 from syncbn.training import console
 from syncbn.training.config import Config
-from syncbn.training.loading import load, shown
+from syncbn.training.loaded import load, shown
 from syncbn.training.place import Place
 from syncbn.training.recalibrating import recalibrate
 

@@ -31,7 +31,7 @@ from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.surgery.converting import revert_sync_batchnorm
 from syncbn.training import console, world
 from syncbn.training.config import EXPORT_FORMATS, Config, ConfigError
-from syncbn.training.loading import Loaded, build_model, failing_together, load, shown
+from syncbn.training.loaded import Loaded, build_model, failing_together, load, shown
 from syncbn.training.place import Place
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,8 @@ def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, fl
     """Writes and checks the files; returns by how much each is off."""
     images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
     expected = model(images)
+    if not expected.isfinite().all():
+        raise ConfigError(f"load: the outputs of {loaded.path} on validation samples are not finite")
     _revert(model, images)
     largest = float(expected.abs().max())
     tolerance = _TOLERANCE * torch.finfo(images.dtype).eps * max(1.0, largest)
@@ -256,15 +258,14 @@ def _quiet() -> Iterator[None]:
 def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any]:
     """What a consumer needs to give the model its input and to read its output."""
     mean, std = loaded.data.pixel_stats
-    pixels = loaded.data.train.images
     labels = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes)
     return {
         "input": {
             "name": _INPUT,
             "shape": ["batch", *images.shape[1:]],
             "dtype": str(images.dtype).removeprefix("torch."),
+            "pixels": "numbers from 0 to 1, whatever the files hold (synthetic data: as drawn)",
             "normalization": "(pixels - mean) / std, by channel",
-            "pixels": {"from": float(pixels.min()), "to": float(pixels.max())},
             "mean": mean.flatten().tolist(),
             "std": std.flatten().tolist(),
         },

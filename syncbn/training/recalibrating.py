@@ -24,7 +24,7 @@ from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.training import console, state
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError, TrainingError
-from syncbn.training.loading import Loaded, load, shown
+from syncbn.training.loaded import Loaded, load, shown
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.redaction import redacted

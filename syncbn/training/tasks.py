@@ -19,7 +19,7 @@ from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
-from syncbn.training.loading import build_model, place_for, shown
+from syncbn.training.loaded import build_model, place_for, shown
 from syncbn.training.loop import Trainer
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from syncbn import precise_bn, revert_sync_batchnorm
-from syncbn.training import exporting, loading, recalibrating
+from syncbn.training import exporting, recalibrating, state
 from syncbn.training.config import ConfigError, TrainingError
+from syncbn.training.data import load as load_data
+from syncbn.training.loaded import load
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
 from syncbn.training.world import rank, world_size
@@ -132,7 +134,7 @@ def batches_of_one_epoch(loaded):
 def recalibrated_state(averaged, cwd, num_batches, accumulate):
     """The state that this rank would write, in float64."""
     config = compose_config("task=recalibrate", f"load={averaged}")
-    loaded = loading.load(config, cwd / "elsewhere", Place(rank(), world_size(), torch.device("cpu"), torch.float32))
+    loaded = load(config, cwd / "elsewhere", Place(rank(), world_size(), torch.device("cpu"), torch.float32))
     loaded.config.accumulate = accumulate
     recalibrating.recalibrate(loaded, num_batches)
     return loaded.model.state_dict()
@@ -157,7 +159,7 @@ def test_recalibration_is_precise_bn_of_the_averaged_weights_over_the_training_s
     written, best = read(run / "recalibrated.pt"), read(averaged / "checkpoints/best.pt")
     assert (written["step"], written["weights"]) == (best["step"], "ema")
     place = Place(0, 1, torch.device("cpu"), torch.float32)
-    loaded = loading.load(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", place)
+    loaded = load(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", place)
     precise_bn(loaded.model, batches_of_one_epoch(loaded))
     torch.testing.assert_close(written["model"], loaded.model.state_dict(), rtol=1e-12, atol=1e-12)
     for key, value in best["model"].items():
@@ -208,15 +210,36 @@ def test_local_batch_normalization_is_recalibrated_over_the_world_too(job, bn):
     )
 
 
-def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypatch, tmp_path):
-    original = loading.datasets.load
+def check_several_ranks_are_refused(cwd, run):
+    with pytest.raises(ConfigError, match=r"task: bn is a Refused whose own behaviour would be lost: .*; use one rank"):
+        run_rank(cwd, ("task=recalibrate", f"load={run}", "run=r"))
 
+
+def test_a_layer_that_cannot_be_synchronized_is_recalibrated_on_one_rank_alone(job, ranks, own_modules, tmp_path):
+    model = ("model=custom", "model._target_=mine_of_tasks.Net", "+model.kind=Refused", "bn.sync=false")
+    trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "run=a")
+    ranks(2, check_several_ranks_are_refused, tmp_path, trained)
+    run = job("task=recalibrate", f"load={trained}", "run=r")
+    before, after = (read(path)["model"] for path in (trained / "checkpoints/best.pt", run / "recalibrated.pt"))
+    assert not torch.equal(before["bn.running_mean"], after["bn.running_mean"])
+
+
+def test_outputs_that_are_not_finite_are_not_exported(job, averaged, tmp_path):
+    checkpoint = read(averaged / "checkpoints/best.pt")
+    checkpoint["model"]["head.bias"][0] = torch.inf
+    del checkpoint[state.DIGEST]
+    state.write_atomically(tmp_path / "infinite.pt", checkpoint)
+    with pytest.raises(ConfigError, match=r"infinite.pt on validation samples are not finite"):
+        job("task=export", f"load={tmp_path / 'infinite.pt'}", "run=x")
+
+
+def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypatch, tmp_path):
     def poisoned(config):
-        data = original(config)
+        data = load_data(config)
         data.train.images[3, 0, 0, 0] = torch.nan
         return data
 
-    monkeypatch.setattr(loading.datasets, "load", poisoned)
+    monkeypatch.setattr("syncbn.training.loaded.datasets.load", poisoned)
     with pytest.raises(TrainingError, match=r"the statistics of backbone.stem.bn are not finite"):
         job("task=recalibrate", f"load={averaged}", "run=r")
     assert not (tmp_path / "outputs/r/recalibrated.pt").exists()
@@ -231,9 +254,9 @@ def test_what_is_loaded_is_never_changed(job, averaged, task, tmp_path):
     job(f"task={task}", f"load={averaged}", "run=b")
     assert content(averaged) == before
     recalibrated = job("task=recalibrate", f"load={averaged}", "run=r")
-    for load in (recalibrated, recalibrated / "recalibrated.pt"):
+    for path in (recalibrated, recalibrated / "recalibrated.pt"):
         with pytest.raises(ConfigError, match="holds what load names, which is never changed; choose another name"):
-            job(f"task={task}", f"load={load}", "run=r")
+            job(f"task={task}", f"load={path}", "run=r")
 
 
 # Export
@@ -247,7 +270,7 @@ def evaluated_by_hand(run):
     """Images as export.json tells to make them, and what the trained model says to them."""
     config = compose_config("task=eval", f"load={run}")
     place = Place(0, 1, torch.device("cpu"), torch.float32)
-    loaded = loading.load(config, run.parent / "nowhere", place)
+    loaded = load(config, run.parent / "nowhere", place)
     with torch.no_grad():
         images = loaded.data.val.images
         return loaded, images, loaded.model.eval()(loaded.data.eval_batch(loaded.data.val, torch.arange(len(images)),
@@ -286,7 +309,6 @@ def test_kept_classes_are_labels_by_their_names(job):
     run = job("task=export", f"load={trained}", "export.formats=[safetensors]", "run=x")
     told = json.loads((run / "export/export.json").read_text())
     assert told["output"]["labels"] == ["7", "2", "5"]
-    assert told["input"]["pixels"] == {"from": 0.0, "to": 1.0}
 
 
 @pytest.mark.parametrize("last", ["BatchNorm1d", "SyncBatchNorm"])
@@ -305,7 +327,7 @@ def test_a_model_of_ones_own_gets_its_own_classes_back(job, own_modules, last):
     assert type(loaded.model.bn) is not mine_of_tasks.Leaky  # it was synchronized
 
 
-def check_a_broken_export(cwd, load):
+def check_a_broken_export(cwd, run):
     def write_something_else(*arguments):
         return lambda images: write(*arguments)(images) + 1e-6
 
@@ -314,7 +336,7 @@ def check_a_broken_export(cwd, load):
         patch.dict(exporting._WRITERS, pt2=write_something_else),
         pytest.raises(ConfigError, match=r"export.formats: model.pt2 differs from the evaluated model by 1e-06 "),
     ):
-        run_rank(cwd, ("task=export", f"load={load}", "run=x"))
+        run_rank(cwd, ("task=export", f"load={run}", "run=x"))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
