@@ -10,13 +10,29 @@ from pathlib import Path
 from torch import nn
 
 from syncbn.stats.auditing import audit
-from syncbn.stats.findings import Finding, table
+from syncbn.stats.findings import SEVERITIES, Finding, table
 from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console
-from syncbn.training.config import AuditConfig, ConfigError
+from syncbn.training.checks import build_freeze_plan
+from syncbn.training.config import AuditConfig, Config, ConfigError
 from syncbn.training.data import Data
+from syncbn.training.loaded import load, sampler_for, shown
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
+
+
+def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """`task=audit`: the mistakes that what `load` names shows, by the configuration of its training and one batch."""
+    loaded = load(config, run_dir, place)
+    sampler = sampler_for(loaded.config, loaded.data, loaded.place)
+    plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
+    findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.place)
+    record(findings, loaded.step, run_dir, place, SEVERITIES)
+    if place.is_first:
+        counts = [(severity, str(sum(f.severity == severity for f in findings))) for severity in SEVERITIES]
+        console.print_table(loaded.describe(), [*counts, ("run directory", shown(run_dir))])
+    stop_at_errors(findings, config.audit, run_dir)
+    return {}
 
 
 def audit_at(model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int) -> list[Finding]:
@@ -35,13 +51,13 @@ def audit_trained(
         return audit(trained, batch=place.put(images), batch_size=_samples_per_forward(sampler), trained=True)
 
 
-def record(findings: list[Finding], step: int, run_dir: Path, place: Place, shown: tuple[str, ...]) -> None:
+def record(findings: list[Finding], step: int, run_dir: Path, place: Place, severities: tuple[str, ...]) -> None:
     """Writes `audit.json`, and prints the findings of these severities if there are any."""
     if not place.is_first:
         return
     content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
     (run_dir / "audit.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    to_show = [finding for finding in findings if finding.severity in shown]
+    to_show = [finding for finding in findings if finding.severity in severities]
     if to_show:
         console.CONSOLE.print(f"audit at step {step} (docs/audit.md)\n{table(to_show)}", markup=False)
 

@@ -84,6 +84,10 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
                 " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
                 " without samples"
             )
+
+
+def warn_of_dropout(model: nn.Module) -> None:
+    """Says that the run will not be the same at another world size."""
     dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     if dropout:
         log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])

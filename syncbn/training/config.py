@@ -259,6 +259,49 @@ class AuditConfig:
 
 
 @dataclass
+class EvalConfig:
+    """What the tasks with `load` evaluate."""
+
+    weights: str
+    """Of a checkpoint: "auto" those that training evaluated, "raw", or "ema", the averaged ones."""
+    precise_bn: int | None
+    """task=eval: evaluate once more, with population statistics of so many global batches; None does not."""
+
+    def __post_init__(self) -> None:
+        require_choice("eval.weights", self.weights, ("auto", "raw", "ema"))
+        require(self.precise_bn is None or self.precise_bn >= 1, "eval.precise_bn", "null or 1 or more global batches",
+                self.precise_bn)  # fmt: skip
+
+
+@dataclass
+class RecalibrateConfig:
+    """Population statistics."""
+
+    batches: int | None
+    """Global batches of training; None for the whole training set."""
+
+    def __post_init__(self) -> None:
+        require(self.batches is None or self.batches >= 1, "recalibrate.batches", "null or 1 or more global batches",
+                self.batches)  # fmt: skip
+
+
+EXPORT_FORMATS = ("safetensors", "pt2", "onnx")
+
+
+@dataclass
+class ExportConfig:
+    """A model for the use without this package."""
+
+    formats: list[str] | None
+    """Of EXPORT_FORMATS; None for all that can be written here."""
+
+    def __post_init__(self) -> None:
+        formats = self.formats if self.formats is not None else EXPORT_FORMATS
+        require(bool(formats) and set(formats) <= set(EXPORT_FORMATS), "export.formats",
+                f"null or some of {', '.join(EXPORT_FORMATS)}", self.formats)  # fmt: skip
+
+
+@dataclass
 class FreezeRuleConfig:
     """What a rule of the freeze plan selects (see `syncbn.FreezePlan`); times are durations."""
 
@@ -310,6 +353,9 @@ class Config:
     save: SaveConfig
     bn: BnConfig
     audit: AuditConfig
+    eval: EvalConfig
+    recalibrate: RecalibrateConfig
+    export: ExportConfig
     tracker: TrackerConfig
     data: Any
     model: Any
@@ -322,7 +368,7 @@ class Config:
     init: dict[str, Any]
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, ("train", "eval", "audit"))
+        require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")

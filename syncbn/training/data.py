@@ -59,13 +59,13 @@ class Data:
         return self._normalize(split.images[index], dtype), split.labels[index]
 
     @cached_property
-    def _pixel_stats(self) -> tuple[Tensor, Tensor]:
+    def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel of the training images, float64."""
         std, mean = torch.std_mean(self.train.images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
         return mean, std.clamp(min=1e-6)
 
     def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        mean, std = self._pixel_stats
+        mean, std = self.pixel_stats
         return (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
 
 

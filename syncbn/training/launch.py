@@ -21,7 +21,10 @@ from syncbn.training.config import ConfigError
 from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
 
-_KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
+# What a task with `load` takes from its own command line; everything else is for the stored configuration.
+_KEPT = re.compile(
+    r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|hydra[./].*)="
+)
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 
 

@@ -68,7 +68,9 @@ def load(node: dict[str, Any]) -> Data:
     for name in ("train", "val", "test"):
         split = getattr(built, name, None)
         if split is None or not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
-            raise ConfigError(f"{key}: expected the datasets train, val and test, with len() and indexing; {name} is not")
+            raise ConfigError(
+                f"{key}: expected the datasets train, val and test, with len() and indexing; {name} is not"
+            )
         if len(split) == 0:
             raise ConfigError(f"{key}: {name} is empty")
         item = split[0]

@@ -21,8 +21,11 @@ from syncbn.training.config import (
     BnConfig,
     Config,
     ConfigError,
+    EvalConfig,
+    ExportConfig,
     FreezeRuleConfig,
     InitConfig,
+    RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
     parse_duration,
@@ -31,7 +34,8 @@ from syncbn.training.config import (
 )
 
 OPEN_GROUPS = ("model", "loss")
-NESTED: dict[str, type] = {kind.__name__: kind for kind in (SaveConfig, BnConfig, AuditConfig, TrackerConfig)}
+_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
+NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> Config:

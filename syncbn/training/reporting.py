@@ -191,10 +191,11 @@ def known_keys() -> list[str]:
     """Every dotted key of the schema, to suggest from."""
     from dataclasses import fields
 
-    from syncbn.training.config import SCHEMAS, AuditConfig, BnConfig, Config, SaveConfig, TrackerConfig
+    from syncbn.training.config import SCHEMAS, Config
+    from syncbn.training.parsing import NESTED
 
     groups: dict[str, list[type[Any]]] = {name: list(choices.values()) for name, choices in SCHEMAS.items()}
-    groups |= {"save": [SaveConfig], "bn": [BnConfig], "audit": [AuditConfig], "tracker": [TrackerConfig]}
+    groups |= {field.name: [NESTED[str(field.type)]] for field in fields(Config) if str(field.type) in NESTED}
     keys = [field.name for field in fields(Config)]
     return keys + sorted(
         {f"{group}.{f.name}" for group, kinds in groups.items() for kind in kinds for f in fields(kind)}

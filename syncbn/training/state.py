@@ -18,6 +18,7 @@ from syncbn.training.config import ConfigError
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
+RECALIBRATED = "recalibrated.pt"
 DIGEST = "sha256"
 
 log = logging.getLogger(__name__)
@@ -257,9 +258,11 @@ def whole_step(path: Path) -> int | None:
 
 
 def best_or_newest(run_dir: Path, key: str) -> Path:
-    """The best checkpoint of a run directory, else its newest."""
-    best = run_dir / "checkpoints" / BEST
+    """The best checkpoint of a run directory, else its newest, else what task=recalibrate has left there."""
+    best, recalibrated = run_dir / "checkpoints" / BEST, run_dir / RECALIBRATED
     found = best if best.is_file() else newest(run_dir)
+    if found is None and recalibrated.is_file():
+        found = recalibrated
     if found is None:
         raise ConfigError(f"{key}: {str(run_dir)!r} has no checkpoint under checkpoints/")
     return found

@@ -7,39 +7,50 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.stats.findings import SEVERITIES
-from syncbn.training import auditing, console, launch, losses, models, reporting, state, switches, world
+from syncbn.training import (
+    auditing,
+    console,
+    evaluating,
+    exporting,
+    launch,
+    losses,
+    recalibrating,
+    reporting,
+    state,
+    switches,
+    world,
+)
 from syncbn.training import data as datasets
-from syncbn.training.checks import build_freeze_plan, check_model
+from syncbn.training.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
+from syncbn.training.loaded import build_model, place_for, sampler_for, shown
 from syncbn.training.loop import Trainer
-from syncbn.training.metrics import build_metrics
-from syncbn.training.metrics import evaluate as evaluate_split
-from syncbn.training.parsing import apply_overrides, parse, to_dict
+from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
 from syncbn.training.redaction import redact, redacted
-from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored, require_secrets
-from syncbn.training.sampling import Sampler
+from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
 from syncbn.training.stopping import StopRequest
 from syncbn.training.sweep import read_summary, write_summary
 from syncbn.training.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The tasks that take a run or checkpoint from `load`.
+WITH_LOAD = {
+    "eval": evaluating.run,
+    "audit": auditing.run,
+    "recalibrate": recalibrating.run,
+    "export": exporting.run,
+}
 
 
 def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -66,63 +77,6 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
             return train(config, run_dir, place, overrides, tracking)
 
 
-def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
-    """`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
-    config, checkpoint, path = _load(config, run_dir)
-    place = place_for(config, place)
-    data, model = _build(config, place)
-    # A run with averaged weights evaluates those.
-    state.load_into(model, checkpoint.get("average", checkpoint["model"]), path, "load")
-    loss, own_metrics = losses.build(config.loss), build_metrics(config.metrics, data.num_classes)
-    metrics: dict[str, float] = {}
-    for name, split in (("val", data.val), ("test", data.test)):
-        values = evaluate_split(model, data, split, loss, place, metrics=own_metrics)
-        metrics |= {f"{name}/{key}": value for key, value in values.items()}
-    tracker = replace(config.tracker, mode="disabled")
-    with Tracker(tracker, run_dir, redacted(to_dict(config)), active=place.is_first) as records:
-        records.start()
-        records.log(checkpoint["step"], metrics)
-    if place.is_first:
-        rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-        console.print_table(f"{path}, step {checkpoint['step']}", [*rows, ("run directory", _shown(run_dir))])
-    return metrics
-
-
-def audit(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
-    """`task=audit`: the mistakes that a run or checkpoint shows, by the configuration of its training and one batch."""
-    config, checkpoint, path = _load(config, run_dir)
-    place = place_for(config, place)
-    data, model = _build(config, place)
-    state.load_into(model, checkpoint["model"], path, "load")
-    sampler = _sampler(config, data, place)
-    plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    findings = auditing.audit_trained(model, plan, sampler, checkpoint["step"], data, place)
-    auditing.record(findings, checkpoint["step"], run_dir, place, shown=SEVERITIES)
-    if place.is_first:
-        counts = [(severity, str(sum(f.severity == severity for f in findings))) for severity in SEVERITIES]
-        console.print_table(f"{path}, step {checkpoint['step']}", [*counts, ("run directory", _shown(run_dir))])
-    auditing.stop_at_errors(findings, config.audit, run_dir)
-    return {}
-
-
-WITH_LOAD = {"eval": evaluate, "audit": audit}
-
-
-def _load(config: Config, run_dir: Path) -> tuple[Config, dict[str, Any], Path]:
-    """What `load` names: its stored configuration with the command line on top, its content and its path."""
-    if state.newest(run_dir) is not None:
-        raise ConfigError(f"run: {_shown(run_dir)} holds a training run; load it from another, load={_shown(run_dir)}")
-    assert config.load is not None
-    path = Path(config.load)
-    path = state.best_or_newest(path, "load") if path.is_dir() else path
-    checkpoint = state.read(path, "load")
-    if "config" not in checkpoint or "model" not in checkpoint:
-        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
-    stored = apply_overrides(checkpoint["config"], launch.held_back())
-    require_secrets(stored, path, unused=("tracker", "init"))
-    return parse(stored), checkpoint, path
-
-
 def train(
     config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack
 ) -> dict[str, float]:
@@ -139,15 +93,17 @@ def _train(
     _require_shared(run_dir, checkpoint)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
-    data, model = _build(config, place)
+    data = datasets.load(config.data)
+    model = build_model(config, data, place)
     drift = Drift()
     for name, init in config.init.items() if checkpoint is None else ():
         load_subnet(model, name, init)
         drift.remember(model, name)
-    sampler = _sampler(config, data, place)
+    sampler = sampler_for(config, data, place)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build(config.loss)
     check_model(model, data, sampler, place, loss)
+    warn_of_dropout(model)
     config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
@@ -162,13 +118,13 @@ def _train(
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-        log.info("resumed from %s at step %d", _shown(checkpoint), trainer.counters.step)
+        log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
     elif place.is_first:
         trainer.checkpoints.begin(0)
     metrics = _metrics_of_finished(run_dir, trainer)
     if metrics is None and config.audit.level != "off":
         findings = auditing.audit_at(model, plan, sampler, trainer.counters.step)
-        auditing.record(findings, trainer.counters.step, run_dir, place, shown=("error", "warning"))
+        auditing.record(findings, trainer.counters.step, run_dir, place, ("error", "warning"))
         auditing.stop_at_errors(findings, config.audit, run_dir)
     tracker.start()
     _announce(run_dir, trainer, overrides)
@@ -178,9 +134,9 @@ def _train(
     else:
         metrics = trainer.run(config_dict)
     if place.is_first:
-        shown = [redact(override) for override in overrides]
+        given = [redact(override) for override in overrides]
         stopped = trainer.counters.step < trainer.num_steps
-        write_summary(run_dir, trainer.counters.step, metrics, shown, stopped=stopped)
+        write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     return metrics
 
@@ -206,35 +162,9 @@ def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
     if len(set(found)) > 1 or not all(visible):
         other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])
         raise ConfigError(
-            f"run: rank {other} does not see the directory {_shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
+            f"run: rank {other} does not see the directory {shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
             f" here: {found[other]}); outputs/ has to be on storage that all machines share"
         )
-
-
-def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
-    """Data and model; the same initial weights on every rank."""
-    data = datasets.load(config.data)
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
-    model = model.to(place.device, place.dtype)
-    if place.channels_last:
-        switches.lay_out(model)
-    return data, model
-
-
-def _sampler(config: Config, data: datasets.Data, place: Place) -> Sampler:
-    return Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
-
-
-def place_for(config: Config, place: Place) -> Place:
-    """`place` with the precision of this configuration."""
-    autocast = AUTOCAST.get(config.precision)
-    return replace(
-        place,
-        dtype=DTYPES.get(config.precision, torch.float32),
-        autocast=autocast,
-        channels_last=config.channels_last,
-    )
 
 
 def _device(config: Config) -> torch.device:
@@ -255,15 +185,11 @@ def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None
     log.info(
         "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
         place.world_size, place.device.type, trainer.config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
-        num_parameters, _shown(run_dir),
+        num_parameters, shown(run_dir),
     )  # fmt: skip
     if place.is_first and trainer.plan.rules:
         rows = trainer.plan.table(trainer.model)
         console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
-
-
-def _shown(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def _by_split(name: str) -> int:
@@ -272,12 +198,12 @@ def _by_split(name: str) -> int:
 
 
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
-    shown = sorted((name for name in metrics if not name.startswith("train/")), key=_by_split)
-    rows = [(name, f"{metrics[name]:.4f}") for name in shown]
+    names = sorted((name for name in metrics if not name.startswith("train/")), key=_by_split)
+    rows = [(name, f"{metrics[name]:.4f}") for name in names]
     rows += [
         ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
-        ("run directory", _shown(run_dir)),
+        ("run directory", shown(run_dir)),
     ]
     console.print_table("summary (weights of the best validation)", rows)
