@@ -8,92 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.training.duration import Duration
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names the key and the remedy, and is all that a user sees."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and is all that a user sees."""
-
-
-def require(condition: bool, key: str, expected: str, got: object) -> None:
-    """Raises a ConfigError unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
-
-
-def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises a ConfigError unless the value is one of the choices."""
-    require(value in choices, key, f"one of {', '.join(choices)}", value)
-
-
-def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) -> Duration:
-    """A `Duration`, or a ConfigError that names the key."""
-    try:
-        return Duration.parse(text, allow_minutes=minutes)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None
-
-
-@dataclass
-class DigitsConfig:
-    """scikit-learn's digits."""
-
-    name: str
-    shift: int
-    """Random shift in pixels."""
-    flip: bool
-    """Random mirroring."""
-    classes: list[int] | None
-    """Labels to keep, renumbered from 0; None for all."""
-
-    def __post_init__(self) -> None:
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
-        _check_classes(self.classes)
-
-
-@dataclass
-class FashionMnistConfig:
-    """Fashion-MNIST from IDX files."""
-
-    name: str
-    path: str
-    """Directory of the four IDX files, plain or gzipped."""
-    shift: int
-    flip: bool
-    classes: list[int] | None
-    train_samples: int | None
-    """Train on the first so many samples; None for all 55,000."""
-
-    def __post_init__(self) -> None:
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
-        require(self.train_samples is None or self.train_samples > 0, "data.train_samples", "null or 1 or more",
-                self.train_samples)  # fmt: skip
-        _check_classes(self.classes)
-
-
-@dataclass
-class SyntheticConfig:
-    """A pattern per class plus noise."""
-
-    name: str
-    num_samples: int
-    num_classes: int
-    channels: int
-    size: int
-    noise: float
-    shift: int
-    flip: bool
-
-    def __post_init__(self) -> None:
-        require(self.num_samples >= 10, "data.num_samples", "10 or more", self.num_samples)
-        for key in ("num_classes", "channels", "size"):
-            require(getattr(self, key) >= 1, f"data.{key}", "1 or more", getattr(self, key))
-        require(self.noise >= 0, "data.noise", "0 or more", self.noise)
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
+from syncbn.training.data_config import (
+    DigitsConfig,
+    FashionMnistConfig,
+    HfConfig,
+    ImageFolderConfig,
+    MaskFolderConfig,
+    ShapesConfig,
+    SyntheticConfig,
+)
+from syncbn.training.errors import ConfigError as ConfigError
+from syncbn.training.errors import TrainingError as TrainingError
+from syncbn.training.errors import parse_duration as parse_duration
+from syncbn.training.errors import require as require
+from syncbn.training.errors import require_choice as require_choice
 
 
 @dataclass
@@ -280,7 +208,7 @@ class Config:
     init: dict[str, Any]
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, ("train", "eval"))
+        require_choice("task", self.task, ("train", "eval", "data"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         require_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "skip"))
@@ -288,7 +216,7 @@ class Config:
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
-        require(self.task == "train" or self.load is not None, "load",
+        require(self.task in ("train", "data") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
@@ -297,15 +225,17 @@ class Config:
             require(duration.value > 0, key, "more than 0", getattr(self, key))
 
 
-def _check_classes(classes: list[int] | None) -> None:
-    if classes is not None:
-        distinct = len(classes) >= 2 and len(set(classes)) == len(classes)
-        require(distinct, "data.classes", "two or more labels, each once", classes)
-
-
 # The named choices of each group. A node with `_target_` is open instead: its keys are the target's arguments.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {"digits": DigitsConfig, "fashion_mnist": FashionMnistConfig, "synthetic": SyntheticConfig},
+    "data": {
+        "digits": DigitsConfig,
+        "fashion_mnist": FashionMnistConfig,
+        "synthetic": SyntheticConfig,
+        "image_folder": ImageFolderConfig,
+        "hf": HfConfig,
+        "shapes": ShapesConfig,
+        "mask_folder": MaskFolderConfig,
+    },
     "model": {"resnet_small": ResnetSmallConfig},
     "loss": {"cross_entropy": CrossEntropyConfig},
     "optimizer": {"sgd": SgdConfig},

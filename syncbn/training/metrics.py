@@ -12,6 +12,7 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.training.data import Data, Split
+from syncbn.training.loading import Loader
 from syncbn.training.losses import Loss
 from syncbn.training.place import Place
 from syncbn.training.stopping import StopAgreed, StopRequest
@@ -20,11 +21,18 @@ EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with runn
 
 
 def evaluate(
-    model: nn.Module, data: Data, split: Split, loss: Loss, place: Place, stop: StopRequest | None = None
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    loss: Loss,
+    place: Place,
+    stop: StopRequest | None = None,
+    loader: Loader | None = None,
 ) -> dict[str, float]:
     """`accuracy` and `loss` over a split, the same on every rank; the model's modes are restored.
 
-    Every rank has to call it: the metrics are reduced over the default process group.
+    Every rank has to call it: the metrics are reduced over the default process group. Without a `loader` batches are
+    prepared where they are needed.
 
     Raises:
         StopAgreed: `stop` was requested on any rank meanwhile.
@@ -33,16 +41,16 @@ def evaluate(
     # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
     loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
     with _evaluating(model):
-        for batch in torch.arange(len(split)).split(EVAL_BATCH_SIZE):
+        batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
+        indices = [batch.tensor_split(place.world_size)[place.rank] for batch in batches]
+        for images, labels in (loader or Loader(data, place)).eval_batches(split, indices):
             if stop is not None and stop.agreed():
                 raise StopAgreed
-            index = batch.tensor_split(place.world_size)[place.rank]
-            if len(index) == 0:
+            if len(images) == 0:
                 continue
-            images, labels = data.eval_batch(split, index, place.dtype)
             with place.forward_context():
-                outputs = model(images.to(place.device))
-            outputs, labels = outputs.to(place.dtype), labels.to(place.device)
+                outputs = model(images)
+            outputs = outputs.to(place.dtype)
             total, number = loss(outputs, labels)
             accuracy.update(outputs, labels)
             loss_sum.update(total)

@@ -21,7 +21,10 @@ from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
+from syncbn.training.folders import record_classes
+from syncbn.training.loading import Loader
 from syncbn.training.loop import Trainer
+from syncbn.training.measuring import measure_loading
 from syncbn.training.metrics import evaluate as evaluate_split
 from syncbn.training.parsing import apply_overrides, parse, to_dict
 from syncbn.training.place import Place
@@ -58,6 +61,8 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
         if config.task == "eval":
             return evaluate(config, run_dir, place)
+        if config.task == "data":
+            return measure_loading(config, place, datasets.load(config.data))
         return train(config, run_dir, place, overrides, tracking)
 
 
@@ -82,9 +87,10 @@ def evaluate(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     state.load_into(model, checkpoint.get("average", checkpoint["model"]), path, "load")
     loss = losses.build(config.loss)
     metrics: dict[str, float] = {}
-    for name, split in (("val", data.val), ("test", data.test)):
-        values = evaluate_split(model, data, split, loss, place)
-        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+    with Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch) as loader:
+        for name, split in (("val", data.val), ("test", data.test)):
+            values = evaluate_split(model, data, split, loss, place, loader=loader)
+            metrics |= {f"{name}/{key}": value for key, value in values.items()}
     tracker = replace(config.tracker, mode="disabled")
     with Tracker(tracker, run_dir, redacted(to_dict(config)), active=place.is_first) as records:
         records.start()
@@ -123,6 +129,7 @@ def _train(
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
+    record_classes(run_dir, data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
