@@ -123,7 +123,7 @@ def _has_splits(root: Path) -> bool:
     if "train" in found and 1 < len(found) < len(SPLITS):
         [missing] = set(SPLITS) - found
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found no"
-                          f" {missing}; validation picks the best model, and the test set is used once at the end")  # fmt: skip
+                          f" {missing}")  # fmt: skip
     return found == set(SPLITS)
 
 
