@@ -22,6 +22,7 @@ from syncbn.training.data_config import DecodedConfig, parse_bytes
 
 log = logging.getLogger(__name__)
 
+_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's tag; from this value on height and width are exchanged
 _SHARED_MEMORY = "/dev/shm"  # where torch keeps the tensors that processes share, on Linux
 
 
@@ -90,6 +91,8 @@ class Decoded:
     """3: RGB, 1: gray, None: a mask."""
     values: Sequence[int] | None = None
     """Masks: what each of the 256 values becomes, negative for a value that must not occur."""
+    of: Source | None = None
+    """Masks: their images, which have to be of the same size."""
     cache: Cache | None = field(default=None, repr=False)
 
     @property
@@ -123,9 +126,8 @@ class Decoded:
     def _decode(self, position: int) -> Tensor:
         name = self.source.name(position)
         try:
-            content = self.source.read(position)
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                pixels = self._fit(ImageOps.exif_transpose(image))
+            with _opened(self.source, position) as image:
+                pixels = self._fit(ImageOps.exif_transpose(image), position)
         except ConfigError:
             raise
         except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
@@ -135,7 +137,12 @@ class Decoded:
             ) from None
         return torch.from_numpy(pixels if self.channels is None else _channels_first(pixels))
 
-    def _fit(self, image: Image.Image) -> np.ndarray:
+    def _fit(self, image: Image.Image, position: int) -> np.ndarray:
+        if self.of is not None:
+            with _opened(self.of, position) as other:
+                size = other.size[::-1] if other.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS else other.size
+            if image.size != size:
+                raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, *size))
         if self.channels is None:
             return self._classes(ImageOps.fit(_as_classes(image), (self.size, self.size), Image.Resampling.NEAREST))
         image = _as_bytes(image).convert("RGB" if self.channels == 3 else "L")
@@ -152,6 +159,12 @@ class Decoded:
                 " data.ignore do not cover"
             )
         return classes.astype(np.uint8)
+
+
+def _opened(source: Source, position: int) -> Image.Image:
+    """An image whose pixels are not read yet."""
+    content = source.read(position)
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:

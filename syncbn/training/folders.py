@@ -57,8 +57,9 @@ def load_masks(config: MaskFolderConfig) -> Data:
         images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
         _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
         stems = sorted(images)
-        decoded = Decoded(Files([images[stem] for stem in stems]), config.size, config.channels)
-        splits.append(Split(decoded, Decoded(Files([masks[stem] for stem in stems]), config.size, None, values)))
+        sources = [Files([paths[stem] for stem in stems]) for paths in (images, masks)]
+        decoded = Decoded(sources[0], config.size, config.channels)
+        splits.append(Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0])))
     _show_others(root, others)
     return finish(splits, config, config.num_classes, ())
 
