@@ -61,17 +61,18 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place) ->
     """Runs the model once without training it.
 
     Raises:
-        ConfigError: it cannot take the images, its outputs are not one logit per class, or it cannot take zero rows
-            where the last batch of an epoch leaves a rank without samples.
+        ConfigError: it cannot take the images, its outputs are not one logit per class (of masks: and pixel), or it
+            cannot take zero rows where the last batch of an epoch leaves a rank without samples.
     """
-    images, _ = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
+    images, labels = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
     images = images.to(place.device)
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
-    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), data.num_classes):
+    expected = (len(images), data.num_classes, *labels.shape[1:])
+    if not isinstance(outputs, Tensor) or outputs.shape != expected:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ConfigError(f"model: expected logits of shape ({len(images)}, {data.num_classes}), got {got}")
+        raise ConfigError(f"model: expected logits of shape {expected}, got {got}")
     if sampler.smallest_micro_batch() < place.world_size:
         failure, _ = _try(model, images[:0])
         if failure is not None:

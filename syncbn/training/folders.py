@@ -57,7 +57,7 @@ def load_masks(config: MaskFolderConfig) -> Data:
         images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
         _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
         stems = sorted(images)
-        sources = [Files([paths[stem] for stem in stems]) for paths in (images, masks)]
+        sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
         decoded = Decoded(sources[0], config.size, config.channels)
         splits.append(Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0])))
     _show_others(root, others)
@@ -140,11 +140,11 @@ def _class_names(root: Path) -> list[str]:
     return names
 
 
-def _labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[Path], Tensor]:
+def _labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
     """The images below the class directories, in the order of their names, and their labels."""
     found = [_images(root / name, others) for name in names]
     sizes = torch.tensor([len(paths) for paths in found])
-    return [path for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
+    return [str(path) for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
 
 
 def _images(directory: Path, others: Counter[str]) -> list[Path]:

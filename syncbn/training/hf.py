@@ -36,8 +36,10 @@ class Column:
         value = self.dataset[position][self.column]
         if isinstance(value, dict):
             return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
-        pixels, encoded = np.asarray(value, dtype=np.uint8), io.BytesIO()
-        Image.fromarray(pixels).save(encoded, "PNG")
+        pixels, encoded = np.asarray(value), io.BytesIO()
+        if pixels.dtype.kind not in "ui" or not 0 <= pixels.min() <= pixels.max() <= 255:
+            raise ValueError(f"an array of {pixels.dtype}; expected integers from 0 to 255")
+        Image.fromarray(pixels.astype(np.uint8)).save(encoded, "PNG")
         return encoded.getvalue()
 
     def name(self, position: int) -> str:
@@ -55,6 +57,7 @@ def load(config: HfConfig) -> Data:
         loaded = datasets.load_from_disk(str(Path(config.path).expanduser()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.path: {config.path!r} is not a data set that save_to_disk wrote ({error})") from None
+    loaded = loaded.with_format(None)
     if isinstance(loaded, datasets.DatasetDict):
         parts = {split: _part(loaded, split) for split in _NAMES}
     else:

@@ -14,8 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +54,7 @@ class Loader:
         self._num_ahead = workers * prefetch
         self._pins = place.device.type == "cuda"
         self._workers: ProcessPoolExecutor | None = None
+        self._lifeline: Connection | None = None  # workers end when it is closed, by us or because we are gone
         self._pinning: ThreadPoolExecutor | None = None
         self._training: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and from it on
 
@@ -77,10 +81,12 @@ class Loader:
     def close(self) -> None:
         """Ends the workers; what they have prepared is lost."""
         self._training = None
+        if self._lifeline is not None:
+            self._lifeline.close()  # first: a pool that has lost a worker waits for the others, which let SIGTERM pass
         for pool in (self._workers, self._pinning):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
-        self._workers = self._pinning = None
+        self._workers = self._pinning = self._lifeline = None
 
     def __enter__(self) -> Loader:
         return self
@@ -116,12 +122,13 @@ class Loader:
 
     def _submit(self, task: Task) -> Future[Batch]:
         if self._workers is None:
-            self._workers = _start(self.data, self.num_workers)
+            self._workers, self._lifeline = _start(self.data, self.num_workers)
             self._pinning = ThreadPoolExecutor(1, "pin") if self._pins else None
         # A worker's process starts here too, and inherits which signals are blocked. One that arrives meanwhile waits.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
-            future = self._workers.submit(_work, task)
+            # An index travels as plain bytes: a tensor would take a shared memory file, and a connection to this rank.
+            future = self._workers.submit(_work, tuple(_packed(part) for part in task))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return future if self._pinning is None else self._pinning.submit(_pinned, future)
@@ -147,32 +154,36 @@ def _pinned(future: Future[Batch]) -> Batch:
     return images.pin_memory(), labels.pin_memory()
 
 
-def _start(data: Data, num: int) -> ProcessPoolExecutor:
+def _start(data: Data, num: int) -> tuple[ProcessPoolExecutor, Connection]:
     data.pixel_stats  # noqa: B018 - once here, and not in each worker
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(num, context, _begin, (data,))
+    theirs, ours = context.Pipe(duplex=False)
+    return ProcessPoolExecutor(num, context, _begin, (data, theirs)), ours
 
 
 _data: Data  # of a worker process
 
 
-def _begin(data: Data) -> None:
+def _begin(data: Data, lifeline: Connection) -> None:
     """The beginning of a worker."""
     global _data
     _data = data
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_rank, daemon=True).start()
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
 
-def _end_with_rank() -> None:
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
+def _end_with(lifeline: Connection) -> None:
+    with suppress(EOFError):
+        lifeline.recv_bytes()  # nobody sends anything: it returns when the other end is closed
     os._exit(0)  # whatever the main thread waits for does not come any more
 
 
 def _work(task: Task) -> Batch:
-    return _do(_data, task)
+    return _do(_data, tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in task))
+
+
+def _packed(part: Any) -> Any:
+    return part.numpy() if isinstance(part, Tensor) else part

@@ -51,6 +51,7 @@ MISTAKES = [
 MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
     (["data=fashion_mnist", "data.path=/nowhere"], "data.path: expected the file train-images-idx3-ubyte"),
     (["data=image_folder", "data.path=/nowhere"], "data.path: expected a directory, found none at '/nowhere'"),
+    (["data=shapes"], "model: expected logits of shape (2, 4, 32, 32), got (2, 4)"),
     (["debug=data", "batch_size=9999"], "batch_size: expected two steps or more to measure, got 1"),
     (["freeze.a.match=backbon"], "freeze.a: match='backbon' selects no module; did you mean backbone"),
     (["freeze=backbone", "bn.sync=false"], "freeze.backbone: backbone.stem.bn is a BatchNorm2d"),

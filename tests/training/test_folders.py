@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def masks(root, *overrides):
 
 
 def decode(path, size=8, channels=3):
-    return Decoded(Files([path]), size, channels)[torch.tensor([0])][0]
+    return Decoded(Files([str(path)]), size, channels)[torch.tensor([0])][0]
 
 
 def everything(rows):
@@ -55,7 +56,7 @@ def test_one_directory_of_classes_is_cut_80_10_10_and_every_image_is_in_one_part
     paths = [path for split in (data.train, data.val, data.test) for path in split.images.source.paths]
     assert len(set(paths)) == len(paths) == 60
     for split in (data.train, data.val, data.test):
-        assert [path.parent.name for path in split.images.source.paths] == [
+        assert [Path(path).parent.name for path in split.images.source.paths] == [
             data.class_names[label] for label in split.labels.tolist()
         ]
     assert folder(tmp_path).val.images.source.paths == data.val.images.source.paths
@@ -181,7 +182,7 @@ def test_cached_and_decoded_anew_are_the_same_and_each_file_is_read_once(tmp_pat
     first = everything(cached.train.images)
     assert torch.equal(first, everything(anew.train.images))
     for path in cached.train.images.source.paths:
-        path.unlink()
+        os.unlink(path)
     assert torch.equal(first, everything(cached.train.images))
 
 
@@ -399,6 +400,21 @@ def test_a_saved_data_set_is_read_with_its_names(hf, tmp_path, encoded):
 def test_a_single_split_is_cut_80_10_10(hf, tmp_path):
     data = load_hf(save_hf(hf, tmp_path / "saved", 40))
     assert [torch.bincount(s.labels).tolist() for s in (data.train, data.val, data.test)] == [[16, 16], [2, 2], [2, 2]]
+
+
+def test_arrays_that_are_no_bytes_are_an_error(hf, tmp_path):
+    features = hf.Features({"image": hf.Array2D((4, 4), "float32"), "label": hf.Value("int64")})
+    rows = {"image": [[[0.5] * 4] * 4] * 20, "label": [0, 1] * 10}
+    hf.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    data = load_hf(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"'row \d of val' \(an array of float\d+; expected integers from 0 to 255\)"):
+        data.val.images[torch.tensor([0])]
+
+
+def test_labels_that_are_names_are_an_error_that_says_how_to_number_them(hf, tmp_path):
+    hf.Dataset.from_dict({"image": [[[0]]] * 20, "label": ["a", "b"] * 10}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"^data.label: expected labels 0, 1, .*class_encode_column"):
+        load_hf(tmp_path / "saved")
 
 
 def test_mistakes_about_a_saved_data_set_name_the_key(hf, tmp_path):

@@ -133,14 +133,34 @@ def test_workers_let_signals_pass():
             assert len(list(loader.micro_batches(sampler, 0, step))) == 1
 
 
-def test_a_worker_that_dies_is_an_error_that_says_what_may_help():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_is_an_error_that_says_what_may_help(workers):
     data = load("data=synthetic", "data.num_samples=30")
     sampler = Sampler(len(data.train), 5, 1, 0, 0, 1)
-    with closing(Loader(data, HERE, workers=1)) as loader:
+    with closing(Loader(data, HERE, workers=workers)) as loader:  # the others end too, though no signal ends them
         list(loader.micro_batches(sampler, 0, 0))
+        others = [os.pidfd_open(pid) for pid in workers_of(loader)]
         os.kill(workers_of(loader)[0], signal.SIGKILL)
         with pytest.raises(TrainingError, match=r"^data.workers: a worker process died; .*--shm-size"):
             [list(loader.micro_batches(sampler, 0, step)) for step in range(1, 50)]
+    check_ended(others)
+
+
+def test_workers_end_with_the_loader_also_where_one_has_died_unseen():
+    data = load("data=synthetic", "data.num_samples=30")
+    with closing(Loader(data, HERE, workers=3)) as loader:
+        list(loader.micro_batches(Sampler(len(data.train), 5, 1, 0, 0, 1), 0, 0))
+        workers = [os.pidfd_open(pid) for pid in workers_of(loader)]
+        signal.pidfd_send_signal(workers[0], signal.SIGKILL)
+    check_ended(workers)
+
+
+def check_ended(processes):
+    """Processes by file descriptor, which is ready to be read when they are gone."""
+    for process in processes:
+        ended, _, _ = select.select([process], [], [], 60)
+        os.close(process)
+        assert ended
 
 
 RANK = """
@@ -166,10 +186,7 @@ def test_workers_end_when_their_rank_is_killed(tmp_path):
         assert pids
         workers = [os.pidfd_open(pid) for pid in pids]
         rank.kill()
-    for worker in workers:
-        ended, _, _ = select.select([worker], [], [], 60)
-        os.close(worker)
-        assert ended
+    check_ended(workers)
 
 
 def test_a_run_that_goes_on_with_other_workers_is_the_same_to_the_bit(job, tmp_path):
