@@ -212,11 +212,12 @@ def _allowed_bytes(limit: str, shared: bool) -> int:
 
 def _free_bytes(shared: bool) -> int:
     """Memory that is free on this machine, in this container, and (if `shared`) for sharing between processes."""
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if meminfo.exists():  # with what the system would give up for us
+    if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    else:  # not Linux: half of what there is
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
         free.append(max(0, int(limit) - int((cgroup / "memory.current").read_text())))
     if shared and os.path.isdir(_SHARED_MEMORY):

@@ -38,8 +38,9 @@ def measure_loading(config: Config, place: Place, data: Data) -> dict[str, float
             rows += [(f"{name}, all ranks", f"{sum(speeds):.0f} samples/s")] if len(speeds) > 1 else []
             metrics["data/samples_per_second"] = sum(speeds)
     if place.is_first:
+        workers = f"{config.data.workers} per rank, {config.data.prefetch} batches ahead each"
         rows += [
-            ("workers", f"{config.data.workers} per rank, {config.data.prefetch} batches ahead each"),
+            ("workers", workers if config.data.workers else "none"),
             ("batches", f"{num_steps} of {config.batch_size} samples over {place.world_size} rank(s)"),
         ]
         console.print_table(f"data={config.data.name}, the loader alone", rows)
