@@ -8,92 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from syncbn.training.duration import Duration
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names the key and the remedy, and is all that a user sees."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and is all that a user sees."""
-
-
-def require(condition: bool, key: str, expected: str, got: object) -> None:
-    """Raises a ConfigError unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
-
-
-def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises a ConfigError unless the value is one of the choices."""
-    require(value in choices, key, f"one of {', '.join(choices)}", value)
-
-
-def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) -> Duration:
-    """A `Duration`, or a ConfigError that names the key."""
-    try:
-        return Duration.parse(text, allow_minutes=minutes)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None
-
-
-@dataclass
-class DigitsConfig:
-    """scikit-learn's digits."""
-
-    name: str
-    shift: int
-    """Random shift in pixels."""
-    flip: bool
-    """Random mirroring."""
-    classes: list[int] | None
-    """Labels to keep, renumbered from 0; None for all."""
-
-    def __post_init__(self) -> None:
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
-        _check_classes(self.classes)
-
-
-@dataclass
-class FashionMnistConfig:
-    """Fashion-MNIST from IDX files."""
-
-    name: str
-    path: str
-    """Directory of the four IDX files, plain or gzipped."""
-    shift: int
-    flip: bool
-    classes: list[int] | None
-    train_samples: int | None
-    """Train on the first so many samples; None for all 55,000."""
-
-    def __post_init__(self) -> None:
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
-        require(self.train_samples is None or self.train_samples > 0, "data.train_samples", "null or 1 or more",
-                self.train_samples)  # fmt: skip
-        _check_classes(self.classes)
-
-
-@dataclass
-class SyntheticConfig:
-    """A pattern per class plus noise."""
-
-    name: str
-    num_samples: int
-    num_classes: int
-    channels: int
-    size: int
-    noise: float
-    shift: int
-    flip: bool
-
-    def __post_init__(self) -> None:
-        require(self.num_samples >= 10, "data.num_samples", "10 or more", self.num_samples)
-        for key in ("num_classes", "channels", "size"):
-            require(getattr(self, key) >= 1, f"data.{key}", "1 or more", getattr(self, key))
-        require(self.noise >= 0, "data.noise", "0 or more", self.noise)
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
+from syncbn.training.data_config import (
+    DigitsConfig,
+    FashionMnistConfig,
+    HfConfig,
+    ImageFolderConfig,
+    MaskFolderConfig,
+    ShapesConfig,
+    SyntheticConfig,
+)
+from syncbn.training.errors import ConfigError as ConfigError
+from syncbn.training.errors import TrainingError as TrainingError
+from syncbn.training.errors import parse_duration as parse_duration
+from syncbn.training.errors import require as require
+from syncbn.training.errors import require_choice as require_choice
 
 
 @dataclass
@@ -301,6 +229,37 @@ class ExportConfig:
                 f"null or some of {', '.join(EXPORT_FORMATS)}", self.formats)  # fmt: skip
 
 
+class OpenData(dict[str, Any]):
+    """A data set of the user's own: `_target_`, its arguments, and how its batches are prepared."""
+
+    def __init__(self, node: dict[str, Any]) -> None:
+        super().__init__(node)
+        for key, least in (("workers", 0), ("prefetch", 1)):
+            value = getattr(self, key)
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            require(is_number, f"data.{key}", f"a number, {least} or more", value)
+
+    @property
+    def name(self) -> str:
+        """What is built."""
+        return str(self["_target_"])
+
+    @property
+    def workers(self) -> int:
+        """See `LoadingConfig`."""
+        return self.get("workers", 0)
+
+    @property
+    def prefetch(self) -> int:
+        """See `LoadingConfig`."""
+        return self.get("prefetch", 2)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`_target_` and its arguments alone."""
+        return {key: value for key, value in self.items() if key not in ("workers", "prefetch")}
+
+
 @dataclass
 class FreezeRuleConfig:
     """What a rule of the freeze plan selects (see `syncbn.FreezePlan`); times are durations."""
@@ -368,7 +327,7 @@ class Config:
     init: dict[str, Any]
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export"))
+        require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export", "data"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")
@@ -379,7 +338,7 @@ class Config:
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
-        require(self.task == "train" or self.load is not None, "load",
+        require(self.task in ("train", "data") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
@@ -389,15 +348,17 @@ class Config:
             require(duration.value > 0, key, "more than 0", getattr(self, key))
 
 
-def _check_classes(classes: list[int] | None) -> None:
-    if classes is not None:
-        distinct = len(classes) >= 2 and len(set(classes)) == len(classes)
-        require(distinct, "data.classes", "two or more labels, each once", classes)
-
-
 # The named choices of each group. A node with `_target_` is open instead: its keys are the target's arguments.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {"digits": DigitsConfig, "fashion_mnist": FashionMnistConfig, "synthetic": SyntheticConfig},
+    "data": {
+        "digits": DigitsConfig,
+        "fashion_mnist": FashionMnistConfig,
+        "synthetic": SyntheticConfig,
+        "image_folder": ImageFolderConfig,
+        "hf": HfConfig,
+        "shapes": ShapesConfig,
+        "mask_folder": MaskFolderConfig,
+    },
     "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
     "loss": {"cross_entropy": CrossEntropyConfig},
     "optimizer": {"sgd": SgdConfig},

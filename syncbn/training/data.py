@@ -1,32 +1,61 @@
-"""Data sets in memory, their splits, and augmentation that depends on the sample and not on the rank."""
+"""Data sets, their splits, and augmentation that depends on the sample and not on the rank."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.training.config import ConfigError, DigitsConfig, FashionMnistConfig, SyntheticConfig
+from syncbn.training.config import (
+    ConfigError,
+    DigitsConfig,
+    FashionMnistConfig,
+    HfConfig,
+    ImageFolderConfig,
+    MaskFolderConfig,
+    OpenData,
+    ShapesConfig,
+    SyntheticConfig,
+)
 from syncbn.training.randomness import integers, mix_key
 
+IGNORE = 255  # in a mask: left out of loss and metrics
+STATS_SAMPLES = 1000  # of images that are decoded when asked for, these many give mean and standard deviation
+FASHION_VAL_SAMPLES = 5000
 _SHIFT_Y, _SHIFT_X, _FLIP = 2, 3, 4  # purposes of the draws, part of their keys
 _SPLIT_SEED = 0  # the split is part of a data set, not of a run
-FASHION_VAL_SAMPLES = 5000
+
+
+class Rows(Protocol):
+    """What a split holds, by index: a tensor is one, and so is anything that decodes rows when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As a tensor's."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """The rows of int64 positions (N,), a tensor (N, ...)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) float32 between 0 and 1 (synthetic ones: any range), and labels (N,) int64."""
+    """Images and what they are labelled with.
 
-    images: Tensor
-    labels: Tensor
+    Images are (N, C, H, W): float32 between 0 and 1 (synthetic ones: any range), or uint8 between 0 and 255. Labels are
+    (N,) int64, or masks (N, H, W) uint8 in which 255 is to be ignored.
+    """
+
+    images: Rows
+    labels: Rows
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,38 +72,77 @@ class Data:
     """None where the targets are no classes."""
     shift: int
     flip: bool
+    class_names: tuple[str, ...] = ()
+    """Of the labels 0, 1, ..., where the data set has names."""
 
     @property
     def num_channels(self) -> int:
         """Channels of an image."""
-        return self.train.images.size(1)
+        return self.train.images.shape[1]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every pixel has a label, and not the image."""
+        return len(self.train.labels.shape) > 1
 
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images and labels; what is drawn depends on (seed, epoch, sample) alone."""
-        images = augment(self.train.images[index], index, self.shift, self.flip, seed, epoch)
-        return self._normalize(images, dtype), self.train.labels[index]
+        """Augmented, normalized images and their labels, (N,) or (N, H, W) int64.
+
+        What is drawn depends on (seed, epoch, sample) alone. A mask moves with its image; what comes in is ignored.
+        """
+        images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
+        images = augment(images, index, self.shift, self.flip, seed, epoch)
+        if self.has_masks:
+            labels = augment(labels[:, None], index, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
+        return self._normalize(images, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normalized images and their labels."""
-        return self._normalize(split.images[index], dtype), split.labels[index]
+        """Normalized images and their labels, (N,) or (N, H, W) int64."""
+        return self._normalize(split.images[index], dtype), split.labels[index].to(torch.int64)
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per channel of the training images, float64."""
-        std, mean = torch.std_mean(self.train.images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
+        """Mean and standard deviation per channel of the training images, float64; the same on every rank.
+
+        Of images that are decoded when asked for: over STATS_SAMPLES of them, evenly spaced.
+        """
+        images = self.train.images
+        if isinstance(images, Tensor) and images.is_floating_point():
+            std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
+        else:
+            num = len(images) if isinstance(images, Tensor) else min(len(images), STATS_SAMPLES)
+            mean, std = _byte_stats(images, torch.arange(num) * len(images) // num)
         return mean, std.clamp(min=1e-6)
 
     def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         mean, std = self.pixel_stats
-        return (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
+        return (_as_floats(images, dtype) - mean.to(dtype)) / std.to(dtype)
 
 
-def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int) -> Tensor:
-    """Shifts each image by up to `shift` pixels in both directions (zeros come in) and mirrors half of them.
+def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1, C, 1, 1) of bytes, as numbers between 0 and 1; the sums are exact."""
+    sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
+    for part in index.split(32):
+        values = images[part].to(torch.int64)
+        sums += torch.stack([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3))])
+    count = len(index) * images.shape[2] * images.shape[3]
+    total, squares = sums.to(torch.float64)
+    variance = (squares - total * total / count) / max(1, count - 1)
+    return (total / count / 255)[None, :, None, None], (variance.sqrt() / 255)[None, :, None, None]
+
+
+def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers between 0 and 1."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int, *, fill: int = 0) -> Tensor:
+    """Shifts each image by up to `shift` pixels in both directions and mirrors half of them.
 
     Args:
         images: (N, C, H, W).
         index: (N,) int64, the samples' positions in the data set, which decide what is drawn for them.
+        fill: what comes in at the border.
     """
     num, channels, height, width = images.shape
     if num == 0 or (shift == 0 and not flip):
@@ -87,7 +155,7 @@ def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, ep
     if flip:
         mirrored = integers(2, index, seed, epoch, _FLIP).bool()[:, None]
         columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, [shift] * 4)
+    padded = F.pad(images, [shift] * 4, value=fill)
     sample = torch.arange(num)[:, None, None, None]
     channel = torch.arange(channels)[None, :, None, None]
     return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
@@ -99,10 +167,17 @@ def load(config: Any) -> Data:
     Raises:
         ConfigError: files that are missing or not what they should be; the message names the key and the remedy.
     """
+    from syncbn.training import folders, hf, own_data, shapes  # which build on this module
+
     loaders: dict[type, Callable[[Any], Data]] = {
         DigitsConfig: _load_digits,
         FashionMnistConfig: _load_fashion_mnist,
         SyntheticConfig: _make_synthetic,
+        ShapesConfig: shapes.make,
+        ImageFolderConfig: folders.load_classes,
+        MaskFolderConfig: folders.load_masks,
+        HfConfig: hf.load,
+        OpenData: own_data.load,
     }
     data = loaders[type(config)](config)
     classes = getattr(config, "classes", None)
@@ -131,14 +206,14 @@ def stratified_indices(labels: Tensor) -> list[Tensor]:
 
 def _load_fashion_mnist(config: FashionMnistConfig) -> Data:
     directory = Path(config.path)
-    full = Split(*(_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1")))
+    images, labels = (_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1"))
     test = Split(*(_read_idx(directory, f"t10k-{kind}") for kind in ("images-idx3", "labels-idx1")))
-    cut = len(full) - FASHION_VAL_SAMPLES
+    cut = len(labels) - FASHION_VAL_SAMPLES
     if cut < 1:
-        raise ConfigError(f"data.path: expected more than {FASHION_VAL_SAMPLES} training images, got {len(full)}")
+        raise ConfigError(f"data.path: expected more than {FASHION_VAL_SAMPLES} training images, got {len(labels)}")
     end = min(cut, config.train_samples or cut)
-    train = Split(full.images[:end], full.labels[:end])
-    return Data(train, Split(full.images[cut:], full.labels[cut:]), test, 10, config.shift, config.flip)
+    train, val = Split(images[:end], labels[:end]), Split(images[cut:], labels[cut:])
+    return Data(train, val, test, 10, config.shift, config.flip)
 
 
 def _read_idx(directory: Path, stem: str) -> Tensor:
@@ -182,7 +257,8 @@ def _keep_classes(data: Data, classes: list[int]) -> Data:
     renumbered[classes] = torch.arange(len(classes))
 
     def keep(split: Split) -> Split:
-        chosen = torch.isin(split.labels, torch.tensor(classes))
+        index = torch.arange(len(split))
+        chosen = index[torch.isin(split.labels[index], torch.tensor(classes))]
         return Split(split.images[chosen], renumbered[split.labels[chosen]])
 
     return replace(data, train=keep(data.train), val=keep(data.val), test=keep(data.test), num_classes=len(classes))

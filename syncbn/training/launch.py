@@ -42,7 +42,7 @@ _held_back: list[str] = []
 
 def _hold_back(arguments: list[str]) -> list[str]:
     """Keeps from Hydra what a task with `load` applies to the stored configuration, in which the keys may be others."""
-    if not any(argument.startswith("task=") and argument != "task=train" for argument in arguments):
+    if not any(argument.startswith("task=") and argument not in ("task=train", "task=data") for argument in arguments):
         return arguments
     kept = [a for a in arguments if a.startswith("-") or "=" not in a or _KEPT.match(a.lstrip("+~"))]
     _held_back[:] = [argument for argument in arguments if argument not in kept]

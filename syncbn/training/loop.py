@@ -41,12 +41,13 @@ from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
 from syncbn.training.duration import Duration
+from syncbn.training.loading import Batch, Loader
 from syncbn.training.losses import Loss
 from syncbn.training.metrics import best_by, build_metrics, evaluate
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
-from syncbn.training.sampling import Sampler, Shard
+from syncbn.training.sampling import Sampler
 from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole_step
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
@@ -80,6 +81,7 @@ class Trainer:
         self.model, self.loss, self.plan = model, loss, plan
         self.metrics = build_metrics(config.metrics, data.num_classes)
         self.best_by = best_by(config, self.metrics, data)
+        self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
@@ -127,6 +129,7 @@ class Trainer:
         """
         with ExitStack() as stack:
             stack.callback(self.checkpoints.close)
+            stack.callback(self.loader.close)
             show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
             try:
                 self._run_steps(config_dict, show)
@@ -244,10 +247,10 @@ class Trainer:
         totals[2] = float(self.stop.requested)
         # Running statistics move once per step, however many micro-batches it has.
         with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
-            for number, shard in enumerate(shards):
+            for number, batch in enumerate(self.loader.micro_batches(self.sampler, self.config.seed, step)):
                 is_last = number == len(shards) - 1
                 with nullcontext() if is_last else self._without_communication():
-                    totals[:2] += self._backward(step, shard, nominal)
+                    totals[:2] += self._backward(batch, nominal)
         totals[3 + self.place.rank] = ~totals[0].isfinite()
         if self.place.world_size > 1:
             dist.all_reduce(totals)
@@ -263,20 +266,19 @@ class Trainer:
         """Gradients of a micro-batch that is not the last of its step stay local."""
         return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
 
-    def _backward(self, step: int, shard: Shard, nominal: int) -> Tensor:
+    def _backward(self, batch: Batch, nominal: int) -> Tensor:
         """Adds the gradient of one micro-batch; returns [loss sum, count] of this rank."""
         assert self.wrapped is not None
-        loss_sum, count = self._losses(self.wrapped, step, shard)
+        loss_sum, count = self._losses(self.wrapped, batch)
         self.update.scaler.scale(loss_sum * (self.place.world_size / nominal)).backward()
         return torch.stack([loss_sum.detach().to(torch.float64), count.to(torch.float64)])
 
-    def _losses(self, wrapped: nn.Module, step: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    def _losses(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
-        epoch = self.sampler.epoch_of(step)
-        images, labels = self.data.train_batch(shard.index, self.config.seed, epoch, self.place.dtype)
+        images, labels = batch
         with self.place.forward_context():
-            outputs = wrapped(self.place.put(images))
-        return self.loss(in_dtype(outputs, self.place.dtype), labels.to(self.place.device))
+            outputs = wrapped(images)
+        return self.loss(in_dtype(outputs, self.place.dtype), labels)
 
     def _apply_plan(self, step: int) -> None:
         """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
@@ -303,10 +305,10 @@ class Trainer:
         if changes:
             self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
         if changes or self.wrapped is None:
-            shard = self.sampler.shards(step)[0]
+            batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
             self.wrapped = wrap(
-                self.executed, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, step, shard)[0]
+                self.executed, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, batch)[0]
             )
 
     def _log(self, show: console.ShowStep | None) -> None:
@@ -390,7 +392,7 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics)
+        return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics, self.loader)
 
     def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""

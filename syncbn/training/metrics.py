@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.training.config import Config, ConfigError, require
 from syncbn.training.data import Data, Split
+from syncbn.training.loading import Loader
 from syncbn.training.losses import Loss
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.stopping import StopAgreed, StopRequest
@@ -58,11 +59,12 @@ def evaluate(
     place: Place,
     stop: StopRequest | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    loader: Loader | None = None,
 ) -> dict[str, float]:
     """`loss`, for labels `accuracy`, and `metrics` over a split, the same on every rank; modes are restored.
 
     Every rank has to call it: the metrics are reduced over the default process group. A metric of several numbers has a
-    name for each, `name/0`, `name/1`, ...
+    name for each, `name/0`, `name/1`, ... Without a `loader` batches are prepared where they are needed.
 
     Raises:
         StopAgreed: `stop` was requested on any rank meanwhile.
@@ -73,16 +75,16 @@ def evaluate(
     # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
     loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
     with _evaluating(model):
-        for batch in torch.arange(len(split)).split(EVAL_BATCH_SIZE):
+        batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
+        indices = [batch.tensor_split(place.world_size)[place.rank] for batch in batches]
+        for images, targets in (loader or Loader(data, place)).eval_batches(split, indices):
             if stop is not None and stop.agreed():
                 raise StopAgreed
-            index = batch.tensor_split(place.world_size)[place.rank]
-            if len(index) == 0:
+            if len(images) == 0:
                 continue
-            images, targets = data.eval_batch(split, index, place.dtype)
             with place.forward_context():
-                outputs = model(place.put(images))
-            outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
+                outputs = model(images)
+            outputs = in_dtype(outputs, place.dtype)
             total, number = loss(outputs, targets)
             for name, metric in shown.items():
                 _update(name, metric, outputs, targets)

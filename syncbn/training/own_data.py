@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.training.config import ConfigError
+from syncbn.training.config import ConfigError, OpenData
 from syncbn.training.data import Data, Split
 from syncbn.training.randomness import mix_key
 from syncbn.training.targets import build_target
@@ -26,10 +26,15 @@ class OwnData(Data):
     @property
     def num_channels(self) -> int:
         """Channels of an image."""
-        return int(self.train[0][0].shape[0])  # type: ignore[index]
+        return int(self._batch(self.train, torch.tensor([0]), (0, 0), torch.float32)[0].size(1))
 
     @property
-    def pixel_stats(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def has_masks(self) -> bool:
+        """What targets are is the loss's business."""
+        return False
+
+    @property
+    def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """0 and 1: nothing is normalized here."""
         shape = (1, self.num_channels, 1, 1)
         return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
@@ -53,18 +58,17 @@ class OwnData(Data):
         return images.to(dtype), targets
 
 
-def load(node: dict[str, Any]) -> Data:
+def load(config: OpenData) -> Data:
     """What `data._target_` makes: an object with the datasets `train`, `val`, `test`, and with `num_classes` where the
     targets are classes.
 
     Raises:
         ConfigError: it lacks one of them, one is empty, or its items are not pairs that begin with a tensor.
     """
-    node = {key: value for key, value in node.items() if key not in ("workers", "prefetch")}
-    built, key = build_target("data", node), f"data._target_={node['_target_']}"
+    built, key = build_target("data", config.arguments), f"data._target_={config.name}"
     if isinstance(built, Data):
         return built
-    splits = []
+    splits: list[Any] = []
     for name in ("train", "val", "test"):
         split = getattr(built, name, None)
         if split is None or not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
@@ -77,4 +81,5 @@ def load(node: dict[str, Any]) -> Data:
         if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Tensor)):
             raise ConfigError(f"{key}: expected items (image tensor, target), {name}[0] is a {type(item).__name__}")
         splits.append(split)
-    return OwnData(*splits, num_classes=getattr(built, "num_classes", None), shift=0, flip=False)
+    train, val, test = splits
+    return OwnData(train, val, test, num_classes=getattr(built, "num_classes", None), shift=0, flip=False)

@@ -25,6 +25,7 @@ from syncbn.training.config import (
     ExportConfig,
     FreezeRuleConfig,
     InitConfig,
+    OpenData,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -33,7 +34,7 @@ from syncbn.training.config import (
     require_choice,
 )
 
-OPEN_GROUPS = ("model", "loss")
+OPEN_GROUPS = ("model", "data", "loss")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
 NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
@@ -109,7 +110,7 @@ def _parse_group(group: str, schemas: dict[str, type], node: Any) -> Any:
             raise ConfigError(f"{group}._target_: not supported here; choose one of {', '.join(schemas)}")
         if node["_target_"] in (None, "???"):
             raise ConfigError(f"{group}._target_: required; give a class or function, {group}._target_=my_package.Name")
-        return dict(node)
+        return OpenData(dict(node)) if group == "data" else dict(node)
     require_choice(f"{group}.name", node.get("name"), tuple(schemas))
     return _typed(schemas[node["name"]], node, group)
 

@@ -41,7 +41,8 @@ class Place:
     def put(self, images: Tensor) -> Tensor:
         """Images on the device, in the memory format of this run."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d} if self.channels_last else {}
-        return images.to(self.device, memory_format=formats.get(images.dim(), torch.preserve_format))
+        format = formats.get(images.dim(), torch.preserve_format)
+        return images.to(self.device, memory_format=format, non_blocking=True)
 
     def forward_context(self) -> AbstractContextManager[None]:
         """A context for forward passes. Its outputs may be of another type than `dtype`."""

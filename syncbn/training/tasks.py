@@ -31,8 +31,10 @@ from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.config import Config, ConfigError
 from syncbn.training.environment import describe
+from syncbn.training.folders import record_classes
 from syncbn.training.loaded import build_model, place_for, sampler_for, shown
 from syncbn.training.loop import Trainer
+from syncbn.training.measuring import measure_loading
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
@@ -72,6 +74,8 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
         if config.task in WITH_LOAD:
             return WITH_LOAD[config.task](config, run_dir, place)
+        if config.task == "data":
+            return measure_loading(config, place, datasets.load(config.data))
         switches.check(config, device)
         with switches.applied(config):
             return train(config, run_dir, place, overrides, tracking)
@@ -108,6 +112,7 @@ def _train(
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
+    record_classes(run_dir, data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ MISTAKES = [
     (["optimizer.lr=abc"], "optimizer.lr: expected float, got 'abc'"),
     (["bn.eps=abc"], "bn.eps: expected float | None, got 'abc'"),
     (["optimizer.lr=[1,2"], "optimizer.lr=[1,2: not a valid override"),
-    (["data=nope"], "data=nope: no such choice; choose one of digits, fashion_mnist, synthetic"),
+    (["data=nope"], "data=nope: no such choice; choose one of digits, fashion_mnist, hf, image_folder,"),
     (["nope=1"], "nope: no such key"),
     (["lr=0.05"], "lr: no such key; did you mean optimizer.lr?"),
     (["tracker.groupp=x"], "tracker.groupp: no such key; did you mean tracker.group?"),
@@ -51,10 +51,20 @@ MISTAKES = [
     (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
     (["bn.own_group=true", "bn.group=2"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
     (["bn.own_group=true", "bn.sync=false"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
+    (["data.workers=-1"], "data.workers: expected a number of processes, 0 or more, got -1"),
+    (["data.prefetch=0"], "data.prefetch: expected 1 batch or more, got 0"),
+    (["data=image_folder"], "data.path: "),
+    (["data=image_folder", "data.path=x", "data.channels=4"], "data.channels: expected 3 (RGB) or 1 (gray), got 4"),
+    (["data=image_folder", "data.path=x", "data.cache=much"], "data.cache: expected auto, 0, or a size such as 500MB"),
+    (["data=mask_folder", "data.path=x", "data.num_classes=999"], "data.num_classes: expected 2 to 255, got 999"),
+    (["data=shapes", "data.num_classes=5"], "data.num_classes: expected 2 to 4: background, squares, disks, triangles"),
     (["data.classes=[1]"], "data.classes: expected two or more labels, each once, got [1]"),
 ]
 MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
     (["data=fashion_mnist", "data.path=/nowhere"], "data.path: expected the file train-images-idx3-ubyte"),
+    (["data=image_folder", "data.path=/nowhere"], "data.path: expected a directory, found none at '/nowhere'"),
+    (["data=shapes"], "model: expected logits of shape (2, 4, 32, 32), got (2, 4)"),
+    (["debug=data", "batch_size=9999"], "batch_size: expected two steps or more to measure, got 1"),
     (["freeze.a.match=backbon"], "freeze.a: match='backbon' selects no module; did you mean backbone"),
     (["freeze=backbone", "bn.sync=false"], "freeze.backbone: backbone.stem.bn is a BatchNorm2d"),
     (["freeze.a.match=*", "freeze.a.weights=true"], "freeze: every parameter is frozen at step 0"),
@@ -120,8 +130,15 @@ def test_composing_a_config_does_not_import_torch(tmp_path):
     ),
 )
 def test_every_config_file_composes_and_passes_the_schema(choice):
-    group = choice.partition("=")[0]
-    extra = [f"{group}._target_=torch.nn.Linear"] if choice.endswith("=custom") else []
+    required = {
+        "model=custom": ["model._target_=torch.nn.Linear"],
+        "loss=custom": ["loss._target_=torch.nn.Linear"],
+        "data=custom": ["data._target_=torch.nn.Linear"],
+        "data=image_folder": ["data.path=x"],
+        "data=hf": ["data.path=x"],
+        "data=mask_folder": ["data.path=x", "data.num_classes=2"],
+    }
+    extra = required.get(choice, [])
     assert isinstance(compose_config(choice, *extra), Config)
 
 

@@ -143,7 +143,7 @@ def fashion_files(directory, num_train=5003, compress=True):
     for stem, num in (("train", num_train), ("t10k", 4)):
         write_idx(directory / f"{stem}-images-idx3-ubyte{suffix}", torch.randint(256, (num, 28, 28)), compress)
         write_idx(directory / f"{stem}-labels-idx1-ubyte{suffix}", torch.arange(num) % 10, compress)
-    return FashionMnistConfig("fashion_mnist", str(directory), 0, False, None, None)
+    return FashionMnistConfig("fashion_mnist", str(directory), None, None, shift=0, flip=False)
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
 
 def test_a_missing_file_names_the_package(tmp_path):
     with pytest.raises(ConfigError, match=r"data.path: .*dataset-fashion-mnist"):
-        datasets.load(FashionMnistConfig("fashion_mnist", str(tmp_path), 0, False, None, None))
+        datasets.load(FashionMnistConfig("fashion_mnist", str(tmp_path), None, None, shift=0, flip=False))
 
 
 def test_synthetic_data_is_the_same_at_every_call():
