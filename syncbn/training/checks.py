@@ -80,7 +80,11 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place) ->
                 " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
                 " without samples"
             )
-    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    dropout = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
     if dropout:
         log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
 

@@ -176,9 +176,12 @@ class TrackerConfig:
     mode: str
     project: str
     group: str | None
+    timeout: float
+    """Seconds that wandb's server may take to start the run, and again to take in the rest at its end."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
+        require(self.timeout > 0, "tracker.timeout", "a number of seconds above 0", self.timeout)
 
 
 @dataclass
@@ -268,6 +271,8 @@ class Config:
     duration: str
     eval_every: str
     log_every: str
+    overfit: int | None
+    profile: int | None
     save: SaveConfig
     bn: BnConfig
     tracker: TrackerConfig
@@ -290,6 +295,8 @@ class Config:
         )
         require(self.task == "train" or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
+        for key in ("overfit", "profile"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, key, "null or 1 or more", getattr(self, key))
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
         for key in ("duration", "eval_every", "log_every"):

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from syncbn.training.config import ConfigError
@@ -22,6 +24,7 @@ from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
 
 _KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
+_ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # and rank 0 does
 _OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 
 
@@ -30,6 +33,8 @@ def prepare() -> None:
     # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
+    if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
+        sys.exit()
     sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
     register_resolvers()
 
@@ -56,7 +61,15 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("syncbn.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("syncbn.on_first_rank", lambda value: value if rank() == 0 else None, replace=True)
     OmegaConf.register_new_resolver("syncbn.rank_suffix", lambda: f"-rank{rank()}" if rank() else "", replace=True)
+    OmegaConf.register_new_resolver("syncbn.choices", _choices, replace=True)
     OmegaConf.register_new_resolver("syncbn.console_level", lambda: "INFO" if rank() == 0 else "ERROR", replace=True)
+
+
+def _choices(group: str) -> str:
+    """The choices of a config group, those of a user's --config-dir included, for `--help`."""
+    chosen = HydraConfig.get().runtime.choices.get(group)
+    options = GlobalHydra.instance().config_loader().get_group_options(group)
+    return ", ".join(f"{option}*" if option == chosen else option for option in sorted(options))
 
 
 def open_override(argument: str) -> str:

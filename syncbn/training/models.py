@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from importlib.util import find_spec
 from typing import Any
 
 import torch.nn.functional as F
@@ -67,13 +68,17 @@ class ResnetSmall(nn.Module):
 def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int) -> nn.Module:
     """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
 
+    Arguments of a `_target_` that are the words `data.num_channels` or `data.num_classes` become what the data has.
+
     Raises:
         ConfigError: a `_target_` that cannot be imported or called; a model without a trainable parameter.
     """
     if isinstance(config, ResnetSmallConfig):
         model: nn.Module = ResnetSmall(in_channels, num_classes, config.width, config.depth, config.stages)
     else:
-        model = _build_target("model", config)
+        known = {"data.num_channels": in_channels, "data.num_classes": num_classes}
+        named = {key: known.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
+        model = _build_target("model", named)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             if bn.momentum is not None:
@@ -101,6 +106,8 @@ def _build_target(key: str, node: dict[str, Any]) -> nn.Module:
         built = instantiate(node)
     except InstantiationException as error:
         cause = error.__cause__ or error
+        if isinstance(cause, ImportError) and node["_target_"].startswith("timm.") and find_spec("timm") is None:
+            raise ConfigError(f"{key}._target_={node['_target_']}: timm is not installed; pip install timm") from None
         raise ConfigError(f"{key}._target_={node['_target_']}: {' '.join(str(cause).split())}") from None
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{key}._target_={node['_target_']}: expected a torch module, got {type(built).__name__}")

@@ -16,7 +16,7 @@ from torch import nn
 
 from syncbn.nn import debugging
 from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.training import console, launch, losses, models, state, world
+from syncbn.training import console, launch, losses, models, overfitting, state, world
 from syncbn.training import data as datasets
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError
@@ -148,6 +148,9 @@ def _train(
         stopped = trainer.counters.step < trainer.num_steps
         write_summary(run_dir, trainer.counters.step, metrics, shown, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
+    if config.overfit is not None:
+        step, accuracy, loss = trainer.counters.step, metrics["val/accuracy"], metrics["val/loss"]
+        overfitting.judge(config.overfit, accuracy, loss, step, model)
     return metrics
 
 
@@ -180,6 +183,8 @@ def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
 def _build(config: Config, place: Place) -> tuple[datasets.Data, nn.Module]:
     """Data and model; the same initial weights on every rank."""
     data = datasets.load(config.data)
+    if config.overfit is not None:
+        data = overfitting.only_a_few(data, config.overfit)
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
     return data, model.to(place.device, place.dtype)
