@@ -19,13 +19,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from syncbn.training.config import ConfigError
+from syncbn.training.config import SCHEMAS, ConfigError
 from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
 
 _KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # and rank 0 does
 _OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+# Hydra has no message with the key for these: a group takes a name.
+_NO_CHOICE = re.compile(
+    rf"\+{{0,2}}({'|'.join([*SCHEMAS, 'freeze', 'tracker', 'experiment', 'debug'])})="
+    r"\s*((?i:[-+]?(?:[\d._]+(?:e[-+]?\d+)?|nan|inf)|true|false)|\{.*\})\s*",
+    re.DOTALL,
+)
 
 
 def prepare() -> None:
@@ -73,7 +79,15 @@ def _choices(group: str) -> str:
 
 
 def open_override(argument: str) -> str:
-    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration."""
+    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration.
+
+    Raises:
+        ConfigError: a group is given a number or a dictionary.
+    """
+    if found := _NO_CHOICE.fullmatch(argument):
+        raise ConfigError(
+            f"{found[1]}: expected the name of a choice, as python train.py --help lists them, got {found[2]}"
+        )
     return f"++{argument}" if _OPEN_DICTS.fullmatch(argument) else argument
 
 

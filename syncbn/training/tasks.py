@@ -149,8 +149,7 @@ def _train(
         write_summary(run_dir, trainer.counters.step, metrics, shown, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     if config.overfit is not None:
-        step, accuracy, loss = trainer.counters.step, metrics["val/accuracy"], metrics["val/loss"]
-        overfitting.judge(config.overfit, accuracy, loss, step, model)
+        overfitting.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
     return metrics
 
 
