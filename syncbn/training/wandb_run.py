@@ -60,11 +60,10 @@ class WandbRun:
                 action(run)
         except Exception as error:
             self._failed = True
-            if run is not None and isinstance(error, TimeoutError):  # of finish; wandb has kept what it could not send
-                path = os.path.relpath(os.path.dirname(run.dir))
-                log.warning("wandb's server is slow or gone; `wandb sync %s` sends what it has not taken", path)
-                return
-            log.warning("wandb failed and is switched off, metrics.jsonl goes on: %s", _first_line(error))
+            rest = ""
+            if run is not None:  # wandb keeps on disk what it could not send
+                rest = f"; `wandb sync {os.path.relpath(os.path.dirname(run.dir))}` sends what it has kept"
+            log.warning("wandb failed and is switched off, metrics.jsonl goes on: %s%s", _first_line(error), rest)
             # Its own process may be gone: then the next run of a multirun starts another, and nothing fails at exit.
             with suppress(Exception):
                 import wandb

@@ -43,12 +43,12 @@ keys = st.one_of(
     st.builds(lambda key, at: key[:at] + key[at + 1 :] or "x", st.sampled_from(KEYS), st.integers(0, 8)),  # a typo
     st.builds("{}.{}.{}".format, st.sampled_from(["freeze", "init"]), st.sampled_from(["a", "backbone"]),
               st.sampled_from(["match", "exclude", "stats", "weights", "until", "path", "strict", "matchh"])),
-    st.sampled_from(["freeze", "init", "freeze.a", "init.a", "nope", "data.nope.deeper", "optimizer.lr.deeper", "hydra.x"]),
+    st.sampled_from(["freeze", "init", "freeze.a", "init.a", "nope", "data.nope.x", "optimizer.lr.x", "hydra.x"]),
     st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True),
 )  # fmt: skip
 values = st.one_of(
-    st.sampled_from(["", "null", "true", "0", "-1", "1", "1e400", "nan", "inf", "-inf", "5ep", "10min", "3x", "abc", "???",
-                     "[]", "{}", "[1,2]", "[0,0]", "{a:1}", "[[1]]", "'a b'", "${seed}", "${nope}", "${oc.env:NOPE_X}",
+    st.sampled_from(["", "null", "true", "0", "-1", "1", "1e400", "nan", "inf", "-inf", "5ep", "10min", "3x", "abc", 
+                     "???", "[]", "{}", "[1,2]", "[0,0]", "{a:1}", "[[1]]", "'a b'", "${seed}", "${nope}", "${oc.env:NOPE_X}",
                      "backbone", "*", "'[34]'", "[a,null]", "{match:backbone}", "{match:1}", "world", "fp16"]),
     st.integers(-10, 10**12).map(str),
     st.floats().map(str),
@@ -63,7 +63,7 @@ overrides = st.one_of(
 ).filter(lambda text: not text.startswith("-"))  # a flag, for argparse to complain about
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @example(["freeze=0"])
 @example(["data=true"])
 @example(["~seed"])
