@@ -47,8 +47,9 @@ keys = st.one_of(
     st.from_regex(r"[a-z_]{1,6}(\.[a-z_]{1,6}){0,2}", fullmatch=True),
 )  # fmt: skip
 values = st.one_of(
-    st.sampled_from(["", "null", "true", "0", "-1", "1", "1e400", "nan", "inf", "-inf", "5ep", "10min", "3x", "abc", 
-                     "???", "[]", "{}", "[1,2]", "[0,0]", "{a:1}", "[[1]]", "'a b'", "${seed}", "${nope}", "${oc.env:NOPE_X}",
+    st.sampled_from(["", "null", "true", "0", "-1", "1", "1e400", "nan", "inf", "-inf", "5ep", "10min", "3x", "abc",
+                     "???", "[]", "{}", "[1,2]", "[0,0]", "{a:1}", "[[1]]", "'a b'", "${seed}", "${nope}",
+                     "${oc.env:NOPE_X}",
                      "backbone", "*", "'[34]'", "[a,null]", "{match:backbone}", "{match:1}", "world", "fp16"]),
     st.integers(-10, 10**12).map(str),
     st.floats().map(str),
