@@ -144,6 +144,8 @@ def printable(text: str) -> str:
 
 def _explain_override(error: ConfigCompositionException) -> str:
     text = " ".join(str(error).split())
+    if forced := re.search(r"force-add of config groups is not supported: '\++([^=@]+)", text):
+        return f"{forced[1]}: is a group; use {forced[1]}=... without the ++"
     found = re.search(
         r"(?:Could not (override|delete from config\.)|An item is already at|No match for) '([^']*)'", text
     )
