@@ -88,7 +88,11 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
 
 def warn_of_dropout(model: nn.Module) -> None:
     """Says that the run will not be the same at another world size."""
-    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    dropout = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
     if dropout:
         log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
 

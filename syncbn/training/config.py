@@ -121,11 +121,14 @@ class TrackerConfig:
     mode: str
     project: str
     group: str | None
+    timeout: float
+    """Seconds that wandb's server may take to start the run, and again to take in the rest at its end."""
     report: bool = True
     """Write report.html at the end."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
+        require(self.timeout > 0, "tracker.timeout", "a number of seconds above 0", self.timeout)
 
 
 @dataclass
@@ -309,6 +312,8 @@ class Config:
     duration: str
     eval_every: str
     log_every: str
+    overfit: int | None
+    profile: int | None
     save: SaveConfig
     bn: BnConfig
     audit: AuditConfig
@@ -340,6 +345,8 @@ class Config:
         )
         require(self.task in ("train", "data") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
+        for key in ("overfit", "profile"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, key, "null or 1 or more", getattr(self, key))
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
         require(self.best != "", "best", "auto, loss, or the name of a validation metric", self.best)

@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from syncbn.training.config import ConfigError
+from syncbn.training.config import SCHEMAS, ConfigError
 from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
 
@@ -25,7 +27,14 @@ from syncbn.training.world import agree, attempt, is_distributed, rank, store, w
 _KEPT = re.compile(
     r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|hydra[./].*)="
 )
+_ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # and rank 0 does
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+# Hydra has no message with the key for these: a group takes a name.
+_NO_CHOICE = re.compile(
+    rf"\+{{0,2}}({'|'.join([*SCHEMAS, 'freeze', 'metrics', 'tracker', 'experiment', 'debug'])})="
+    r"\s*((?i:[-+]?(?:[\d._]+(?:e[-+]?\d+)?|nan|inf)|true|false)|\{.*\})\s*",
+    re.DOTALL,
+)
 
 
 def prepare() -> None:
@@ -33,6 +42,8 @@ def prepare() -> None:
     # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
+    if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
+        sys.exit()
     sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
     register_resolvers()
 
@@ -59,11 +70,27 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("syncbn.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("syncbn.on_first_rank", lambda value: value if rank() == 0 else None, replace=True)
     OmegaConf.register_new_resolver("syncbn.rank_suffix", lambda: f"-rank{rank()}" if rank() else "", replace=True)
+    OmegaConf.register_new_resolver("syncbn.choices", _choices, replace=True)
     OmegaConf.register_new_resolver("syncbn.console_level", lambda: "INFO" if rank() == 0 else "ERROR", replace=True)
 
 
+def _choices(group: str) -> str:
+    """The choices of a config group, those of a user's --config-dir included, for `--help`."""
+    chosen = HydraConfig.get().runtime.choices.get(group)
+    options = GlobalHydra.instance().config_loader().get_group_options(group)
+    return ", ".join(f"{option}*" if option == chosen else option for option in sorted(options))
+
+
 def open_override(argument: str) -> str:
-    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration."""
+    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration.
+
+    Raises:
+        ConfigError: a group is given a number or a dictionary.
+    """
+    if found := _NO_CHOICE.fullmatch(argument):
+        raise ConfigError(
+            f"{found[1]}: expected the name of a choice, as python train.py --help lists them, got {found[2]}"
+        )
     return f"++{argument}" if _OPEN_DICTS.fullmatch(argument) else argument
 
 

@@ -36,7 +36,7 @@ from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
-from syncbn.training import console, optimizers, reporting, schedules, switches
+from syncbn.training import console, optimizers, profiling, reporting, schedules, switches
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split
@@ -44,6 +44,7 @@ from syncbn.training.duration import Duration
 from syncbn.training.loading import Batch, Loader
 from syncbn.training.losses import Loss
 from syncbn.training.metrics import best_by, build_metrics, evaluate
+from syncbn.training.overfitting import FITTED
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
 from syncbn.training.randomness import mix_key
@@ -120,6 +121,7 @@ class Trainer:
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
         self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
+        self.profiler = profiling.build(config.profile, run_dir, place)
 
     def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """Trains to the end; returns the final metrics.
@@ -131,6 +133,8 @@ class Trainer:
             stack.callback(self.checkpoints.close)
             stack.callback(self.loader.close)
             show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             try:
                 self._run_steps(config_dict, show)
                 return self._finish(config_dict)
@@ -148,12 +152,14 @@ class Trainer:
         self.clock.start()
         if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
             self._validate(config_dict)  # a signal came before or while it was evaluated
-        while self.counters.step < self.num_steps:
+        while self.counters.step < self.num_steps and not self._is_fitted():
             if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
             with self.monitor.watch(self._is_due(self.log_every, self.counters.step + 1)):
                 self._train_step(self.counters.step)
+            if self.profiler is not None:
+                self.profiler.step()
             self.counters.step += 1
             save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
             # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
@@ -168,6 +174,9 @@ class Trainer:
                 self._validate(config_dict)
             if save_is_due or self.counters.step == self.num_steps:
                 self._save(config_dict)
+
+    def _is_fitted(self) -> bool:
+        return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
 
     def _is_due(self, every: int, step: int | None = None) -> bool:
         step = self.counters.step if step is None else step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from importlib.util import find_spec
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,6 +70,8 @@ class ResnetSmall(nn.Module):
 def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) -> nn.Module:
     """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
 
+    Arguments of a `_target_` that are the words `data.num_channels` or `data.num_classes` become what the data has.
+
     Raises:
         ConfigError: a `_target_` that cannot be imported or called; a model without a trainable parameter.
     """
@@ -79,7 +82,7 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
     elif isinstance(config, UnetSmallConfig):
         model = UnetSmall(in_channels, num_classes or 0, config.width, config.depth)
     else:
-        model = build_target("model", config, nn.Module, in_channels=in_channels, num_classes=num_classes)
+        model = _build_own(config, in_channels, num_classes)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             if bn.momentum is not None:
@@ -99,4 +102,15 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
         except TypeError as error:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
+    return model
+
+
+def _build_own(config: dict[str, Any], in_channels: int, num_classes: int | None) -> nn.Module:
+    """The user's model; `data.num_channels` and `data.num_classes` as values stand for what they name."""
+    target = str(config["_target_"])
+    if target.startswith("timm.") and find_spec("timm") is None:
+        raise ConfigError(f"model._target_={target}: timm is not installed; pip install timm")
+    known = {"data.num_channels": in_channels, "data.num_classes": num_classes}
+    named = {key: known.get(value, value) if isinstance(value, str) else value for key, value in config.items()}
+    model: nn.Module = build_target("model", named, nn.Module, in_channels=in_channels, num_classes=num_classes)
     return model

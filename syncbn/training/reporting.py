@@ -162,19 +162,32 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, ConfigCompositionException):
         return _explain_override(error)
     if isinstance(error, OverrideParseException):
-        reason = " ".join(error.message.split())
-        return f"{error.override}: not a valid override, {reason}; quote it for Hydra and for the shell"
+        reason = printable(" ".join(error.message.split()))
+        return f"{printable(str(error.override))}: not a valid override, {reason}; quote it for Hydra and for the shell"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None
 
 
+def printable(text: str) -> str:
+    """The text on one line that no terminal takes for commands."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def _explain_override(error: ConfigCompositionException) -> str:
     text = " ".join(str(error).split())
-    found = re.search(r"Could not override '([^']+)'", text)
+    if forced := re.search(r"force-add of config groups is not supported: '\++([^=@]+)", text):
+        return f"{forced[1]}: is a group; use {forced[1]}=... without the ++"
+    found = re.search(
+        r"(?:Could not (override|delete from config\.)|An item is already at|No match for) '([^']*)'", text
+    )
     if found is None:
         return text
-    key, keys = found.group(1), known_keys()
+    verb, key, keys = found.group(1), found.group(2), known_keys()
+    if "already at" in text:
+        return f"{key}: there is one already; use {key}=... without the +"
+    if key in keys and verb != "override":
+        return f"{key}: is not there to be removed; leave out ~{key}"
     if key in keys:  # of another choice of the group, since this one does not have it
         group = key.split(".")[0]
         return (

@@ -23,9 +23,9 @@ from syncbn.training.state import newest, read
 log = logging.getLogger(__name__)
 
 # What may differ from one attempt to the next: where and how long it runs, and how it is watched.
-MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "save", "tracker",
-              "on_nonfinite", "collective_timeout", "bn.debug", "audit", "data.path", "data.workers", "data.prefetch",
-              "data.cache", "eval", "recalibrate", "export")  # fmt: skip
+MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "profile", "save",
+              "tracker", "on_nonfinite", "collective_timeout", "bn.debug", "audit", "data.path", "data.workers",
+              "data.prefetch", "data.cache", "eval", "recalibrate", "export")  # fmt: skip
 # What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
 _UNUSED = ("init",)
 _GROUPS = (*SCHEMAS, "freeze", "tracker")

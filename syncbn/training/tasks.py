@@ -21,6 +21,7 @@ from syncbn.training import (
     exporting,
     launch,
     losses,
+    overfitting,
     recalibrating,
     reporting,
     state,
@@ -98,6 +99,8 @@ def _train(
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
     data = datasets.load(config.data)
+    if config.overfit is not None:
+        data = overfitting.only_a_few(data, config.overfit)
     model = build_model(config, data, place)
     drift = Drift()
     for name, init in config.init.items() if checkpoint is None else ():
@@ -143,6 +146,8 @@ def _train(
         stopped = trainer.counters.step < trainer.num_steps
         write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
+    if config.overfit is not None:
+        overfitting.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
     return metrics
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,8 +14,7 @@ from torch import Tensor
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config import TrackerConfig
 from syncbn.training.redaction import redact
-
-log = logging.getLogger(__name__)
+from syncbn.training.wandb_run import WandbRun
 
 # One number for the whole model: of the layer that is worst off.
 _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
@@ -25,8 +23,8 @@ _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values
 class Tracker:
     """One record per logged step, flat keys with `/`, in `metrics.jsonl` and in wandb.
 
-    Its state is the id of the wandb run, so that an online run goes on as the same one. wandb cannot continue an
-    offline run: there, each attempt is a run of its own, in a group with the others.
+    Its state is the id of the online wandb run, so that it goes on as the same one. wandb cannot continue an offline
+    run: there, each attempt is a run of its own, in a group with the others. Training never waits for wandb.
 
     Off rank 0 every method does nothing.
     """
@@ -34,7 +32,7 @@ class Tracker:
     def __init__(self, config: TrackerConfig, run_dir: Path, full_config: dict[str, Any], *, active: bool) -> None:
         self._config, self._run_dir, self._full_config, self._active = config, run_dir, full_config, active
         self._file: TextIO | None = None
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._id: str | None = None
         if active:
             # Line-buffered: a line is written whole or, after a kill, not at all.
@@ -42,16 +40,29 @@ class Tracker:
 
     def start(self) -> None:
         """Starts the wandb run; a state that is to be loaded has to be there."""
-        if self._active and self._config.mode != "disabled":
-            self._guard(self._start_wandb)
+        if not self._active or self._config.mode == "disabled":
+            return
+        online = self._config.mode == "online"
+        if online and self._id is None:
+            self._id = secrets.token_hex(4)  # our own: a checkpoint may need it before a server has answered
+        options = {
+            "project": redact(self._config.project),
+            "group": redact(self._config.group or self._run_dir.name),
+            "job_type": self._full_config.get("task"),
+            "name": self._run_dir.name,
+            "id": self._id,
+            "dir": self._run_dir,
+            "config": self._full_config,
+        }
+        self._wandb = WandbRun(options, online=online, timeout=self._config.timeout)
 
     def state_dict(self) -> dict[str, Any]:
-        """The id of the wandb run (None: there is none), and the name of the run directory that it belongs to."""
+        """The id of the online run (None: there was none), and the name of the run directory that it belongs to."""
         return {"id": self._id, "run": self._run_dir.name}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Takes the id over, unless it is that of another run, whose checkpoint this one starts from."""
-        if state_dict["run"] == self._run_dir.name and self._config.mode == "online":
+        if state_dict["run"] == self._run_dir.name:
             self._id = state_dict["id"]
 
     def log(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, LayerSnapshot] | None = None) -> None:
@@ -68,7 +79,7 @@ class Tracker:
                 record[f"bn/{worst.__name__}_{key}"] = worst(values)
         self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log({**record, **self._histograms(layers or {})}))
+            self._wandb.do(lambda run: run.log({**record, **_histograms(layers or {})}))
 
     def show_layers(self, step: int, layers: Mapping[str, LayerSnapshot]) -> None:
         """All layers at this step, channel by channel in `layers.json` (the latest only), in wandb as a table."""
@@ -83,12 +94,12 @@ class Tracker:
         temporary.write_text(json.dumps({"step": step, "layers": vectors}) + "\n", encoding="utf-8")
         temporary.replace(path)
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.log({"step": step, "bn/layers": self._table(layers)}))
+            self._wandb.do(lambda run: run.log({"step": step, "bn/layers": _table(layers)}))
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Final values, in wandb's summary."""
         if self._wandb is not None:
-            self._guard(lambda: self._wandb.summary.update(dict(metrics)))
+            self._wandb.do(lambda run: run.summary.update(dict(metrics)))
 
     def __enter__(self) -> Tracker:
         return self
@@ -97,60 +108,33 @@ class Tracker:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the wandb run and closes the file."""
-        if self._wandb is not None:
-            self._guard(lambda: self._wandb.finish(exit_code=int(failed)))
+        """Closes the file and ends the wandb run."""
         if self._file is not None:
             self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(failed=failed)
 
-    def _start_wandb(self) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
 
-        is_online = self._config.mode == "online"
-        self._wandb = wandb.init(
-            project=redact(self._config.project),
-            group=redact(self._config.group or self._run_dir.name),
-            name=self._run_dir.name,
-            id=self._id,
-            resume="allow" if is_online else None,
-            dir=self._run_dir,
-            mode="online" if is_online else "offline",
-            config=self._full_config,
-            # Without the address of the git remote, which may hold a token; the commit is recorded.
-            settings=wandb.Settings(silent=True, console="off", git_remote=""),
-        )
-        self._id = self._wandb.id
-        # One step metric for everything, so that curves from several attempts share an axis.
-        self._wandb.define_metric("step")
-        self._wandb.define_metric("*", step_metric="step")
+def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
+    """A row per layer, in the order of the model; a column per number that any of them has."""
+    import wandb
 
-    def _table(self, layers: Mapping[str, LayerSnapshot]) -> Any:
-        """A row per layer, in the order of the model; a column per number that any of them has."""
-        import wandb
+    rows = [(name, layer.scalars()) for name, layer in layers.items()]
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    # wandb sorts what it shows by name: the position keeps the model's order within reach.
+    data = [[position, name, *map(row.get, columns)] for position, (name, row) in enumerate(rows)]
+    return wandb.Table(columns=["position", "layer", *columns], data=data)
 
-        rows = [(name, layer.scalars()) for name, layer in layers.items()]
-        columns = list(dict.fromkeys(column for _, row in rows for column in row))
-        # wandb sorts what it shows by name: the position keeps the model's order within reach.
-        data = [[position, name, *map(row.get, columns)] for position, (name, row) in enumerate(rows)]
-        return wandb.Table(columns=["position", "layer", *columns], data=data)
 
-    def _histograms(self, layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
-        import wandb
+def _histograms(layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
+    import wandb
 
-        return {
-            f"bn/{name}/hist/{kind}": wandb.Histogram(_finite(vector))
-            for name, layer in layers.items()
-            for kind, vector in layer.vectors().items()
-            if len(_finite(vector))
-        }
-
-    def _guard(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self._wandb = None
-            log.warning("wandb failed and is switched off, metrics.jsonl goes on: %s", error)
+    return {
+        f"bn/{name}/hist/{kind}": wandb.Histogram(_finite(vector))
+        for name, layer in layers.items()
+        for kind, vector in layer.vectors().items()
+        if len(_finite(vector))
+    }
 
 
 def _finite(vector: Tensor) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record, RunRecord
 
 _BLOCK = 32 * 1024
 _HEADER = struct.Struct("<IHB")  # checksum, length, kind (1 whole, 2 first, 3 middle, 4 last)
@@ -43,3 +43,15 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
         for record in read_records(path)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def read_run(run_dir: Path, path: Path | None = None) -> RunRecord:
+    """What a run, or this file of several, says of itself: id, project, group, kind of job, configuration."""
+    if path is None:
+        [path] = run_dir.glob("wandb/offline-run-*/*.wandb")
+    return next(record.run for record in read_records(path) if record.WhichOneof("record_type") == "run")
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration that a run was started with."""
+    return {item.key: json.loads(item.value_json) for item in read_run(run_dir).config.update}
