@@ -6,9 +6,9 @@ Imports torch only where a rank has to talk to the others, so that `train.py --c
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +18,21 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from syncbn.training.config import ConfigError
+from syncbn.training.network import choose_device
 from syncbn.training.reporting import explain, explain_timeout, report_failure
-from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
+from syncbn.training.world import (
+    agent_keeps_store,
+    agree,
+    attempt,
+    is_distributed,
+    is_elastic,
+    num_nodes,
+    rank,
+    store,
+    world_size,
+)
+
+log = logging.getLogger(__name__)
 
 _KEPT = re.compile(r"(task|load|run|resume|device|tracker(\.\w+)?|hydra[./].*)=")
 _OPEN_DICTS = re.compile(r"(?:freeze|init)\.[^=.]+\.[^=]+=.*", re.DOTALL)
@@ -67,6 +80,9 @@ def open_override(argument: str) -> str:
 def _run_name(run: str | None) -> str:
     """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
     if run is None:
+        if is_elastic() and not agent_keeps_store():  # the agreed stamp would go with the store, and the run with it
+            raise ConfigError("run: where torchrun's store ends with each attempt, a restart finds its run by name"
+                              " alone; give it one, run=...")  # fmt: skip
         return agree("run_name", _reserve_stamp)
     name = str(run)
     if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
@@ -99,11 +115,14 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size()):  # one machine: nobody else has to reach these ranks
-        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    choose_device()
+    if is_elastic() and agent_keeps_store() and num_nodes() > 1 and rank() == 0:
+        log.warning(
+            "torchrun keeps its store beyond a restart, and a node that joins later then waits for it in vain; where"
+            " nodes may be replaced, start torchrun with %s=1 in its environment on every node, and give the run a"
+            " name (docs/deploy.md)",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+        )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),

@@ -55,15 +55,27 @@ class LiveJob:
     """A train.py under torchrun that a test may hurt; always ended when the test is over.
 
     Waiting is reading: `wait_for` blocks on the job's output, up to a timeout that ends the job.
+
+    Args:
+        options: of torchrun.
+        prefix: what the command line has in front: to run it on another host, say.
+        variables: further environment variables.
     """
 
     def __init__(
-        self, cwd: Path, *overrides: str, num_ranks: int, options: tuple[str, ...] = (), timeout: float = 120.0
+        self,
+        cwd: Path,
+        *overrides: str,
+        num_ranks: int,
+        options: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+        timeout: float = 120.0,
+        **variables: str,
     ) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **variables}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
-        command = [TORCHRUN, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py"), *overrides]
+        command = [*prefix, TORCHRUN, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py"), *overrides]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
