@@ -14,10 +14,9 @@ WORKDIR /app
 FROM base AS packages
 RUN python3 -m venv /opt/venv
 COPY pyproject.toml constraints.txt ./
-ARG EXTRAS=train
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     mkdir syncbn && touch syncbn/__init__.py README.md && \
-    pip install --no-cache-dir --no-compile -c constraints.txt ".[$EXTRAS]" && pip uninstall -y syncbn
+    pip install --no-cache-dir --no-compile -c constraints.txt ".[train]" && pip uninstall -y syncbn
 
 FROM packages AS test-packages
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \

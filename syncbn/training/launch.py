@@ -116,13 +116,7 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
     import torch.distributed as dist
 
     choose_device()
-    if is_elastic() and agent_keeps_store() and num_nodes() > 1 and rank() == 0:
-        log.warning(
-            "torchrun keeps its store beyond a restart, and a node that joins later then waits for it in vain; where"
-            " nodes may be replaced, start torchrun with %s=1 in its environment on every node, and give the run a"
-            " name (docs/deploy.md)",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
-        )
+    _warn_of_lasting_store()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),
@@ -148,3 +142,16 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+def _warn_of_lasting_store() -> None:
+    """What torch 2.13 does with several machines and restarts: one that joins later is never told where the store is.
+
+    It waits for that in the new round of the rendezvous, where nobody writes it again.
+    """
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if rank() == 0 and is_elastic() and may_restart and num_nodes() > 1 and agent_keeps_store():
+        log.warning(
+            "a node that replaces another one will wait for torchrun's store in vain; set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, and name the run (docs/deploy.md)"
+        )

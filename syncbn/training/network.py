@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import struct
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -50,13 +51,11 @@ def own_address() -> str | None:
 
 def source_address(host: str) -> str | None:
     """The address of this machine from which packets to `host` would leave; sends none. None if there is no way."""
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)
-                return str(probe.getsockname()[0])
-    except OSError:
-        pass
+    with suppress(OSError):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: it only looks the way up
+            return str(probe.getsockname()[0])
     return None
 
 
@@ -65,10 +64,8 @@ def addresses_of(device: str) -> set[str]:
     found = set()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("256s", device.encode()[:15])
-        try:
+        with suppress(OSError):  # it has none
             found.add(socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]))
-        except OSError:
-            pass  # it has none
     table = Path("/proc/net/if_inet6")
     for line in table.read_text().splitlines() if table.exists() else ():
         digits, *_, name = line.split()
