@@ -6,9 +6,9 @@ Imports torch only where a rank has to talk to the others, so that `train.py --c
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,8 +20,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from syncbn.training.config import SCHEMAS, ConfigError
+from syncbn.training.network import choose_device
 from syncbn.training.reporting import explain, explain_timeout, report_failure
-from syncbn.training.world import agree, attempt, is_distributed, rank, store, world_size
+from syncbn.training.world import (
+    agent_keeps_store,
+    agree,
+    attempt,
+    is_distributed,
+    is_elastic,
+    num_nodes,
+    rank,
+    store,
+    world_size,
+)
+
+log = logging.getLogger(__name__)
 
 # What a task with `load` takes from its own command line; everything else is for the stored configuration.
 _KEPT = re.compile(
@@ -97,6 +110,9 @@ def open_override(argument: str) -> str:
 def _run_name(run: str | None) -> str:
     """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
     if run is None:
+        if is_elastic() and not agent_keeps_store():  # the agreed stamp would go with the store, and the run with it
+            raise ConfigError("run: where torchrun's store ends with each attempt, a restart finds its run by name"
+                              " alone; give it one, run=...")  # fmt: skip
         return agree("run_name", _reserve_stamp)
     name = str(run)
     if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
@@ -129,11 +145,8 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size()):  # one machine: nobody else has to reach these ranks
-        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-        if loopback is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    choose_device()
+    _warn_of_lasting_store()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.PrefixStore(f"syncbn/{job}/attempt{attempt()}", store()),
@@ -159,3 +172,16 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
+
+
+def _warn_of_lasting_store() -> None:
+    """What torch 2.13 does with several machines and restarts: one that joins later is never told where the store is.
+
+    It waits for that in the new round of the rendezvous, where nobody writes it again.
+    """
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if rank() == 0 and is_elastic() and may_restart and num_nodes() > 1 and agent_keeps_store():
+        log.warning(
+            "a node that replaces another one will wait for torchrun's store in vain; set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node, and name the run (docs/deploy.md)"
+        )

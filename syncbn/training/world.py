@@ -27,8 +27,34 @@ def world_size() -> int:
 
 
 def attempt() -> str:
-    """How often torchrun has restarted the job."""
+    """How often torchrun has restarted the job, the same on every rank.
+
+    Each machine counts for itself, and one that joined later has counted fewer: where the store is new at every
+    attempt, rank 0's word holds.
+    """
+    if is_distributed() and not agent_keeps_store():
+        return agree("attempt", restarts)
+    return restarts()
+
+
+def restarts() -> str:
+    """How often this machine's torchrun has restarted its ranks."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def agent_keeps_store() -> bool:
+    """Whether torchrun's agent keeps the store, so that it outlives the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_elastic() -> bool:
+    """Whether a launcher that restarts ranks (torchrun) has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def num_nodes() -> int:
+    """The number of machines of the job, as torchrun counts them; 1 without it."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
 def is_distributed() -> bool:
@@ -60,12 +86,11 @@ def store() -> Store:
     """The job's key-value store: the one that torchrun's agent keeps, else one that rank 0 hosts."""
     from torch.distributed import TCPStore
 
-    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size(),
-        is_master=rank() == 0 and not agent_hosts_it,
+        is_master=rank() == 0 and not agent_keeps_store(),
         timeout=_STORE_TIMEOUT,
     )
 

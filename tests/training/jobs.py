@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -55,15 +56,30 @@ class LiveJob:
     """A train.py under torchrun that a test may hurt; always ended when the test is over.
 
     Waiting is reading: `wait_for` blocks on the job's output, up to a timeout that ends the job.
+
+    Args:
+        options: of torchrun.
+        prefix: what the command line has in front: to run it on another host, say.
+        launcher: what takes the place of torchrun and train.py.
+        variables: further environment variables.
     """
 
     def __init__(
-        self, cwd: Path, *overrides: str, num_ranks: int, options: tuple[str, ...] = (), timeout: float = 120.0
+        self,
+        cwd: Path,
+        *overrides: str,
+        num_ranks: int,
+        options: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+        launcher: Sequence[str] = (),
+        timeout: float = 120.0,
+        **variables: str,
     ) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **variables}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
-        command = [TORCHRUN, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py"), *overrides]
+        torchrun = [TORCHRUN, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py")]
+        command = [*prefix, *(launcher or torchrun), *overrides]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
