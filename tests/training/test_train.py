@@ -459,3 +459,20 @@ def test_running_statistics_move_once_per_step_however_many_micro_batches_it_has
     # The first layer's are those of the whole batch.
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(four[f"backbone.stem.bn.{name}"], one[f"backbone.stem.bn.{name}"])
+
+
+def test_a_run_ends_with_a_report_of_its_layers(default_run):
+    report = (default_run / "report.html").read_text()
+    assert len(report) < 3_000_000
+    assert "backbone.stage3.0.bn2" in report
+    assert "no between-rank share" not in report
+
+
+def test_a_run_that_fails_has_a_report_too(tmp_path):
+    mistake = ["freeze.a.match=backbone", "freeze.a.stats=false", "freeze.a.weights=true", "audit.level=error"]
+    done = start(tmp_path, *mistake, "tracker.mode=disabled", "run=mistaken")
+    assert done.returncode == 2
+    assert "error: audit.level=error: parameters-frozen-statistics-moving" in done.stderr
+    summary = json.loads((tmp_path / "outputs/mistaken/summary.json").read_text())
+    assert "parameters-frozen-statistics-moving" in summary["failed"]
+    assert "parameters-frozen-statistics-moving" in (tmp_path / "outputs/mistaken/report.html").read_text()
