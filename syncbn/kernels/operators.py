@@ -11,7 +11,6 @@ from syncbn.kernels import cpu, cuda, reference
 
 _library = torch.library.Library("syncbn", "DEF")
 _library.define("moments(Tensor input, Tensor? mask=None) -> Tensor")
-_library.define("spread(Tensor packed) -> Tensor")
 _library.define(
     "finish(Tensor packed, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
     " float? momentum, float eps, ScalarType dtype) -> (Tensor mean, Tensor invstd, Tensor count)"
@@ -35,17 +34,11 @@ for _name in ("moments", "finish", "normalize", "backward_reduce", "backward_ele
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     _library.impl(_name, getattr(cpu, _name), "CPU")
     _library.impl(_name, getattr(cuda, _name), "CUDA")
-_library.impl("spread", reference.spread, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("syncbn::moments", lib=_library)
 def _(input: Tensor, mask: Tensor | None = None) -> Tensor:
     return input.new_empty(4 * input.size(1) + 1, dtype=torch.float64)
-
-
-@torch.library.register_fake("syncbn::spread", lib=_library)
-def _(packed: Tensor) -> Tensor:
-    return packed.new_empty((packed.size(0) - 1) // 4)
 
 
 @torch.library.register_fake("syncbn::finish", lib=_library)
@@ -89,7 +82,6 @@ def _(
 
 
 moments = torch.ops.syncbn.moments.default
-spread = torch.ops.syncbn.spread.default
 finish = torch.ops.syncbn.finish.default
 normalize = torch.ops.syncbn.normalize.default
 backward_reduce = torch.ops.syncbn.backward_reduce.default

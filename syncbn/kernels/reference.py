@@ -49,12 +49,6 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     return pack(counted, pivot, centred.sum(dims), centred.square().sum(dims))
 
 
-def spread(packed: Tensor) -> Tensor:
-    """(C,) float64: sum((x - mean)^2) over all samples of the packed moments."""
-    count, _, variance = unpack(packed)
-    return variance * count
-
-
 def finish(
     packed: Tensor,
     running_mean: Tensor | None,

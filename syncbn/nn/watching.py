@@ -40,11 +40,11 @@ def split_record(record: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def sum_and_record(local: Tensor, reduce: Reduce, record: Tensor) -> Tensor:
     """The sum over ranks of the packed moments, by one collective, with what they say added to `record`."""
     with _hidden():
-        payload = torch.cat([local, operators.spread(local)])
+        payload = torch.cat([local, _squares(local)])
     payload = reduce(payload)
     with _hidden():
         packed, within = payload[: local.numel()], payload[local.numel() :]
-        total = operators.spread(packed)
+        total = _squares(packed)
         record.add_(torch.cat([packed, (total - within).clamp(min=0.0), total, torch.ones_like(total[:1])]))
     return packed
 
@@ -54,6 +54,12 @@ def record_local(input: Tensor, mask: Tensor | None, record: Tensor) -> None:
     with _hidden():
         packed = operators.moments(input.detach(), mask)
         record[: packed.numel()].add_(packed)
+
+
+def _squares(packed: Tensor) -> Tensor:
+    """(C,) float64: sum((x - mean)^2) over all samples of the packed moments; by a kernel that is there anyway."""
+    _, invstd, count = operators.finish(packed, None, None, None, 0.0, 0.0, torch.float64)
+    return count / invstd.square()  # 0 where nothing varies, and where there is nothing
 
 
 def _hidden() -> AbstractContextManager[object]:
