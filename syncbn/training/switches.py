@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,20 +43,27 @@ def check(config: Config, device: torch.device) -> None:
 @contextmanager
 def applied(config: Config) -> Iterator[None]:
     """TF32 and deterministic operators as configured; afterwards as before, for the next job of a multirun."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
-    matmul.allow_tf32 = cudnn.allow_tf32 = config.tf32
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # without which cuBLAS refuses; read at its first use
-        cudnn.benchmark = False
+        # Without it cuBLAS refuses; read at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    try:
+        with _tf32(config.tf32) if torch.cuda.is_available() else nullcontext():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before[:3]
-        torch.use_deterministic_algorithms(before[3])
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def lay_out(model: nn.Module) -> None:

@@ -155,5 +155,5 @@ def test_task_audit_refuses_what_is_no_run_and_a_directory_that_holds_one(job):
     with pytest.raises(ConfigError, match=r"load: expected a checkpoint or a run directory for task=audit"):
         job("task=audit", "run=x")
     run = job(*SMALL, "run=a")
-    with pytest.raises(ConfigError, match="holds a training run; load it from another"):
+    with pytest.raises(ConfigError, match="holds a training run; choose another name"):
         job("task=audit", f"load={run}", "run=a")
