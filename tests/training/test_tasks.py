@@ -33,7 +33,8 @@ class Leaky(nn.BatchNorm2d):
 
 class Refused(nn.BatchNorm2d):
     def forward(self, x):
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        statistics = self.running_mean, self.running_var
+        return torch.native_batch_norm(x, self.weight, self.bias, *statistics, self.training, 0.1, self.eps)[0]
 
 class Net(nn.Module):
     def __init__(self, kind="Leaky", last="BatchNorm1d"):
