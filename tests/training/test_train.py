@@ -97,8 +97,15 @@ def test_each_evaluation_has_a_table_of_all_layers_and_the_vectors_of_the_latest
     tables = [row for row in read_history(default_run) if "bn/layers/_type" in row]
     assert [row["step"] for row in tables] == evaluated
     assert tables[-1]["bn/layers/nrows"] == 9
-    [table] = default_run.glob(f"wandb/offline-run-*/files/{tables[-1]['bn/layers/path']}")
-    shown = json.loads(table.read_text())
+    shown = [
+        json.loads(path.read_text())
+        for row in tables
+        for path in default_run.glob(f"wandb/offline-run-*/files/{row['bn/layers/path']}")
+    ]
+    # What the layers saw in this very step, whether or not it is a logging step.
+    drifts = [one["data"][0][one["columns"].index("drift")] for one in shown]
+    assert len(set(drifts)) == len(evaluated)
+    shown = shown[-1]
     latest = json.loads((default_run / "layers.json").read_text())
     assert latest["step"] == evaluated[-1]
     assert [row[:2] for row in shown["data"]] == [[number, name] for number, name in enumerate(latest["layers"])]
