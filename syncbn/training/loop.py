@@ -156,10 +156,8 @@ class Trainer:
             if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
-            shows_layers = any(
-                self._is_due(every, self.counters.step + 1) for every in (self.log_every, self.eval_every)
-            )
-            with self.monitor.watch(shows_layers):
+            shown_every = (self.log_every, self.eval_every)
+            with self.monitor.watch(any(self._is_due(every, self.counters.step + 1) for every in shown_every)):
                 self._train_step(self.counters.step)
             if self.profiler is not None:
                 self.profiler.step()
