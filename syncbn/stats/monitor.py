@@ -37,7 +37,9 @@ class LayerSnapshot:
     weight: Tensor | None
     bias: Tensor | None
     stats_frozen: bool
+    """By `freeze`."""
     affine_frozen: bool
+    """Weight and bias get no gradient, be it by `freeze` or by hand."""
     batch_mean: Tensor | None = None
     """Of the last watched step: over all ranks that the layer sums over, if it normalized by the batch; otherwise
     (frozen statistics, evaluation mode, a class other than `SyncBatchNorm`) over this rank's samples."""
@@ -204,7 +206,7 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
     held: dict[str, Any] = {kind: values.get(kind) for kind in _HELD}
     held |= {
         "stats_frozen": isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
-        "affine_frozen": is_held(layer),
+        "affine_frozen": _is_affine_frozen(layer),
     }
     if "record" not in values:
         return LayerSnapshot(**held)
@@ -224,6 +226,11 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
         between_rank_share=between / total if by_batch and _sums_over_ranks(layer) else None,
         values_per_channel=(count / calls).item() if by_batch else None,
     )
+
+
+def _is_affine_frozen(layer: _BatchNorm) -> bool:
+    own = list(layer.parameters(recurse=False))
+    return not any(parameter.requires_grad for parameter in own) if own else is_held(layer)
 
 
 def _sums_over_ranks(layer: _BatchNorm) -> bool:
