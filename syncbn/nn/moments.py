@@ -31,9 +31,13 @@ class Moments:
     """The payload, (4C+1,) float64; not meant to be read, only to be added."""
 
     @classmethod
-    def of(cls, input: Tensor) -> Moments:
-        """The moments of `input`, (N, C, ...) of any floating type; an empty input has a count of 0."""
-        return cls(reference.moments(input))  # not the quick kernels of the layer: nothing is to be lost here
+    def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
+        """The moments of `input`, (N, C, ...) of any floating type; an empty input has a count of 0.
+
+        Args:
+            mask: (N, 1, ...) bool, broadcasts to the input; what is False does not count.
+        """
+        return cls(reference.moments(input, mask))  # not the quick kernels of the layer: nothing is to be lost here
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.packed + other.packed)

@@ -18,6 +18,7 @@ from syncbn.nn.holding import is_held
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
 from syncbn.nn.watching import new_record, split_record
+from syncbn.stats.calls import input_of
 
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
 DEAD_VARIANCE = 1e-8  # running variance below this: the channel hardly varies
@@ -36,7 +37,9 @@ class LayerSnapshot:
     weight: Tensor | None
     bias: Tensor | None
     stats_frozen: bool
+    """By `freeze`."""
     affine_frozen: bool
+    """Weight and bias get no gradient, be it by `freeze` or by hand."""
     batch_mean: Tensor | None = None
     """Of the last watched step: over all ranks that the layer sums over, if it normalized by the batch; otherwise
     (frozen statistics, evaluation mode, a class other than `SyncBatchNorm`) over this rank's samples."""
@@ -138,7 +141,7 @@ class Monitor:
             if isinstance(layer, SyncBatchNorm):
                 layer._record = seen.record
             else:
-                hooks.append(layer.register_forward_pre_hook(seen.look))
+                hooks.append(layer.register_forward_pre_hook(seen.look, with_kwargs=True))
         try:
             yield
         finally:
@@ -151,7 +154,7 @@ class Monitor:
         """What every layer holds now and saw in the last watched step, in the order of the model."""
         parts: list[tuple[_BatchNorm, str, Tensor]] = []
         for layer in self._layers:
-            held = {kind: getattr(layer, kind, None) for kind in _HELD}
+            held = {kind: getattr(layer, kind, None) for kind in _HELD} if _has_width(layer) else {}
             seen = self._seen[layer].parts() if layer in self._seen else {}
             parts += [(layer, kind, part.detach()) for kind, part in {**held, **seen}.items() if part is not None]
         values: dict[_BatchNorm, dict[str, Tensor]] = {layer: {} for layer in self._layers}
@@ -175,10 +178,11 @@ class _Seen:
         mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))
         return cls(new_record(layer.__dict__["num_features"], device), mean, var)
 
-    def look(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def look(self, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """A hook for layers of other classes, before their forward."""
-        if arguments and isinstance(arguments[0], Tensor):
-            packed = Moments.of(arguments[0].detach()).packed
+        input = input_of(arguments, keywords)
+        if input is not None:
+            packed = Moments.of(input.detach()).packed
             self.record[: packed.numel()].add_(packed)
             if layer.training and not isinstance(layer, nn.SyncBatchNorm):  # whose batch is larger than what is here
                 self.record[-1].add_(1.0)
@@ -202,7 +206,7 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
     held: dict[str, Any] = {kind: values.get(kind) for kind in _HELD}
     held |= {
         "stats_frozen": isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
-        "affine_frozen": is_held(layer),
+        "affine_frozen": _is_affine_frozen(layer),
     }
     if "record" not in values:
         return LayerSnapshot(**held)
@@ -222,6 +226,11 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
         between_rank_share=between / total if by_batch and _sums_over_ranks(layer) else None,
         values_per_channel=(count / calls).item() if by_batch else None,
     )
+
+
+def _is_affine_frozen(layer: _BatchNorm) -> bool:
+    own = list(layer.parameters(recurse=False))
+    return not any(parameter.requires_grad for parameter in own) if own else is_held(layer)
 
 
 def _sums_over_ranks(layer: _BatchNorm) -> bool:

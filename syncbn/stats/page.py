@@ -39,7 +39,7 @@ _TEXTS = {
 }
 
 _ABSENT = {
-    "drift": "It needs statistics of batches, which a frozen layer does not compute.",
+    "drift": "It needs a logging step (log_every) and layers with running statistics.",
     "between_rank_share": "It needs several ranks and layers that synchronize (bn.sync=true).",
     "weight_abs": "It needs layers with gamma.",
     "dead_channels": "It needs layers with gamma or running statistics.",

@@ -19,6 +19,7 @@ from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.groups import collective_group, spans_world, sum_over_ranks
 from syncbn.nn.moments import Moments
 from syncbn.nn.stepping import even_steps
+from syncbn.stats.calls import has_lazy_layers, input_of
 
 
 @torch.no_grad()
@@ -41,7 +42,8 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
         num_batches: stop after so many on each rank; None for all.
 
     Raises:
-        ValueError: no batch on any rank; no layer that could take part; num_batches below 1.
+        ValueError: no batch on any rank; no layer that could take part; lazy layers that have not seen their width;
+            num_batches below 1.
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -54,6 +56,8 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
         raise ValueError(f"num_batches: expected None or 1 or more, got {num_batches}")
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    if has_lazy_layers(model):
+        raise ValueError("model: has lazy layers that have not seen their width; run it once before")
     with ExitStack() as stack:
         synchronized = stack.enter_context(pooling(model, "precise_bn"))
         plain = stack.enter_context(_watching(model))
@@ -96,12 +100,14 @@ def _watching(model: nn.Module) -> Iterator[dict[_BatchNorm, Moments | None]]:
     ]
     seen: dict[_BatchNorm, Moments | None] = dict.fromkeys(layers)
 
-    def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def look(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         assert isinstance(layer, _BatchNorm)
-        before, new = seen[layer], Moments.of(arguments[0])
-        seen[layer] = new if before is None else before + new
+        input = input_of(arguments, keywords)
+        if input is not None:
+            before, new = seen[layer], Moments.of(input)
+            seen[layer] = new if before is None else before + new
 
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     buffers = {layer: dict(layer._buffers) for layer in layers}
     for layer, own in buffers.items():
         layer._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import unwrapped
+from syncbn.stats.calls import counted, has_lazy_layers, input_of
 from syncbn.stats.dropout import DropoutTrace
 
 
@@ -71,7 +71,7 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
         What each of the layers was given; those that did not run are left out.
     """
     model = unwrapped(model)
-    if any(isinstance(module, LazyModuleMixin) and module.has_uninitialized_params() for module in model.modules()):
+    if has_lazy_layers(model):
         raise ValueError(
             "batch: the model has lazy layers that have not seen their width; run it once before the audit"
         )
@@ -101,11 +101,12 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
 @contextmanager
 def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: DropoutTrace) -> Iterator[None]:
     @torch.no_grad()
-    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not arguments or not isinstance(arguments[0], Tensor) or arguments[0].dim() < 2:
+    def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = input_of(arguments, keywords)
+        if given is None or given.dim() < 2:
             return
-        input = arguments[0].detach()
-        moments, rows = Moments.of(input), float(len(input))
+        input, mask = counted(layer, arguments, keywords)
+        moments, rows = Moments.of(input, mask), float(len(input))
         last = seen.get(name)
         seen[name] = Seen(
             moments if last is None else last.moments + moments,
@@ -114,7 +115,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
             1 if last is None else last.num_calls + 1,
             input.dtype,
             max(float(input.abs().max()) if input.numel() else 0.0, 0.0 if last is None else last.max_abs),
-            max(trace.rate(arguments[0]), 0.0 if last is None else last.dropout),
+            max(trace.rate(given), 0.0 if last is None else last.dropout),
             _inside_checkpoint() or (last is not None and last.under_checkpoint),
         )
 
@@ -122,7 +123,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
         if isinstance(output, Tensor):
             trace.forget(output)
 
-    handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     try:
         yield
     finally:

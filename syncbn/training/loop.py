@@ -9,7 +9,7 @@ for step in range(start, num_steps):
     gradient *= nominal / (count over all ranks)      (so the loss is the mean over the global batch, exactly)
     optimizer.step(); schedule.step()                 (left out on the device where loss or gradient is not finite)
     every log_every:  metrics and BN statistics to the tracker
-    every eval_every: validation; the best model so far is kept
+    every eval_every: validation and a table of BN statistics; the best model so far is kept
     every save.every: a checkpoint
         asked to stop:    a checkpoint, and leave
 test the best model, once
@@ -156,7 +156,8 @@ class Trainer:
             if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
-            with self.monitor.watch(self._is_due(self.log_every, self.counters.step + 1)):
+            shown_every = (self.log_every, self.eval_every)
+            with self.monitor.watch(any(self._is_due(every, self.counters.step + 1) for every in shown_every)):
                 self._train_step(self.counters.step)
             if self.profiler is not None:
                 self.profiler.step()

@@ -29,6 +29,22 @@ class Stopped(SystemExit):
         self.step = step
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A SIGTERM waits for the end of this context, as far as nobody else listens inside.
+
+    A rank that fails is followed at once by torchrun's signal to all others: the first one has yet to write the report.
+    """
+    taken: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if taken:
+            signal.raise_signal(signal.SIGTERM)
+
+
 class NonFiniteError(TrainingError):
     """A step at fault.
 

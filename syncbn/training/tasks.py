@@ -41,7 +41,7 @@ from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
 from syncbn.training.redaction import redact, redacted
 from syncbn.training.resuming import checkpoint_to_resume, cut_back, merge_with_stored
-from syncbn.training.stopping import StopRequest
+from syncbn.training.stopping import StopRequest, deferred
 from syncbn.training.sweep import read_summary, write_summary
 from syncbn.training.tracker import Tracker
 
@@ -86,6 +86,7 @@ def train(
     config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack
 ) -> dict[str, float]:
     """`task=train`; `tracking` closes the tracker."""
+    tracking.enter_context(deferred())
     stop = StopRequest()
     with stop.listen():
         return _train(config, run_dir, place, overrides, tracking, stop)
@@ -119,10 +120,10 @@ def _train(
     environment = describe(place, overrides)
     if place.is_first:
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-        if config.tracker.report:
-            tracking.push(reporting.Report(run_dir, overrides).end)  # after the tracker has written its last line
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
+    if place.is_first and config.tracker.report:
+        tracking.push(reporting.Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)

@@ -75,8 +75,8 @@ class Tracker:
             record |= {f"bn/{name}/{key}": value for key, value in scalars.items()}
         for key, worst in _WORST.items():
             values = [scalars[key] for scalars in of_layers.values() if key in scalars]
-            if values:
-                record[f"bn/{worst.__name__}_{key}"] = worst(values)
+            if values:  # what is not a number is worse than all numbers, and compares with none
+                record[f"bn/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
         self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
         if self._wandb is not None:
             self._wandb.do(lambda run: run.log({**record, **_histograms(layers or {})}))
@@ -127,18 +127,23 @@ def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
 
 
 def _histograms(layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
-    import wandb
-
     return {
-        f"bn/{name}/hist/{kind}": wandb.Histogram(_finite(vector))
+        f"bn/{name}/hist/{kind}": _histogram(finite)
         for name, layer in layers.items()
         for kind, vector in layer.vectors().items()
-        if len(_finite(vector))
+        if len(finite := vector[vector.isfinite()])
     }
 
 
-def _finite(vector: Tensor) -> Any:
-    return vector[vector.isfinite()].numpy()
+def _histogram(vector: Tensor) -> Any:
+    import numpy as np
+    import wandb
+
+    low, high = vector.min().item(), vector.max().item()
+    scale = max(-low, high)
+    if high - low <= max(1e-9 * scale, 1e-300):  # equal but for rounding: bins that narrow are an error to numpy
+        low, high = low - max(0.5, 1e-9 * scale), high + max(0.5, 1e-9 * scale)
+    return wandb.Histogram(np_histogram=np.histogram(vector.numpy(), bins=64, range=(low, high)))
 
 
 def _jsonable(value: float) -> float | str:

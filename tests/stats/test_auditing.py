@@ -389,6 +389,27 @@ def test_a_batch_leaves_no_trace(training):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Masked(nn.Module):
+    def __init__(self, is_named):
+        super().__init__()
+        self.is_named = is_named
+        self.bn = SyncBatchNorm(3)
+
+    def forward(self, input):
+        mask = (torch.arange(len(input)) % 2 == 0).view(-1, 1, 1, 1)
+        return self.bn(input=input, mask=mask) if self.is_named else self.bn(input, mask)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("padding", [1e3, float("nan")])
+def test_what_a_mask_hides_is_no_finding_and_what_it_leaves_is(is_named, padding):
+    model = trained(Masked(is_named))
+    batch = images()
+    batch[1::2] = padding
+    assert rules(model, batch=batch) == []
+    assert rules(model, batch=batch + 1e3) == [("bn", "train-eval-gap", "warning")]
+
+
 def test_names_are_those_without_wrappers_and_a_shared_layer_comes_once():
     layer = nn.BatchNorm2d(3, momentum=0.0)
     model = torch.compile(nn.Sequential(layer, nn.Sequential(layer)))

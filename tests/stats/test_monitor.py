@@ -37,6 +37,40 @@ def test_scalars_count_dead_channels_and_show_switches():
     assert (scalars["stats_frozen"], scalars["affine_frozen"]) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("make", [SyncBatchNorm, nn.BatchNorm2d])
+def test_affine_is_frozen_where_it_gets_no_gradient_whoever_has_seen_to_that(make):
+    layer = make(3)
+
+    def is_frozen():
+        return Monitor(layer).snapshot()[""].affine_frozen
+
+    assert not is_frozen()
+    layer.requires_grad_(False)
+    assert is_frozen()
+    layer.requires_grad_(True)
+    freeze(layer, "*", stats=False)
+    assert is_frozen()
+    layer.requires_grad_(True)
+    assert not is_frozen()
+
+
+def test_a_lazy_layer_holds_nothing_until_it_has_seen_its_width():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    monitor = Monitor(model)
+    assert monitor.snapshot()["0"].vectors() == {}
+    with monitor.watch():
+        model(torch.randn(4, 3, 2, 2))
+    assert monitor.snapshot()["0"].running_mean.shape == (3,)
+
+
+def test_a_layer_of_torch_may_be_given_its_input_by_name():
+    layer = nn.BatchNorm2d(3)
+    monitor = Monitor(layer)
+    with monitor.watch():
+        layer(input=torch.randn(4, 3, 2, 2))
+    assert monitor.snapshot()[""].values_per_channel == 16
+
+
 def test_a_model_without_batch_normalization_has_an_empty_snapshot():
     monitor = Monitor(nn.Linear(2, 2))
     with monitor.watch():

@@ -116,6 +116,21 @@ def test_frozen_layers_are_passed_over():
     assert net[3].running_mean.abs().max() > 0
 
 
+def test_a_layer_of_torch_may_be_given_its_input_by_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(input=x)
+
+    net, batch = Named().double(), torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    precise_bn(net, batch.split([3, 5]))
+    torch.testing.assert_close(net.bn.running_mean, batch.mean((0, 2, 3)))
+    torch.testing.assert_close(net.bn.running_var, batch.var((0, 2, 3)))
+
+
 def test_no_more_batches_than_asked_for():
     drawn = []
 
@@ -134,6 +149,7 @@ def test_no_more_batches_than_asked_for():
         (network(), [], {}, "batches: expected at least one, got none"),
         (nn.Linear(2, 2), [torch.randn(2, 2)], {}, "model: has no batch normalization"),
         (network(), [], {"num_batches": 0}, "num_batches: expected None or 1 or more, got 0"),
+        (nn.LazyBatchNorm2d(), [torch.randn(4, 3, 2, 2)], {}, "model: has lazy layers that have not seen their width"),
     ],
 )
 def test_mistakes(model, batches, options, message):

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import math
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training import schedules
 from syncbn.training.config import CosineConfig, TrackerConfig
-from syncbn.training.tracker import Tracker
+from syncbn.training.tracker import Tracker, _histograms
 from tests.training import wandb_servers
 from tests.training.jobs import ROOT, read_metrics, run_job, start
 from tests.training.test_resume import SMALL
@@ -49,6 +52,31 @@ def test_numbers_that_json_lacks_stay_readable(tmp_path):
     tracker.close()
     record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert record == {"step": 0, "train/loss": "nan", "val/loss": "inf"}
+
+
+def snapshot_of(**vectors):
+    held = dict.fromkeys(("running_mean", "running_var", "weight", "bias"))
+    return LayerSnapshot(**{**held, "stats_frozen": False, "affine_frozen": False, **vectors})
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 1.0 + 2**-52], [3.0, 3.0], [0.0, 5e-324], [-1e17, -1e17], [0.5, 2.0], [1.0, math.nan]]
+)
+def test_a_histogram_of_channels_that_differ_by_rounding_alone_does_not_end_the_wandb_run(values):
+    vector = torch.tensor(values, dtype=torch.float64)
+    [histogram] = _histograms({"a": snapshot_of(running_mean=vector)}).values()
+    assert sum(histogram.histogram) == vector.isfinite().sum()
+    assert histogram.bins == sorted(set(histogram.bins))
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_layer_whose_numbers_are_not_finite_is_the_worst_of_all(tmp_path, at):
+    drifts = [0.1, 0.3]
+    drifts.insert(at, math.nan)
+    layers = {str(n): snapshot_of(drift=torch.tensor([d], dtype=torch.float64)) for n, d in enumerate(drifts)}
+    with Tracker(TrackerConfig("disabled", "syncbn", None, 30.0), tmp_path, {}, active=True) as tracker:
+        tracker.log(1, {}, layers)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["bn/max_drift"] == "nan"
 
 
 def test_warmup_is_linear_and_the_cosine_ends_at_its_final_share():

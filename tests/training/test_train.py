@@ -1,6 +1,7 @@
 """train.py end to end, as a user starts it."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import yaml
 from torch import nn
 
 from syncbn.training.place import Place
+from syncbn.training.stopping import deferred
 from syncbn.training.wrapping import wrap
 from tests.training.jobs import ROOT, read_metrics, run_job, start
-from tests.training.wandb_file import read_history
+from tests.training.wandb_file import read_history, read_records
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,15 @@ def test_each_evaluation_has_a_table_of_all_layers_and_the_vectors_of_the_latest
     tables = [row for row in read_history(default_run) if "bn/layers/_type" in row]
     assert [row["step"] for row in tables] == evaluated
     assert tables[-1]["bn/layers/nrows"] == 9
-    [table] = default_run.glob(f"wandb/offline-run-*/files/{tables[-1]['bn/layers/path']}")
-    shown = json.loads(table.read_text())
+    shown = [
+        json.loads(path.read_text())
+        for row in tables
+        for path in default_run.glob(f"wandb/offline-run-*/files/{row['bn/layers/path']}")
+    ]
+    # What the layers saw in this very step, whether or not it is a logging step.
+    drifts = [one["data"][0][one["columns"].index("drift")] for one in shown]
+    assert len(set(drifts)) == len(evaluated)
+    shown = shown[-1]
     latest = json.loads((default_run / "layers.json").read_text())
     assert latest["step"] == evaluated[-1]
     assert [row[:2] for row in shown["data"]] == [[number, name] for number, name in enumerate(latest["layers"])]
@@ -476,3 +485,27 @@ def test_a_run_that_fails_has_a_report_too(tmp_path):
     summary = json.loads((tmp_path / "outputs/mistaken/summary.json").read_text())
     assert "parameters-frozen-statistics-moving" in summary["failed"]
     assert "parameters-frozen-statistics-moving" in (tmp_path / "outputs/mistaken/report.html").read_text()
+
+
+def test_a_run_whose_ranks_all_fail_has_a_report_though_torchrun_ends_the_first_when_another_is_gone(tmp_path):
+    done = start(tmp_path, "optimizer.lr=1e12", "duration=5", "log_every=1", "run=far", num_ranks=2)
+    assert done.returncode == 1
+    run = tmp_path / "outputs/far"
+    assert "the loss is not finite" in json.loads((run / "summary.json").read_text())["failed"]
+    assert "the loss is not finite" in (run / "report.html").read_text()
+    assert any(record.WhichOneof("record_type") == "exit" for record in read_records(next(run.rglob("*.wandb"))))
+
+
+def test_a_signal_waits_until_what_must_not_be_cut_off_is_over():
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with deferred():
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == []
+        assert ended == [signal.SIGTERM]
+        with deferred():
+            pass
+        assert len(ended) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
