@@ -1,11 +1,12 @@
 """What one layer costs, forward and backward, next to torch's local one and to what nothing can avoid.
 
 torchrun --nproc-per-node 2 benchmarks/layer.py [--quick] [--json FILE]
+python benchmarks/layer.py --device cuda [--quick] [--json FILE]           is benchmarks/gpu.py layers
 
-Both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way. Rows
-take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and in
-brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its brackets
-means nothing.
+On CPU, both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way.
+Rows take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and
+in brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its
+brackets means nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="float32 in the contiguous layout alone")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        options = [*["--quick"] * arguments.quick, *(["--json", str(arguments.json)] if arguments.json else [])]
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("gpu.py")), "layers", *options])
     torch.set_num_threads(1)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node 2 benchmarks/layer.py")

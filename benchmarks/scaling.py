@@ -1,11 +1,16 @@
 """What synchronizing one layer sends as the world grows, counted, and how long it takes on gloo ranks of this machine.
 
-python benchmarks/scaling.py [--quick] [--json FILE]
+python benchmarks/scaling.py [--quick] [--json FILE]        two minutes, most of it starting processes
 
 For 1, 2, 4, 8 ranks and some widths C: the bytes that a rank gives to a collective and receives from it, forward and
-backward, taken from the collectives themselves; and the time of each against its neighbours: an all-reduce of what we
-send, and the all-gather of 2C+1 numbers per rank and all-reduce that torch's layer does on CUDA. Ranks share the
-machine's cores, so beyond their number the times say nothing about a network; the counts are exact everywhere.
+backward, taken from the collectives themselves; and how long the forward one takes: an all-reduce of what we send, the
+same as the layer does it on CPU, and the all-gather of 2C+1 float32 per rank that torch's layer does on CUDA. Both
+tables can go into docs/scaling.md as they are.
+
+Beside the times stands what the model of docs/scaling.md makes of them: a latency a and a time per byte b, fitted to
+the times of two ranks (so at two it agrees by construction), and gloo's rings for more. Ranks share the machine's
+cores: beyond their number each round also waits for its turn on a core, which the model does not know, and the times
+say nothing about a network. The counts are exact everywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +23,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,8 +37,10 @@ from syncbn import SyncBatchNorm
 from syncbn.nn import groups
 
 WORLDS = (1, 2, 4, 8)
-WIDTHS = (64, 512, 2048)
-CALLS = 40
+WIDTHS = (64, 512, 2048, 16384)  # the last one is wider than layers are: there bytes show beside the latency
+RUNS, CALLS = 5, 10
+ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather"
+Row = dict[str, Any]
 
 
 class Traffic:
@@ -64,21 +73,24 @@ def counted(work: Callable[[], object]) -> Traffic:
     return traffic
 
 
-def milliseconds(work: Callable[[], object], calls: int) -> float:
-    """The lower quartile of so many calls, all ranks beginning together."""
+def milliseconds(work: Callable[[], object], runs: int, calls: int) -> float:
+    """A call, of several in a row (the ranks keep step by the collectives themselves); lower quartile of the runs."""
     times = []
-    for _ in range(calls):
+    for _ in range(runs + 1):
         dist.barrier()
         start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.quantiles(times, n=4)[0] * 1e3
+        for _ in range(calls):
+            work()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.quantiles(times[1:], n=4, method="inclusive")[0] * 1e3  # the first run connects the ranks
 
 
-def measure(rank: int, world: int, store: str, calls: int, results: object) -> None:
-    """One rank."""
+def measure(rank: int, world: int, directory: str, runs: int, calls: int) -> None:
+    """One rank; the first one writes its rows to `directory`."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    store = dist.FileStore(f"{directory}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    rows = []
     for channels in WIDTHS:
         layer = SyncBatchNorm(channels)
         # Values that differ by rank, as data does.
@@ -86,49 +98,85 @@ def measure(rank: int, world: int, store: str, calls: int, results: object) -> N
         output: list[Tensor] = []
         forward = counted(lambda layer=layer, input=input, output=output: output.append(layer(input)))  # type: ignore[misc]
         backward = counted(lambda output=output: output[0].sum().backward())  # type: ignore[misc]
-        row: dict[str, object] = {"world": world, "channels": channels}
+        row: Row = {"world": world, "channels": channels}
         for name, traffic in (("forward", forward), ("backward", backward)):
             row[name] = {"calls": traffic.calls, "given": traffic.given, "received": traffic.received}
         sums = torch.zeros(4 * channels + 1, dtype=torch.float64)
         theirs, gathered = torch.zeros(2 * channels + 1), torch.zeros(world, 2 * channels + 1)
         works = {
-            "all_reduce": lambda sums=sums: dist.all_reduce(sums),
-            "sum_over_ranks": lambda sums=sums: groups.sum_over_ranks(sums, dist.group.WORLD),
-            "all_gather": lambda gathered=gathered, theirs=theirs: dist.all_gather(list(gathered.unbind()), theirs),
+            ALL_REDUCE: lambda sums=sums: dist.all_reduce(sums),
+            "layer": lambda sums=sums: groups.sum_over_ranks(sums, dist.group.WORLD),
+            ALL_GATHER: lambda gathered=gathered, theirs=theirs: dist.all_gather(list(gathered.unbind()), theirs),
         }
-        row["ms"] = {name: milliseconds(work, calls) for name, work in works.items()}  # type: ignore[arg-type]
-        if rank == 0:
-            results.put(row)  # type: ignore[attr-defined]
+        row["bytes"] = {ALL_REDUCE: sums.nbytes, ALL_GATHER: theirs.nbytes}
+        row["ms"] = {name: milliseconds(work, runs, calls) for name, work in works.items()}  # type: ignore[arg-type]
+        rows.append(row)
     dist.barrier()
     dist.destroy_process_group()
+    if rank == 0:
+        Path(directory, "rows.json").write_text(json.dumps(rows))
+
+
+def terms(collective: str, world: int, size: int) -> tuple[float, float]:
+    """How many latencies, and how many times a byte, gloo's ring takes for `size` bytes from each rank."""
+    if collective == ALL_REDUCE:
+        return 2.0 * (world - 1), 2.0 * (world - 1) / world * size
+    return world - 1.0, (world - 1.0) * size
+
+
+def fit(collective: str, rows: list[Row]) -> tuple[float, float]:
+    """Milliseconds of a message and of a byte, from the times of two ranks: least squares of the relative errors."""
+    pairs = [(terms(collective, 2, row["bytes"][collective]), row["ms"][collective])
+             for row in rows if row["world"] == 2]  # fmt: skip
+    scaled = torch.tensor([[latencies / ms, size / ms] for (latencies, size), ms in pairs], dtype=torch.float64)
+    ones = torch.ones(len(pairs), 1, dtype=torch.float64)
+    latency, byte = torch.linalg.lstsq(scaled, ones).solution.flatten().tolist()
+    if byte < 0:  # lost in the noise
+        return float(torch.linalg.lstsq(scaled[:, :1], ones).solution), 0.0
+    return latency, byte
+
+
+def show(rows: list[Row]) -> None:
+    """Two tables: what is sent, and how long it takes beside the model."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo, one thread per rank\n")
+    print("| ranks | C | collectives forward / backward | bytes given | bytes received |\n|" + "---|" * 5)
+    for row in rows:
+        f, b = row["forward"], row["backward"]
+        print(f"| {row['world']} | {row['channels']:,} | {f['calls']} / {b['calls']} | {f['given']:,} / {b['given']:,}"
+              f" | {f['received']:,} / {b['received']:,} |")  # fmt: skip
+    models = {collective: fit(collective, rows) for collective in (ALL_REDUCE, ALL_GATHER)}
+    print("\nFitted to two ranks: " + "; ".join(
+        f"{name} a = {1e3 * a:.0f} us, b = " + (f"1 / ({1e-6 / b:.2f} GB/s)" if b else "too small to see")
+        for name, (a, b) in models.items()))  # fmt: skip
+    print("\n| ranks | C | all-reduce of ours, ms | model | as the layer on CPU, ms"
+          " | all-gather of torch's, ms | model |\n|" + "---|" * 7)  # fmt: skip
+    for row in rows:
+        if row["world"] == 1:  # no collective
+            continue
+        predicted = {}
+        for collective, (latency, byte) in models.items():
+            latencies, size = terms(collective, row["world"], row["bytes"][collective])
+            predicted[collective] = latency * latencies + byte * size
+        ms = row["ms"]
+        print(f"| {row['world']} | {row['channels']:,} | {ms[ALL_REDUCE]:.2f} | {predicted[ALL_REDUCE]:.2f}"
+              f" | {ms['layer']:.2f} | {ms[ALL_GATHER]:.2f} | {predicted[ALL_GATHER]:.2f} |")  # fmt: skip
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few calls of each, worlds up to 2")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
-    worlds, calls = (WORLDS[:2], 4) if arguments.quick else (WORLDS, CALLS)
-    rows = []
+    worlds, runs, calls = (WORLDS[:2], 2, 2) if arguments.quick else (WORLDS, RUNS, CALLS)
+    rows: list[Row] = []
     for world in worlds:
-        results = multiprocessing.get_context("spawn").Queue()
         with tempfile.TemporaryDirectory() as directory:
-            args = (world, f"{directory}/store", calls, results)
-            running = multiprocessing.spawn(measure, args, nprocs=world, join=False)
-            rows += [results.get(timeout=120) for _ in WIDTHS]
-            while not running.join():  # returns at every rank that ends
-                pass
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread per rank\n")
-    print("| ranks | C | collectives forward / backward | bytes given | bytes received"
-          " | ms all_reduce | ms as the layer | ms all_gather as torch |\n|" + "---|" * 8)  # fmt: skip
-    for row in rows:
-        f, b, ms = row["forward"], row["backward"], row["ms"]
-        print(f"| {row['world']} | {row['channels']} | {f['calls']} / {b['calls']} | {f['given']} / {b['given']}"
-              f" | {f['received']} / {b['received']} | {ms['all_reduce']:.2f} | {ms['sum_over_ranks']:.2f}"
-              f" | {ms['all_gather']:.2f} |")  # fmt: skip
+            multiprocessing.spawn(measure, (world, directory, runs, calls), nprocs=world)  # an error of a rank ends it
+            rows += json.loads(Path(directory, "rows.json").read_text())
+    show(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

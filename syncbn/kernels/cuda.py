@@ -127,7 +127,7 @@ def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
     if input.numel() == 0:
         return output
     dense, layout = _dense(input)
-    target = output if dense is input else torch.empty_like(dense)
+    target = output if _same_layout(output, dense) else torch.empty_like(dense)
     plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     with torch.cuda.device_of(input):
@@ -177,7 +177,7 @@ def backward_elementwise(
     if input.numel() == 0:
         return output
     dense, layout = _dense(input)
-    target = output if dense is input else torch.empty_like(dense)
+    target = output if _same_layout(output, dense) else torch.empty_like(dense)
     plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), sums.contiguous(), count)
     with torch.cuda.device_of(input):
@@ -237,13 +237,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _dense(input: Tensor) -> tuple[Tensor, _Layout]:
-    """The input, or a contiguous copy where it is in neither layout."""
+    """The input, or a copy where it is in neither layout: channels of a channels_last tensor, say, in channels_last."""
+    if not (input.is_contiguous() or _is_rows(input)):
+        input = torch.empty_like(input).copy_(input)
+        if not _is_rows(input):
+            input = input.contiguous()
     num_channels = input.size(1)
     size = math.prod(input.shape[2:])
     if not input.is_contiguous():
-        if input.permute(0, *range(2, input.dim()), 1).is_contiguous():
-            return input, _Layout(input.size(0) * size, num_channels, num_channels, True)
-        input = input.contiguous()
+        return input, _Layout(input.size(0) * size, num_channels, num_channels, True)
     if num_channels == 1:  # one plane, however many samples
         return input, _Layout(1, 1, input.numel(), False)
     if size == 1:
@@ -251,9 +253,20 @@ def _dense(input: Tensor) -> tuple[Tensor, _Layout]:
     return input, _Layout(input.size(0), num_channels, size, False)
 
 
+def _is_rows(input: Tensor) -> bool:
+    return input.permute(0, *range(2, input.dim()), 1).is_contiguous()
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    """Of tensors of one shape. Where a dimension has one index, its stride means nothing."""
+    return one.stride() == other.stride() or all(
+        a == b for a, b, size in zip(one.stride(), other.stride(), one.shape, strict=True) if size > 1
+    )
+
+
 def _like(grad: Tensor, input: Tensor) -> Tensor:
     """The gradient in the layout of the input."""
-    return grad if grad.stride() == input.stride() else torch.empty_like(input, dtype=grad.dtype).copy_(grad)
+    return grad if _same_layout(grad, input) else torch.empty_like(input, dtype=grad.dtype).copy_(grad)
 
 
 def _dense_vector(vector: Tensor | None) -> Tensor | None:

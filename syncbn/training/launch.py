@@ -54,11 +54,28 @@ def prepare() -> None:
     """Everything that must be in place before Hydra starts: resolvers, and overrides in the form that it wants."""
     # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    check_variables()
     sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
     if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
         sys.exit()
     sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
     register_resolvers()
+
+
+def check_variables() -> None:
+    """That the variables by which a rank finds the others are complete, or that it is no rank.
+
+    Raises:
+        ConfigError: some are there, which anything but torchrun may have set, and others are not.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    known = [name for name in needed if name in os.environ]
+    if {"RANK", "WORLD_SIZE"}.intersection(known) and len(known) < len(needed):
+        missing = [name for name in needed if name not in known]
+        raise ConfigError(
+            f"{known[0]}: this variable of the environment says that this process is a rank of a job, but there is no"
+            f" {' and no '.join(missing)}; start train.py with torchrun, which sets them all, or unset {known[0]}"
+        )
 
 
 _held_back: list[str] = []

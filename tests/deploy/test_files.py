@@ -115,6 +115,19 @@ def check_overrides(command):
     assert compose_config(*(re.sub(r"\$\{RUN:-(\w+)\}", r"\1", override) for override in overrides)).run is not None
 
 
+def test_what_the_gpu_image_compiles_at_run_time_may_be_loaded_where_it_is_written():
+    # The file system is read-only, and Docker mounts a tmpfs so that nothing in it can be executed unless told so.
+    [environment] = [rest for kind, rest in instructions(ROOT / "docker/gpu.Dockerfile") if "TRITON_CACHE_DIR" in rest]
+    caches = re.findall(r"_CACHE_DIR=(\S+)", environment)
+    assert len(caches) == 2
+    [compose] = read_yaml("compose.yaml")
+    for node in compose["services"].values():
+        mounts = {path: options.split(",") for path, _, options in (entry.partition(":") for entry in node["tmpfs"])}
+        for cache in caches:
+            [options] = [options for path, options in mounts.items() if cache.startswith(f"{path}/")]
+            assert "exec" in options
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("name", ["docker/cluster/slurm.sbatch"])
 def test_shell_scripts_are_sound(name):

@@ -142,6 +142,26 @@ def test_a_node_that_dies_is_replaced_by_a_new_one(network, tmp_path, undisturbe
     check_same_bits(tmp_path / "outputs/job", undisturbed)
 
 
+def test_without_the_node_that_holds_the_store_all_end_and_go_on_when_they_are_started_again(
+    network, tmp_path, undisturbed
+):
+    a, b, c = (network.host(name) for name in "abc")
+    # A store that has fallen silent is given up when the kernel gives up sending to it: by default after a quarter of
+    # an hour, here after some seconds.
+    sysctl = ("sysctl", "--quiet", "--write", "net.ipv4.tcp_retries2=3")
+    subprocess.run([*b.prefix(tmp_path), *sysctl], check=True, timeout=20)
+    with node(a, tmp_path, endpoint="a:29400") as first, node(b, tmp_path, endpoint="a:29400") as second:
+        first.wait_for("step 30/")
+        a.cut()
+        a.switch_off()
+        assert second.finish() != 0, second.output
+    with node(c, tmp_path, endpoint="c:29400") as third, node(b, tmp_path, endpoint="c:29400") as second:
+        assert third.finish() == 0, third.output
+        assert second.finish() == 0, second.output
+    check_little_lost(third.output + second.output, 30)  # rank 0, which says so, may be on either
+    check_same_bits(tmp_path / "outputs/job", undisturbed)
+
+
 def test_with_the_store_elsewhere_the_node_of_rank_zero_may_die_too(network, store, tmp_path, undisturbed):
     a, b, c = (network.host(name) for name in "abc")
     with node(a, tmp_path) as first, node(b, tmp_path) as second:

@@ -18,6 +18,7 @@ from tests.training.jobs import ROOT
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a GPU half of these for bfloat16 would do: the interpreter cuts it off where the GPU rounds it.
 ROUNDOFF = {torch.float64: 1e-12, torch.float32: 6e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 NAMES = ("output", "gradient", "sums", "gradients of bias and weight", "running mean", "running variance", "counter")
 
@@ -52,6 +53,9 @@ def make(shape, dtype, layout="contiguous", mean=0.7, std=1.0):
 def as_layout(tensor, layout):
     if layout == "rows":  # channels_last, of any rank
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "channels of rows":  # as a split of a channels_last activation leaves them
+        wider = torch.cat([tensor, tensor], 1)
+        return as_layout(wider, "rows")[:, : tensor.size(1)]
     if layout == "strided":
         return torch.stack([tensor, tensor], -1)[..., 0]
     if layout == "transposed":
@@ -98,7 +102,7 @@ SHAPES = [(6, 4, 9, 7), (1, 3, 64), (70, 5), (2, 3, 4, 5, 6), (5, 1, 33), (300, 
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("layout", ["contiguous", "rows", "strided", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "rows", "channels of rows", "strided", "transposed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_layout_and_rank(shape, layout):
     check(*make(shape, torch.float32, layout))
@@ -206,6 +210,19 @@ def test_gradients_and_vectors_of_any_stride():
     running = torch.zeros(12, device=DEVICE)[::2]
     cuda.finish(reference.moments(input), running, running + 1, None, 1.0, 1e-5, torch.float32)
     torch.testing.assert_close(running, input.mean((0, 2, 3)))
+
+
+def test_copies_keep_the_layout_and_are_made_only_where_they_are_needed():
+    input, grad = make((4, 6, 5, 5), torch.float32, "channels of rows")
+    dense, layout = cuda._dense(input)
+    assert layout.last
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    assert cuda._same_layout(torch.empty_like(input), dense)  # so that the output needs no copy
+    single = grad[:1].contiguous(memory_format=torch.channels_last)
+    odd = single[0].unsqueeze(0)  # the same memory with another stride where there is one sample
+    assert odd.stride() != single.stride()
+    assert cuda._like(odd, single) is odd
+    assert cuda._like(grad, dense) is not grad
 
 
 def test_masks_take_the_reference_s_way():

@@ -4,6 +4,7 @@ import io
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch.distributed as dist
@@ -97,3 +98,23 @@ def test_the_tracker_closes_after_the_process_group_so_that_no_rank_waits_for_an
     config = compose_config(*SMALL, "duration=1", "run=a")
     tasks.run(config, tmp_path / "outputs/a")
     assert closed == [(False, False)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK: .* no MASTER_ADDR and no MASTER_PORT; start train.py with torchrun"),
+        ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK: .* no WORLD_SIZE;"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: .* no RANK and .* or unset WORLD_SIZE$"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),  # as some clusters set them everywhere
+        ({}, None),
+    ],
+)
+def test_half_of_a_launcher_s_variables_is_an_error_that_names_the_other_half(variables, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        launch.check_variables()
