@@ -122,19 +122,20 @@ def test_the_wheel_has_every_module_the_types_and_the_licence_and_no_tests(packa
 @pytest.mark.slow
 def test_the_source_distribution_has_no_tests(packages):
     [sdist] = packages.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "syncbn/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests", "configs", "outputs"))]
 
 
 def test_the_version_is_in_one_place_and_has_a_heading_in_the_changelog():
     assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
-    files = [path for path in [*(ROOT / "syncbn").rglob("*.py"), ROOT / "train.py", *(ROOT / "docs").glob("*.md")]]
+    files = [*(ROOT / "syncbn").rglob("*.py"), ROOT / "train.py", *(ROOT / "docs").glob("*.md")]
     assert not [path for path in files if f'"{PROJECT["version"]}"' in path.read_text()]
 
 
 def test_a_pin_and_a_lower_bound_for_everything_that_is_asked_for():
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    for text in [*PROJECT["dependencies"], *(one for some in PROJECT["optional-dependencies"].values() for one in some)]:
+    for text in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name]), text
