@@ -16,7 +16,7 @@ from dataclasses import fields
 
 import pytest
 
-from syncbn.training.config import Config
+from syncbn.training.config import Config, FreezeRuleConfig, InitConfig
 from syncbn.training.reporting import known_keys
 from tests.training.jobs import ROOT, TORCHRUN, compose_config
 
@@ -95,7 +95,8 @@ def commands(page):
     lines = [line for kind, _, text, _ in _BLOCK.findall(page.read_text()) if kind in ("", "bash", "sh") for line in
              text.replace("\\\n", " ").splitlines()]  # fmt: skip
     lines += re.findall(r"`([^`\n]+)`", _CODE.sub("", page.read_text()))
-    return [line.split("train.py", 1)[1] for line in lines if re.match(r"(\w+=\S* )*(python|torchrun|srun)\b.*train\.py", line)]
+    starts = re.compile(r"(\w+=\S* )*(python|torchrun|srun)\b.*train\.py")
+    return [line.split("train.py", 1)[1] for line in lines if starts.match(line)]
 
 
 _ALL = sorted({(page, command) for page in PAGES for command in commands(page)})
@@ -117,25 +118,36 @@ def test_there_are_commands_of_many_pages_to_check():
 
 
 _ROOTS = {field.name for field in fields(Config)} | {"experiment", "debug"}
-_FILES = (".pt2", ".onnx", ".safetensors", ".yaml", ".json", ".train", ".eval")
+_NAMED = {"freeze": FreezeRuleConfig, "init": InitConfig}  # open dictionaries of named rules
+_FILES = re.compile(r".*\.(pt2|onnx|safetensors|yaml|jsonl?)")
+
+
+def is_key(key):
+    """Whether there is such a key: `bn.sync`, `eval.*`, `init.<subnet>.path`."""
+    root, _, rest = key.partition(".")
+    if root in _NAMED and rest.count(".") == 1:
+        return rest.partition(".")[2] in {"*", *(field.name for field in fields(_NAMED[root]))}
+    known = known_keys()
+    return any(one.startswith(key[:-1]) for one in known) if key.endswith(".*") else key in known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_key_of_the_configuration_that_is_named_exists(page):
-    """`bn.sync`, `eval.*`, `init.<subnet>.path`, and `bn.sync=false` with its value."""
     for word in re.findall(r"`([a-z_]+(?:\.[\w<>*]+)*(?:=[^`\s]*)?)`", _CODE.sub("", page.read_text())):
         key, equals, value = word.partition("=")
-        root = key.partition(".")[0]
-        if root not in _ROOTS or key == root and not equals or key.endswith(_FILES):
+        root, _, rest = key.partition(".")
+        if root not in _ROOTS or _FILES.fullmatch(word):
             continue
-        if re.match(r"(freeze|init)\.[\w<>]+\.\w+$", key):  # an open dictionary of named rules
-            key = re.sub(r"\.[\w<>]+\.", ".mine.", key)
-            compose_config(f"{key}={value or 'null'}" if equals else f"{key}=null")
-        elif equals and value and "..." not in value and value.upper() != value:
-            continue_with = value.strip("<>")
-            assert continue_with
-        else:
-            assert any(known == key or key.endswith(".*") and known.startswith(key[:-1]) for known in known_keys()), key
+        if rest:
+            assert is_key(key), word
+        elif equals and (ROOT / "configs" / root).is_dir():
+            assert not value or (ROOT / "configs" / root / f"{value}.yaml").exists(), word
+        elif equals and value.strip("."):
+            assert compose_config(word, "load=x"), word
+
+
+def test_a_key_that_does_not_exist_is_found():
+    assert [key for key in ("bn.snyc", "evals.*", "init.<subnet>.pth", "nope") if is_key(key)] == []
 
 
 def run(command):
