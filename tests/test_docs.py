@@ -16,6 +16,7 @@ from dataclasses import fields
 
 import pytest
 
+import syncbn
 from syncbn.training.config import Config, FreezeRuleConfig, InitConfig
 from syncbn.training.reporting import known_keys
 from tests.training.jobs import ROOT, TORCHRUN, compose_config
@@ -148,6 +149,20 @@ def test_every_key_of_the_configuration_that_is_named_exists(page):
 
 def test_a_key_that_does_not_exist_is_found():
     assert [key for key in ("bn.snyc", "evals.*", "init.<subnet>.pth", "nope") if is_key(key)] == []
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_public_name_and_no_leftovers_of_markup(tmp_path):
+    pytest.importorskip("pdoc")
+    done = run([sys.executable, "-W", "error::UserWarning:pdoc", "docs/reference.py", str(tmp_path)])
+    page = (tmp_path / "syncbn.html").read_text()
+    assert done.split() == [str(tmp_path / "index.html")]
+    for name in syncbn.__all__:
+        assert f'<section id="{name}">' in page
+        assert f'href="#{name}"' in page
+    text = page.partition("<body>")[2]
+    assert "<table>" in text
+    assert not re.search(r"<p>[^<]*(::|=====|\| )", text)
 
 
 def run(command):
