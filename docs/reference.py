@@ -1,4 +1,7 @@
-"""The API reference, from docstrings: python docs/reference.py DIRECTORY (make docs: build/docs)."""
+"""The API reference, from docstrings: python docs/reference.py DIRECTORY (make docs: build/docs).
+
+Needs the extras docs and frameworks.
+"""
 
 import sys
 from pathlib import Path
