@@ -1,5 +1,6 @@
 # make train    two ranks train the default job          make train ARGS="duration=1ep" NPROC=4
 # make test     lint, types, and every quick test        make test-all adds the slow ones
+# make docs     the API reference, as HTML in build/docs
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread per rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all lint docs clean
 
 train: $(VENV)/.train
 	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
@@ -24,6 +25,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.test
+	$(BIN)/python docs/reference.py build/docs
+
 $(VENV)/.train: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; name it with make PYTHON=python3.12 ..." >&2; exit 2; }
@@ -32,7 +36,7 @@ $(VENV)/.train: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,test,docs]'
 	touch $@
 
 clean:

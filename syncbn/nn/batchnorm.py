@@ -44,15 +44,13 @@ class SyncBatchNorm(_BatchNorm):
     running statistics move in `forward`: new = (1 - momentum) * old + momentum * batch, the variance unbiased by the
     global count. W ranks with b samples each compute what one process with `nn.BatchNorm` computes on W * b samples.
 
-    ==========  ===================  ============  ===================  ==================  =====================
-    training    track_running_stats  stats frozen  normalizes with      running statistics  collectives fwd / bwd
-    ==========  ===================  ============  ===================  ==================  =====================
-    yes         yes                  no            global batch         updated             1 / 1
-    yes         no                   no            global batch         none kept           1 / 1
-    no          yes                  any           running statistics   untouched           0 / 0
-    no          no                   no            local batch          none kept           0 / 0
-    yes         yes                  yes           running statistics   untouched           0 / 0
-    ==========  ===================  ============  ===================  ==================  =====================
+    | training | track_running_stats | stats frozen | normalizes with    | running statistics | collectives fwd / bwd |
+    |----------|---------------------|--------------|--------------------|--------------------|-----------------------|
+    | yes      | yes                 | no           | global batch       | updated            | 1 / 1                 |
+    | yes      | no                  | no           | global batch       | none kept          | 1 / 1                 |
+    | no       | yes                 | any          | running statistics | untouched          | 0 / 0                 |
+    | no       | no                  | no           | local batch        | none kept          | 0 / 0                 |
+    | yes      | yes                 | yes          | running statistics | untouched          | 0 / 0                 |
 
     Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input
     needs a gradient), and none without a process group or in a group of one. All ranks of the group have to call a
