@@ -263,8 +263,9 @@ class Trainer:
         totals[3 + self.place.rank] = ~totals[0].isfinite()
         if self.place.world_size > 1:
             dist.all_reduce(totals)
-        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples.
-        correction = nominal / totals[1].clamp(min=1.0)
+        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples. Counts may be
+        # weights, and less than 1; where nothing counts the gradient is 0 as it is.
+        correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
         verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
         kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])
         self.totals.values += torch.where(verdict.left_out, 0.0, kept)
