@@ -21,7 +21,7 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
@@ -43,7 +44,7 @@ from syncbn.training.data import Data, Split
 from syncbn.training.duration import Duration
 from syncbn.training.loading import Batch, Loader
 from syncbn.training.losses import Loss
-from syncbn.training.metrics import best_by, build_metrics, evaluate
+from syncbn.training.metrics import Best, evaluate
 from syncbn.training.overfitting import FITTED
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
@@ -72,6 +73,8 @@ class Trainer:
         sampler: Sampler,
         model: nn.Module,
         loss: Loss,
+        metrics: Mapping[str, Metric],
+        best: Best,
         plan: FreezePlan,
         tracker: Tracker,
         drift: Drift,
@@ -80,8 +83,7 @@ class Trainer:
         # what is trained, and where
         self.config, self.place, self.data, self.sampler = config, place, data, sampler
         self.model, self.loss, self.plan = model, loss, plan
-        self.metrics = build_metrics(config.metrics, data.num_classes)
-        self.best_by = best_by(config, self.metrics, data)
+        self.metrics, self.best = metrics, best
         self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
@@ -350,7 +352,7 @@ class Trainer:
         with self.clock.paused():
             with self._pooled_buffers():
                 metrics = self._validate_model(config_dict)
-            names = dict.fromkeys([f"val/{self.best_by}", "val/loss"])
+            names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
             if self.place.is_first:
@@ -362,7 +364,7 @@ class Trainer:
         if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self.counters.evaluated_step = step
-        if self.counters.is_best(values, self.best_by) and self.place.is_first:
+        if self.counters.is_best(values, *self.best) and self.place.is_first:
             self.checkpoints.save_best(step, config_dict, self.update.evaluated)
         return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
 

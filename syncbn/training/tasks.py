@@ -36,6 +36,7 @@ from syncbn.training.folders import record_classes
 from syncbn.training.loaded import build_model, place_for, sampler_for, shown
 from syncbn.training.loop import Trainer
 from syncbn.training.measuring import measure_loading
+from syncbn.training.metrics import build_metrics, choose_best
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
@@ -109,7 +110,9 @@ def _train(
     sampler = sampler_for(config, data, place)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build(config.loss)
-    check_model(model, data, sampler, place, loss)
+    outputs, targets = check_model(model, data, sampler, place, loss)
+    own_metrics = build_metrics(config.metrics, data.num_classes)
+    best = choose_best(config.best, own_metrics, data.num_classes, outputs, targets)
     warn_of_dropout(model)
     config_dict = redacted(to_dict(config))
     if place.is_first:
@@ -123,7 +126,7 @@ def _train(
             tracking.push(reporting.Report(run_dir, overrides).end)  # after the tracker has written its last line
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
-    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
+    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, own_metrics, best, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
