@@ -258,7 +258,8 @@ def _quiet() -> Iterator[None]:
 def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any]:
     """What a consumer needs to give the model its input and to read its output."""
     mean, std = loaded.data.pixel_stats
-    labels = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
+    numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
+    labels = loaded.data.class_names or numbers
     return {
         "input": {
             "name": _INPUT,

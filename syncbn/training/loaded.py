@@ -78,7 +78,7 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
         stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker", "init"))
         trained = parse(stored)
-        data = datasets.load(trained.data)
+        data = datasets.as_trained(datasets.load(trained.data), checkpoint)
     place = place_for(trained, place)
     model = build_model(trained, data, place)
     state.load_into(model, content, path, "load")

@@ -40,7 +40,7 @@ from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console, optimizers, profiling, reporting, schedules, switches
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
-from syncbn.training.data import Data, Split
+from syncbn.training.data import Data, Split, describe_data
 from syncbn.training.duration import Duration
 from syncbn.training.loading import Batch, Loader
 from syncbn.training.losses import Loss
@@ -109,6 +109,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
+            facts=describe_data(data),
             model=model,
             optimizer=self.optimizer,
             schedule=self.schedule,

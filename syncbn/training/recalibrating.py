@@ -24,6 +24,7 @@ from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.training import console, losses, state
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError, TrainingError
+from syncbn.training.data import describe_data
 from syncbn.training.loaded import Loaded, load, sampler_for, shown
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
@@ -68,6 +69,7 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     metrics = before | {f"precise/{name}": value for name, value in after.items()} | drift
     if place.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
+        content |= describe_data(loaded.data)
         state.write_atomically(run_dir / state.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
     loaded.record(run_dir, metrics)
     if place.is_first:
