@@ -87,6 +87,8 @@ def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, fl
     """Writes and checks the files; returns by how much each is off."""
     images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
     expected = model(images)
+    if not isinstance(expected, Tensor):
+        raise ConfigError(f"model: expected one tensor as its output to export, got {type(expected).__name__}")
     if not expected.isfinite().all():
         raise ConfigError(f"load: the outputs of {loaded.path} on validation samples are not finite")
     _revert(model, images)

@@ -49,7 +49,7 @@ class Loaded:
 
     def evaluate(self, *splits: str) -> dict[str, float]:
         """`<split>/accuracy` and `<split>/loss` of some of "train", "val" and "test", the same on every rank."""
-        loss, own = losses.build(self.config.loss), build_metrics(self.config.metrics, self.data.num_classes)
+        loss, own = losses.build(self.config.loss, self.data), build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
         for name in splits:
             values = evaluate(self.model, self.data, getattr(self.data, name), loss, self.place, metrics=own)

@@ -96,7 +96,7 @@ def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
     num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, place)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
     worker = _synchronized_copy(loaded, sampler)
-    check_model(worker, loaded.data, sampler, place, losses.build(config.loss))
+    check_model(worker, loaded.data, sampler, place, losses.build(config.loss, loaded.data))
     before = _statistics(model)
     with place.forward_context():
         precise_bn(worker, _images(loaded, sampler, num_batches))

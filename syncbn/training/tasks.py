@@ -109,7 +109,7 @@ def _train(
         drift.remember(model, name)
     sampler = sampler_for(config, data, place)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build(config.loss)
+    loss = losses.build(config.loss, data)
     outputs, targets = check_model(model, data, sampler, place, loss)
     own_metrics = build_metrics(config.metrics, data.num_classes)
     best = choose_best(config.best, own_metrics, data.num_classes, outputs, targets)

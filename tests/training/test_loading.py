@@ -15,6 +15,7 @@ import torch
 from syncbn.training import data as datasets
 from syncbn.training.config import ConfigError, TrainingError
 from syncbn.training.loading import Loader
+from syncbn.training.own_data import OwnData
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
 from tests.training.images import save_classes, save_masks
@@ -61,6 +62,17 @@ def batches_of(data, place, workers, *, steps, evaluate_after):
             if step == evaluate_after:
                 found += loader.eval_batches(data.val, torch.arange(len(data.val)).split(2))
     return found
+
+
+def test_what_workers_cannot_be_given_is_an_error_that_names_the_remedy():
+    class Local(torch.utils.data.TensorDataset):
+        pass
+
+    part = Local(torch.zeros(6, 2), torch.zeros(6))
+    data = OwnData(part, part, part, num_classes=None, shift=0, flip=False)
+    with pytest.raises(ConfigError, match=r"data.workers: the data set cannot be sent .*Local.*or use data.workers=0"):
+        batches_of(data, HERE, 1, steps=[0], evaluate_after=0)
+    assert len(batches_of(data, HERE, 0, steps=[0], evaluate_after=0)) == 5
 
 
 @pytest.mark.parametrize("name", ["in memory", "cached", "not cached", "masks"])
