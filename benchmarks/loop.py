@@ -30,8 +30,10 @@ from hydra import compose, initialize_config_dir
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from syncbn.training import data as datasets
 from syncbn.training import launch, losses, optimizers, schedules, tasks
 from syncbn.training.config import Config
+from syncbn.training.loaded import build_model
 from syncbn.training.loop import Trainer
 from syncbn.training.parsing import parse
 from syncbn.training.place import Place
@@ -55,12 +57,13 @@ def configure(overrides: list[str]) -> Config:
 
 def bare_loop(config: Config, place: Place) -> float:
     """Seconds of the measured steps."""
-    data, model = tasks._build(config, place)
+    data = datasets.load(config.data)
+    model = build_model(config, data, place)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, place.rank, place.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizer = optimizers.build(config.optimizer, model)
     schedule = LambdaLR(optimizer, schedules.build(config.schedule, LAST, sampler.steps_per_epoch))
-    loss = losses.build(config.loss)
+    loss = losses.build(config.loss, data)
     model.train()
     for step in range(LAST):
         if step == FIRST:

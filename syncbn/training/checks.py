@@ -58,8 +58,8 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
     return plan
 
 
-def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, loss: Loss) -> None:
-    """Runs the model and the loss once without training.
+def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, loss: Loss) -> tuple[object, Tensor]:
+    """Runs the model and the loss once without training; returns the outputs and the targets of some samples.
 
     Raises:
         ConfigError: it cannot take the images, its outputs are not one logit per class (where cross entropy wants
@@ -75,7 +75,8 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
     if isinstance(loss, CrossEntropy) and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
-    check_loss(loss, in_dtype(outputs, place.dtype), targets.to(place.device))
+    outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
+    check_loss(loss, outputs, targets)
     if sampler.smallest_micro_batch() < place.world_size:
         failure, _ = _try(model, images[:0])
         if failure is not None:
@@ -84,6 +85,7 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
                 " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
                 " without samples"
             )
+    return outputs, targets
 
 
 def warn_of_dropout(model: nn.Module) -> None:

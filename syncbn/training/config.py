@@ -62,7 +62,7 @@ class CrossEntropyConfig:
     name: str
     label_smoothing: float
     ignore_index: int | None
-    """Targets of this value do not count."""
+    """Targets of this value do not count; None: 255 in masks, else none."""
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", "0 or more and below 1", self.label_smoothing)

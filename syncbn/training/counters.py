@@ -23,18 +23,20 @@ class Counters:
         self.evaluated_step = 0
         self.steps_left_out = 0
 
-    def is_best(self, metrics: dict[str, float], by: str) -> bool:
+    def is_best(self, metrics: dict[str, float], by: str, lowest: bool = False) -> bool:
         """Whether this validation, of the present step, beats all before; then it is the best from now on.
 
         Args:
             metrics: without the name of the split; among them `loss` and `by`.
-            by: the metric that decides; the higher the better, and among equals the lower the loss. "loss": the loss.
+            by: the metric that decides, and among equals the lower loss.
+            lowest: the lower the better, and not the higher.
         """
 
         def rank(of: dict[str, float]) -> tuple[float, float]:
-            loss, score = of.get("loss", math.inf), of.get(by, -math.inf)
-            loss = loss if math.isfinite(loss) else math.inf  # NaN compares as neither better nor worse
-            return (0.0 if by == "loss" else score if math.isfinite(score) else -math.inf), -loss
+            values = -of.get("loss", math.nan), of.get(by, math.nan) * (-1 if lowest else 1)
+            # NaN compares as neither better nor worse
+            loss, score = (value if math.isfinite(value) else -math.inf for value in values)
+            return score, loss
 
         if self.best and rank(metrics) <= rank(self.best):
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,8 @@ class Data:
     flip: bool
     class_names: tuple[str, ...] = ()
     """Of the labels 0, 1, ..., where the data set has names."""
+    trained_stats: tuple[Tensor, Tensor] | None = None
+    """Mean and standard deviation to normalize with, those of a training that is over; None: of these images."""
 
     @property
     def num_channels(self) -> int:
@@ -102,10 +104,12 @@ class Data:
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per channel of the training images, float64; the same on every rank.
+        """Mean and standard deviation (1, C, 1, 1) of the training images, float64; the same on every rank.
 
         Of images that are decoded when asked for: over STATS_SAMPLES of them, evenly spaced.
         """
+        if self.trained_stats is not None:
+            return self.trained_stats
         images = self.train.images
         if isinstance(images, Tensor) and images.is_floating_point():
             std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
@@ -117,6 +121,29 @@ class Data:
     def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         mean, std = self.pixel_stats
         return (_as_floats(images, dtype) - mean.to(dtype)) / std.to(dtype)
+
+
+def describe_data(data: Data) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, for `as_trained`."""
+    mean, std = data.pixel_stats
+    return {"data": {"classes": list(data.class_names), "mean": mean, "std": std}}
+
+
+def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
+    """Data for a model that was trained: pixels are normalized as they were then, whatever images there are now.
+
+    Raises:
+        ConfigError: its labels have other names.
+    """
+    stored = checkpoint.get("data")
+    if stored is None:  # written before checkpoints kept it
+        return data
+    if stored["classes"] != list(data.class_names):
+        raise ConfigError(
+            f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
+            f" data has {', '.join(data.class_names) or 'none with names'}"
+        )
+    return replace(data, trained_stats=(stored["mean"], stored["std"]))
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:

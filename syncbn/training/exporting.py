@@ -87,6 +87,8 @@ def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, fl
     """Writes and checks the files; returns by how much each is off."""
     images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
     expected = model(images)
+    if not isinstance(expected, Tensor):
+        raise ConfigError(f"model: expected one tensor as its output to export, got {type(expected).__name__}")
     if not expected.isfinite().all():
         raise ConfigError(f"load: the outputs of {loaded.path} on validation samples are not finite")
     _revert(model, images)
@@ -258,7 +260,8 @@ def _quiet() -> Iterator[None]:
 def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any]:
     """What a consumer needs to give the model its input and to read its output."""
     mean, std = loaded.data.pixel_stats
-    labels = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
+    numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
+    labels = loaded.data.class_names or numbers
     return {
         "input": {
             "name": _INPUT,

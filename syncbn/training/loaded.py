@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from syncbn.training import data as datasets
 from syncbn.training import launch, losses, models, state, switches, world
 from syncbn.training.config import Config, ConfigError
+from syncbn.training.loading import Loader
 from syncbn.training.metrics import build_metrics, evaluate
 from syncbn.training.parsing import apply_overrides, parse, to_dict
 from syncbn.training.place import Place
@@ -49,12 +50,18 @@ class Loaded:
 
     def evaluate(self, *splits: str) -> dict[str, float]:
         """`<split>/accuracy` and `<split>/loss` of some of "train", "val" and "test", the same on every rank."""
-        loss, own = losses.build(self.config.loss), build_metrics(self.config.metrics, self.data.num_classes)
+        loss, own = losses.build(self.config.loss, self.data), build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
-        for name in splits:
-            values = evaluate(self.model, self.data, getattr(self.data, name), loss, self.place, metrics=own)
-            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        with self.loader() as loader:
+            for name in splits:
+                split = getattr(self.data, name)
+                values = evaluate(self.model, self.data, split, loss, self.place, metrics=own, loader=loader)
+                metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
+
+    def loader(self) -> Loader:
+        """Batches by `data.workers`; a context."""
+        return Loader(self.data, self.place, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
         """Adds numbers to the metrics of a run directory, at the checkpoint's step."""
@@ -78,7 +85,7 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
         stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker", "init"))
         trained = parse(stored)
-        data = datasets.load(trained.data)
+        data = datasets.as_trained(datasets.load(trained.data), checkpoint)
     place = place_for(trained, place)
     model = build_model(trained, data, place)
     state.load_into(model, content, path, "load")

@@ -16,13 +16,14 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.training.config import TrainingError
+from syncbn.training.config import ConfigError, TrainingError
 from syncbn.training.data import Data, Split
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
@@ -45,7 +46,7 @@ class Loader:
     rank however it ends.
 
     Raises:
-        ConfigError: a sample that cannot be read, by name.
+        ConfigError: a sample that cannot be read, by name; a data set that workers cannot be given.
         TrainingError: a worker has died.
     """
 
@@ -129,6 +130,12 @@ class Loader:
         try:
             # An index travels as plain bytes: a tensor would take a shared memory file, and a connection to this rank.
             future = self._workers.submit(_work, tuple(_packed(part) for part in task))
+        except (AttributeError, TypeError, PicklingError) as error:
+            raise ConfigError(
+                f"data.workers: the data set cannot be sent to worker processes ({' '.join(str(error).split())}); let"
+                " it hold what pickles (functions of a module instead of lambdas, paths instead of open files), or use"
+                " data.workers=0"
+            ) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return future if self._pinning is None else self._pinning.submit(_pinned, future)

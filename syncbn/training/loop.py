@@ -21,7 +21,7 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
@@ -39,11 +40,11 @@ from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console, optimizers, profiling, reporting, schedules, switches
 from syncbn.training.config import Config
 from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
-from syncbn.training.data import Data, Split
+from syncbn.training.data import Data, Split, describe_data
 from syncbn.training.duration import Duration
 from syncbn.training.loading import Batch, Loader
 from syncbn.training.losses import Loss
-from syncbn.training.metrics import best_by, build_metrics, evaluate
+from syncbn.training.metrics import Best, evaluate
 from syncbn.training.overfitting import FITTED
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
@@ -72,6 +73,8 @@ class Trainer:
         sampler: Sampler,
         model: nn.Module,
         loss: Loss,
+        metrics: Mapping[str, Metric],
+        best: Best,
         plan: FreezePlan,
         tracker: Tracker,
         drift: Drift,
@@ -80,8 +83,7 @@ class Trainer:
         # what is trained, and where
         self.config, self.place, self.data, self.sampler = config, place, data, sampler
         self.model, self.loss, self.plan = model, loss, plan
-        self.metrics = build_metrics(config.metrics, data.num_classes)
-        self.best_by = best_by(config, self.metrics, data)
+        self.metrics, self.best = metrics, best
         self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
@@ -107,6 +109,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
+            facts=describe_data(data),
             model=model,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -264,8 +267,9 @@ class Trainer:
         totals[3 + self.place.rank] = ~totals[0].isfinite()
         if self.place.world_size > 1:
             dist.all_reduce(totals)
-        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples.
-        correction = nominal / totals[1].clamp(min=1.0)
+        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples. Counts may be
+        # weights, and less than 1; where nothing counts the gradient is 0 as it is.
+        correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
         verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
         kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])
         self.totals.values += torch.where(verdict.left_out, 0.0, kept)
@@ -350,7 +354,7 @@ class Trainer:
         with self.clock.paused():
             with self._pooled_buffers():
                 metrics = self._validate_model(config_dict)
-            names = dict.fromkeys([f"val/{self.best_by}", "val/loss"])
+            names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
             if self.place.is_first:
@@ -362,7 +366,7 @@ class Trainer:
         if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self.counters.evaluated_step = step
-        if self.counters.is_best(values, self.best_by) and self.place.is_first:
+        if self.counters.is_best(values, *self.best) and self.place.is_first:
             self.checkpoints.save_best(step, config_dict, self.update.evaluated)
         return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
 

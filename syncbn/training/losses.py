@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.training.config import ConfigError, CrossEntropyConfig
+from syncbn.training.data import IGNORE, Data
 from syncbn.training.targets import build_target
 
 
@@ -43,10 +44,13 @@ class CrossEntropy:
         return total, (targets != self.ignore_index).sum(dtype=torch.float64)
 
 
-def build(config: Any) -> Loss:
-    """The loss of the configuration."""
+def build(config: Any, data: Data) -> Loss:
+    """The loss of the configuration; in masks what is to be ignored needs no mention."""
     if isinstance(config, CrossEntropyConfig):
-        return CrossEntropy(config.label_smoothing, config.ignore_index)
+        if data.num_classes is None:
+            raise ConfigError(f"loss: {config.name} is for classes, which this data has not; choose loss=custom")
+        ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
+        return CrossEntropy(config.label_smoothing, ignore)
     loss: Loss = build_target("loss", config)
     if not callable(loss):
         raise ConfigError(f"loss._target_={config['_target_']}: expected something to call, got {type(loss).__name__}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from syncbn.training.config import Config, ConfigError, require
+from syncbn.training.config import ConfigError, require
 from syncbn.training.data import Data, Split
 from syncbn.training.loading import Loader
 from syncbn.training.losses import Loss
@@ -37,18 +37,37 @@ def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | No
     }
 
 
-def best_by(config: Config, metrics: Mapping[str, Metric], data: Data) -> str:
-    """The validation metric that chooses the best weights.
+class Best(NamedTuple):
+    """The validation metric that chooses the best weights."""
+
+    by: str
+    lowest: bool
+    """The lower the better, as of an error; the loss always."""
+
+
+def choose_best(
+    best: str, metrics: Mapping[str, Metric], num_classes: int | None, outputs: Any, targets: Tensor
+) -> Best:
+    """What `best` of the configuration names; tries the metrics on a model's outputs. Every rank calls it.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: a metric cannot take the outputs; there is none of that name.
     """
-    there = [*(["accuracy"] if data.num_classes is not None else []), "loss", *metrics]
-    if config.best == "auto":
-        return there[0]
-    name = config.best.partition("/")[0]  # of a metric that has several numbers
-    require(name in there, "best", f"auto or one of {', '.join(there)}", config.best)
-    return config.best
+    names = [*(["accuracy"] if num_classes is not None else []), "loss"]
+    for name, metric in metrics.items():
+        metric.to(targets.device).reset()
+        _update(name, metric, outputs, targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of two samples
+            try:
+                names += _flat(name, metric.compute())
+            except Exception:  # so few samples may be too few for it
+                names += [best] if best.partition("/")[0] == name else [name]
+        metric.reset()
+    best = names[0] if best == "auto" else best
+    require(best in names, "best", f"auto or one of {', '.join(names)}", best)
+    chosen = metrics.get(best.partition("/")[0])
+    return Best(best, best == "loss" or (chosen is not None and chosen.higher_is_better is False))
 
 
 def evaluate(
@@ -119,6 +138,8 @@ def _flat(name: str, value: Any) -> dict[str, float]:
     """Numbers by name, of a metric that may have several."""
     if isinstance(value, Mapping):
         return {key: number for part, item in value.items() for key, number in _flat(f"{name}/{part}", item).items()}
+    if isinstance(value, tuple | list):
+        return _flat(name, dict(enumerate(value)))
     if isinstance(value, Tensor) and value.numel() != 1:
         return {f"{name}/{place}": _value(item) for place, item in enumerate(value.flatten())}
     return {name: _value(value)}

@@ -69,7 +69,7 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
     """A stored configuration with what was given on the command line on top.
 
     Raises:
-        ConfigError: an override that chooses a config group, which a stored configuration has no room for.
+        ConfigError: an override that chooses a config group, which a stored configuration has no room for, or a sweep.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -78,6 +78,11 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
         if override.key_or_group in (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug"):
             raise ConfigError(
                 f"{override.key_or_group}: comes from load here; override single keys, not the whole group"
+            )
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.key_or_group}: belongs to the configuration that load holds, over which no sweep goes;"
+                " start a job for each value"
             )
         OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
     container = OmegaConf.to_container(node)

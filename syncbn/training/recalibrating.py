@@ -9,7 +9,6 @@ checkpoint and the data alone. Layers whose statistics the freeze plan holds at 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.training import console, losses, state
 from syncbn.training.checks import build_freeze_plan, check_model
 from syncbn.training.config import Config, ConfigError, TrainingError
+from syncbn.training.data import describe_data
 from syncbn.training.loaded import Loaded, load, sampler_for, shown
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
@@ -68,6 +68,7 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     metrics = before | {f"precise/{name}": value for name, value in after.items()} | drift
     if place.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
+        content |= describe_data(loaded.data)
         state.write_atomically(run_dir / state.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
     loaded.record(run_dir, metrics)
     if place.is_first:
@@ -94,10 +95,11 @@ def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
     num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, place)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
     worker = _synchronized_copy(loaded, sampler)
-    check_model(worker, loaded.data, sampler, place, losses.build(config.loss))
+    check_model(worker, loaded.data, sampler, place, losses.build(config.loss, loaded.data))
     before = _statistics(model)
-    with place.forward_context():
-        precise_bn(worker, _images(loaded, sampler, num_batches))
+    with loaded.loader() as loader, place.forward_context():
+        shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))
+        precise_bn(worker, (images for images, _ in loader.eval_batches(loaded.data.train, shards)))
     after = _statistics(worker)
     for name, statistics in after.items():
         if not all(statistic.isfinite().all() for statistic in statistics):
@@ -124,14 +126,6 @@ def _synchronized_copy(loaded: Loaded, sampler: Sampler) -> nn.Module:
     if not any(not (isinstance(layer, SyncBatchNorm) and layer.stats_frozen) for layer in _layers(copied).values()):
         raise ConfigError("load: the model has no batch normalization with running statistics that are not frozen")
     return copied
-
-
-def _images(loaded: Loaded, sampler: Sampler, num_batches: int) -> Iterator[Tensor]:
-    """This rank's part of every micro-batch, as evaluation sees images."""
-    for step in range(num_batches):
-        for shard in sampler.shards(step):
-            images, _ = loaded.data.eval_batch(loaded.data.train, shard.index, loaded.place.dtype)
-            yield loaded.place.put(images)
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:

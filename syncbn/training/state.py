@@ -42,12 +42,14 @@ class Checkpoints:
     Args:
         directory: where they lie; made when the first is written.
         keep: how many of the newest to keep (the best one is a file of its own).
+        facts: what goes into every file, the best one too, and is not put back.
         parts: what is saved, by name.
     """
 
-    def __init__(self, directory: Path, keep: int, **parts: Stateful) -> None:
+    def __init__(self, directory: Path, keep: int, facts: dict[str, Any] | None = None, **parts: Stateful) -> None:
         self.directory = directory
         self.keep = keep
+        self.facts = facts or {}
         self.parts = parts
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -66,11 +68,12 @@ class Checkpoints:
     def save(self, step: int, config: dict[str, Any]) -> None:
         """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, "config": config, **state})
+        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, "config": config, **self.facts, **state})
 
     def save_best(self, step: int, config: dict[str, Any], model: nn.Module) -> None:
         """Saves a model alone, as the best so far."""
-        self._submit(self.directory / BEST, {"step": step, "config": config, "model": model.state_dict()})
+        content = {"step": step, "config": config, **self.facts, "model": model.state_dict()}
+        self._submit(self.directory / BEST, content)
 
     def wait(self) -> None:
         """Until everything that was saved lies on the disk, or has failed."""

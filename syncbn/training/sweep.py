@@ -46,6 +46,8 @@ def print_table(sweep_dir: Path) -> None:
     from syncbn.training import console
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
+    if not jobs:  # of a task that leaves none, such as eval: each job has printed its own
+        return
     summaries = [(job.name, read_summary(job) or {}) for job in jobs]
     found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
     names = [name for name in found if name.count("/") == 1 and name.startswith(("val/", "test/"))]  # not each class

@@ -36,6 +36,7 @@ from syncbn.training.folders import record_classes
 from syncbn.training.loaded import build_model, place_for, sampler_for, shown
 from syncbn.training.loop import Trainer
 from syncbn.training.measuring import measure_loading
+from syncbn.training.metrics import build_metrics, choose_best
 from syncbn.training.parsing import to_dict
 from syncbn.training.place import Place
 from syncbn.training.pretrained import Drift, load_subnet
@@ -109,8 +110,10 @@ def _train(
         drift.remember(model, name)
     sampler = sampler_for(config, data, place)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build(config.loss)
-    check_model(model, data, sampler, place, loss)
+    loss = losses.build(config.loss, data)
+    outputs, targets = check_model(model, data, sampler, place, loss)
+    own_metrics = build_metrics(config.metrics, data.num_classes)
+    best = choose_best(config.best, own_metrics, data.num_classes, outputs, targets)
     warn_of_dropout(model)
     config_dict = redacted(to_dict(config))
     if place.is_first:
@@ -124,7 +127,7 @@ def _train(
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     if place.is_first and config.tracker.report:
         tracking.push(reporting.Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
-    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, plan, tracker, drift, stop)
+    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, own_metrics, best, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)

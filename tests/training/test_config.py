@@ -191,3 +191,7 @@ def test_a_group_cannot_be_chosen_over_a_stored_configuration():
     assert apply_overrides(stored, ["optimizer.lr=0.5"])["optimizer"]["lr"] == 0.5
     with pytest.raises(ConfigError, match="data: comes from load"):
         apply_overrides(stored, ["data=synthetic"])
+    with pytest.raises(
+        ConfigError, match=r"data\.workers: belongs to the configuration that load holds, over which no"
+    ):
+        apply_overrides(stored, ["data.workers=0,1"])

@@ -46,3 +46,10 @@ def test_the_best_is_the_most_accurate_and_among_equals_the_one_of_least_loss():
         for result in [(0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.5, math.nan), (0.6, math.nan)]
     ]
     assert answers == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("by", ["mae", "loss"])
+def test_of_an_error_and_of_the_loss_the_lowest_is_the_best(by):
+    best = Counters()
+    answers = [best.is_best({by: value}, by, lowest=True) for value in (2.0, math.nan, 3.0, 1.0, -math.inf, -1.0)]
+    assert answers == [True, False, False, True, False, True]

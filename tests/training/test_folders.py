@@ -236,7 +236,27 @@ def test_of_many_images_they_are_those_of_a_fixed_evenly_spaced_part(tmp_path, m
     assert int(data.train.images.cache.filled.sum()) == 4
 
 
-# The classes of a run
+# The classes of a run, and its pixels
+
+
+def test_after_training_pixels_are_normalized_as_they_were_and_other_classes_refused(job, tmp_path):
+    save_classes(tmp_path / "photos", {"a": 10, "b": 10})
+    small = [override for override in SMALL if not override.startswith("data")]
+    overrides = [*small, "data=image_folder", f"data.path={tmp_path / 'photos'}", "data.size=8", "data.workers=0"]
+    run = job(*overrides, "duration=2", "run=a")
+    mean, std = load("data=image_folder", f"data.path={tmp_path / 'photos'}", "data.size=8").pixel_stats
+    for path in (tmp_path / "photos").glob("*/*.png"):  # darker ones, to be told apart by the same model
+        Image.open(path).point(lambda value: value // 2).save(path)
+    precise = job("task=recalibrate", f"load={run}", "run=b")
+    for loaded, number in ((run, "c"), (precise, "d")):
+        exported = job("task=export", f"load={loaded}", "export.formats=[safetensors]", f"run={number}")
+        description = json.loads((exported / "export/export.json").read_text())
+        assert description["input"]["mean"] == mean.flatten().tolist()
+        assert description["input"]["std"] == std.flatten().tolist()
+        assert description["output"]["labels"] == ["a", "b"]
+    (tmp_path / "photos/b").rename(tmp_path / "photos/c")
+    with pytest.raises(ConfigError, match=r"^data.path: the model was trained on the classes a, b, the data has a, c"):
+        job("task=eval", f"load={run}", "run=e")
 
 
 def test_a_run_records_its_classes_and_does_not_go_on_with_others(job, tmp_path):

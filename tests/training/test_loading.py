@@ -8,17 +8,20 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from syncbn.training import data as datasets
+from syncbn.training import loading
 from syncbn.training.config import ConfigError, TrainingError
 from syncbn.training.loading import Loader
+from syncbn.training.own_data import OwnData
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
 from tests.training.images import save_classes, save_masks
-from tests.training.jobs import ROOT, LiveJob, compose_config, read_metrics, start
+from tests.training.jobs import ROOT, LiveJob, compose_config, read_metrics, run_rank, start
 from tests.training.test_faults import JOB, check_same_run
 from tests.training.test_resume import SMALL, without_speed
 from tests.training.test_train import load_last
@@ -61,6 +64,17 @@ def batches_of(data, place, workers, *, steps, evaluate_after):
             if step == evaluate_after:
                 found += loader.eval_batches(data.val, torch.arange(len(data.val)).split(2))
     return found
+
+
+def test_what_workers_cannot_be_given_is_an_error_that_names_the_remedy():
+    class Local(torch.utils.data.TensorDataset):
+        pass
+
+    part = Local(torch.zeros(6, 2), torch.zeros(6))
+    data = OwnData(part, part, part, num_classes=None, shift=0, flip=False)
+    with pytest.raises(ConfigError, match=r"data.workers: the data set cannot be sent .*Local.*or use data.workers=0"):
+        batches_of(data, HERE, 1, steps=[0], evaluate_after=0)
+    assert len(batches_of(data, HERE, 0, steps=[0], evaluate_after=0)) == 5
 
 
 @pytest.mark.parametrize("name", ["in memory", "cached", "not cached", "masks"])
@@ -255,3 +269,15 @@ def test_a_cache_is_measured_a_second_time(files, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "decoding, rank 0" in printed
     assert "from the cache, rank 0" in printed
+
+
+def test_tasks_with_load_use_workers_too_to_the_same_numbers(files, tmp_path):
+    small = [override for override in SMALL if not override.startswith("data")]
+    common = (*small, *data_sets(files)["not cached"], "batch_size=5", "duration=2", "data.workers=0", "run=a")
+    run = run_rank(tmp_path, common)
+    for name, task in (("eval", ("task=eval", "eval.precise_bn=2")), ("recalibrate", ("task=recalibrate",))):
+        none = run_rank(tmp_path, (*task, f"load={run}", f"run={name}0"))
+        with patch.object(loading, "_start", wraps=loading._start) as start_workers:
+            some = run_rank(tmp_path, (*task, f"load={run}", "data.workers=1", f"run={name}1"))
+        assert start_workers.call_count == 3  # two evaluations, and the statistics between them
+        assert read_metrics(none) == read_metrics(some)

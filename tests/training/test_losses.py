@@ -1,11 +1,14 @@
 """A loss is a sum and a count; the service divides by the count over all ranks, so that uneven counts are exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from syncbn.training.config import ConfigError
-from syncbn.training.losses import CrossEntropy, check_loss
+from syncbn.training.config import ConfigError, CrossEntropyConfig
+from syncbn.training.data import Data, Split
+from syncbn.training.losses import CrossEntropy, build, check_loss
 from syncbn.training.unet import UnetSmall
 
 
@@ -17,6 +20,19 @@ def test_labels_to_ignore_count_for_nothing():
     expected = F.cross_entropy(logits.permute(0, 2, 3, 1)[kept], masks[kept], reduction="sum")
     torch.testing.assert_close(total, expected)
     assert count == 2 * 4 * 5 - 10
+
+
+def test_in_masks_what_is_to_be_ignored_needs_no_mention():
+    config = CrossEntropyConfig("cross_entropy", label_smoothing=0.0, ignore_index=None)
+    masks, labels = (
+        Data(split, split, split, num_classes=2, shift=0, flip=False)
+        for split in (Split(torch.zeros(1, 1, 2, 2), torch.zeros(shape)) for shape in ((1, 2, 2), (1,)))
+    )
+    assert build(config, masks).ignore_index == 255
+    assert build(replace(config, ignore_index=7), masks).ignore_index == 7
+    assert build(config, labels).ignore_index is None
+    with pytest.raises(ConfigError, match="loss: cross_entropy is for classes, which this data has not; choose loss="):
+        build(config, replace(labels, num_classes=None))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 255])

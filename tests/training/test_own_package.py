@@ -58,6 +58,11 @@ class Measured:
 def absolute(outputs, targets):
     there = ~targets.isnan()
     return (outputs - targets.nan_to_num())[there].abs().sum(), there.sum()
+
+
+def weighted(outputs, targets):
+    total, count = absolute(outputs, targets)
+    return 1e-3 * total, 1e-3 * count
 '''
 
 EXPERIMENT = """# @package _global_
@@ -118,6 +123,15 @@ def test_a_function_is_a_loss_too_and_a_mistake_is_one_message(elsewhere):
     assert failed.returncode == 2
     assert "error: loss._target_=mine.Measured: " in failed.stderr
     assert "scale" in failed.stderr
+
+
+def test_counts_may_be_weights_that_add_up_to_less_than_one(elsewhere):
+    common = ["--config-dir", "conf", "experiment=mine", "duration=3", "~loss.scale", "+loss._partial_=true"]
+    runs = [
+        run_job(elsewhere, *common, f"loss._target_=mine.{loss}", f"run={loss}") for loss in ("absolute", "weighted")
+    ]
+    for key, value in last_model(runs[1]).items():
+        assert (value - last_model(runs[0])[key]).abs().max() < 1e-9, key
 
 
 class Wrong:

@@ -46,6 +46,10 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.last(self.bn(self.conv(x)).mean((2, 3))))
 
+class Two(Net):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
 class Fixed(Net):
     def forward(self, x):
         return super().forward(x) if len(x) != 1 else super().forward(x) + 1
@@ -364,6 +368,8 @@ def test_a_model_that_cannot_be_exported_is_a_clear_error(job, own_modules, tmp_
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "run=a")
     with pytest.raises(ConfigError, match=r"export.formats: .*pt2"):
         job("task=export", f"load={trained}", "export.formats=[pt2]", "run=x")
+    with pytest.raises(ConfigError, match=r"model: expected one tensor as its output to export, got dict"):
+        job("task=export", f"load={trained}", "model._target_=mine_of_tasks.Two", "run=x")
     assert list((tmp_path / "outputs/x").iterdir()) == []
 
 

@@ -145,10 +145,22 @@ def test_the_average_is_exponential_over_weights_and_statistics_and_copies_count
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
             value.add_(1)
-    average.update(model, torch.tensor(False))
+    average.update(model, torch.tensor(False), step=1000)
     for name, value in average.state_dict().items():
         moved = 1 if name.endswith("num_batches_tracked") else 0.25
         torch.testing.assert_close(value, start[name] + moved, msg=name)
+
+
+def test_the_average_forgets_the_initial_weights_early_on():
+    model = nn.Linear(1, 1)
+    average = Average(model, decay=0.9)
+    kept, start = 1.0, model.weight.item()
+    with torch.no_grad():
+        model.weight.add_(1)
+    for step in range(1, 101):
+        average.update(model, torch.tensor(False), step)
+        kept *= min(0.9, (1 + step) / (10 + step))
+        assert average.model.weight.item() == pytest.approx(start + 1 - kept, abs=1e-5)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
