@@ -309,7 +309,8 @@ def _added(y, residual, offset, exists, dtype: tl.constexpr):
 
 @triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+    small = tl.exp(-tl.abs(z))  # which cannot overflow
+    return tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit(do_not_specialize=_SIZES)
