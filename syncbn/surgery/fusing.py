@@ -129,7 +129,7 @@ def unfuse(module: nn.Module) -> None:
     for parent in module.modules():
         names = parent.__dict__.pop("_fused_layers", ())
         for name in names:
-            parent._modules[name].__dict__.pop("activation", None)
+            parent.get_submodule(name).__dict__["activation"] = None
         for name, activation in parent.__dict__.pop("_fused_activations", {}).items():
             parent._modules[name] = activation.train(parent.training)
         if isinstance(parent, _Fused):
@@ -292,7 +292,19 @@ def _traced(parent: nn.Module) -> fx.Graph | str | None:
             parent.__dict__.pop(name)
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         return "the forward of its module makes tensors, which a trace would fix"
+    if _loses_a_change_in_place(forward, graph):
+        return "the forward of its module changes a tensor in place that is used elsewhere, too"
     return graph
+
+
+def _loses_a_change_in_place(forward: Any, graph: fx.Graph) -> bool:
+    """Whether `a += b`, which a trace takes for `a = a + b`, may be seen by others who have `a`."""
+    codes = _codes(inspect.unwrap(forward).__code__)
+    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
+    if not any(one.opname.startswith("BINARY_OP") and one.argrepr.endswith("=") for one in instructions):
+        return False
+    lefts = [node.args[0] for node in graph.nodes if getattr(node.target, "__module__", "") == "_operator"]
+    return any(isinstance(left, fx.Node) and (left.op == "placeholder" or len(left.users) > 1) for left in lefts)
 
 
 def _graph_of_sequential(parent: nn.Sequential) -> fx.Graph:
