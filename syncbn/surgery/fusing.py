@@ -31,6 +31,8 @@ _FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDITIONS = (operator.iadd, "add_")
+# Names whose values differ from call to call without the input saying so.
+_UNSTEADY = {"rand", "randn", "randint", "random", "uniform", "bernoulli", "is_grad_enabled", "is_autocast_enabled"}
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -299,7 +301,7 @@ def _traced(parent: nn.Module) -> fx.Graph | str | None:
 
 def _loses_a_change_in_place(forward: Any, graph: fx.Graph) -> bool:
     """Whether `a += b`, which a trace takes for `a = a + b`, may be seen by others who have `a`."""
-    codes = _codes(inspect.unwrap(forward).__code__)
+    codes = _codes(forward.__code__)
     instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
     if not any(one.opname.startswith("BINARY_OP") and one.argrepr.endswith("=") for one in instructions):
         return False
@@ -317,26 +319,34 @@ def _graph_of_sequential(parent: nn.Sequential) -> fx.Graph:
 
 
 def _not_the_same_every_time(parent: nn.Module, function: Any, seen: set[Any]) -> str | None:
-    """Why a trace of a method might not be what it does next time, by a look at its code; None where it will."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None or code in seen:
-        return None
+    """Why a trace of a function might not be what it does next time, by a look at its code; None where it will."""
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen or hasattr(function, "__wrapped__"):
+        known = code is not None and code in seen
+        return None if known else f"{type(parent).__name__} wraps its forward, which a trace would lose"
     seen.add(code)
-    for inner in _codes(code):
-        for instruction in dis.get_instructions(inner):
-            name = instruction.argval
-            if instruction.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"):
-                return f"the forward of {type(parent).__name__} sets {name}"
-            if not instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-                continue
-            if parent.__dict__.get(name) is not None:
-                return f"the forward of {type(parent).__name__} reads self.{name}, which a trace would fix"
-            method = getattr(type(parent), name, None)
-            reason = None
-            if isinstance(method, property):
-                reason = f"the forward of {type(parent).__name__} reads self.{name}, which a trace would fix"
-            elif isinstance(method, types.FunctionType):
-                reason = _not_the_same_every_time(parent, method, seen)
+    for instruction in (one for inner in _codes(code) for one in dis.get_instructions(inner)):
+        reason, called = None, []
+        name = instruction.argval
+        if instruction.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"):
+            reason = f"sets {name}"
+        elif instruction.opname == "WITH_EXCEPT_START":
+            reason = "has a with statement, which a trace would lose"
+        elif name in _UNSTEADY:
+            reason = f"calls {name}, whose result a trace would fix"
+        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+            own = [cls.__dict__.get(name) for cls in type(parent).__mro__ if cls not in (nn.Module, object)]
+            called = [method for method in own if isinstance(method, types.FunctionType)]
+            if parent.__dict__.get(name) is not None or any(isinstance(method, property) for method in own):
+                reason = f"reads self.{name}, which a trace would fix"
+        elif instruction.opname == "LOAD_GLOBAL":
+            helper = function.__globals__.get(name)
+            if isinstance(helper, types.FunctionType) and not helper.__module__.startswith("torch"):
+                called = [helper]
+        if reason is not None:
+            return f"the forward of {type(parent).__name__} {reason}"
+        for inner in called:
+            reason = _not_the_same_every_time(parent, inner, seen)
             if reason is not None:
                 return reason
     return None

@@ -155,7 +155,25 @@ def uses_it_twice(self, x):
     return F.relu(y) + y
 
 
+def in_a_context(self, x):
+    with torch.no_grad():
+        y = self.conv(x)
+    return F.relu(self.bn(y))
+
+
+def throws_a_coin(self, x):
+    return F.relu(self.bn(x)) if torch.rand(1) < 0.5 else x
+
+
+def helper(module, x):
+    return F.dropout(x, 0.1, module.training)
+
+
 LEFT = {
+    "context": (in_a_context, "has a with statement"),
+    "wrapped": (torch.no_grad()(lambda self, x: F.relu(self.bn(x))), "wraps its forward"),
+    "coin": (throws_a_coin, "calls rand"),
+    "helper": (lambda self, x: helper(self, F.relu(self.bn(x))), "reads self.training"),
     "in place into the input": (in_place_into_the_input, "changes a tensor in place"),
     "in place by a method": (in_place_by_a_method, "added in place to something else"),
     "sets an attribute": (sets_an_attribute, "sets seen"),

@@ -13,8 +13,10 @@ SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4
          "batch_size=16", "log_every=1"]  # fmt: skip
 FREEZE = ["freeze.a.match=backbone.stage1", "freeze.a.stats=true", "freeze.a.affine=true", "freeze.a.start=3"]
 
+UNET = ["model=unet_small", "data=shapes", "model.depth=1", "loss.ignore_index=255"]
 
-@pytest.mark.parametrize("extra", [[], FREEZE, ["model=unet_small", "data=shapes", "model.depth=1", "loss.ignore_index=255"]],
+
+@pytest.mark.parametrize("extra", [[], FREEZE, UNET],
                          ids=["plain", "freeze plan", "unet"])  # fmt: skip
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_trajectory_is_that_of_the_operators_one_by_one(job, num_ranks, extra):
