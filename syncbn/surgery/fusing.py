@@ -9,6 +9,7 @@ state dict keys, hooks and an optimizer built before stay what they were.
 from __future__ import annotations
 
 import dis
+import importlib
 import inspect
 import operator
 import types
@@ -94,34 +95,26 @@ def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None =
         for name, layer in select(module, match, exclude).items()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     }
-    names = [(name, child) for name, child in named_modules(module)]
-    places = Counter(id(child) for _, child in names)
+    modules = [child for _, child in named_modules(module)]
+    parents = [child for child in {id(child): child for child in modules}.values() if _has_layers(child)]
+    graphs = [_traced(parent) for parent in parents]
+    targets = [
+        id(_target(parent, node))
+        for parent, graph in zip(parents, graphs, strict=True)
+        for node in (graph.nodes if isinstance(graph, fx.Graph) else ())
+    ]
+    places, calls = Counter(map(id, modules)), Counter(targets)
     found: dict[int, tuple[str | None, bool, str]] = {}
-    graphs = {id(parent): _traced(parent) for _, parent in names if _has_layers(parent)}
-    calls = Counter(
-        id(layer)
-        for parent in {id(parent): parent for _, parent in names}.values()
-        if isinstance(graph := graphs.get(id(parent)), fx.Graph)
-        for node in graph.nodes
-        if node.op == "call_module" and isinstance(layer := _target(parent, node), SyncBatchNorm)
-    )
     for layer in layers.values():
-        if type(layer) is not SyncBatchNorm:
-            found[id(layer)] = None, False, f"is a {type(layer).__name__}; convert_sync_batchnorm comes first"
-        elif layer._activation_name() is not None:
-            found[id(layer)] = None, False, f"has an activation already: {layer.activation}"
-        elif places[id(layer)] > 1 or calls[id(layer)] > 1:
-            found[id(layer)] = None, False, "is used in several places"
-        elif any(getattr(layer, hooks) for hooks in _HOOKS):
-            found[id(layer)] = None, False, "has hooks, which would see the activation's output"
+        reason = _why_not(layer, max(places[id(layer)], calls[id(layer)]))
+        if reason is not None:
+            found[id(layer)] = None, False, reason
     wanted = {id(layer) for layer in layers.values()} - found.keys()
-    for parent in {id(parent): parent for _, parent in names}.values():
-        graph = graphs.get(id(parent))
-        if isinstance(graph, str):
-            reasons = {id(child): graph for child in parent.children() if isinstance(child, SyncBatchNorm)}
-            found |= {key: (None, False, reason) for key, reason in reasons.items() if key in wanted}
-        elif isinstance(graph, fx.Graph):
+    for parent, graph in zip(parents, graphs, strict=True):
+        if isinstance(graph, fx.Graph):
             found |= _fuse_in(parent, graph, wanted)
+        elif graph is not None:
+            found |= {id(child): (None, False, graph) for child in parent.children() if id(child) in wanted}
     default = (None, False, "no module was found that calls it")
     return [FusionReport(name, *found.get(id(layer), default)) for name, layer in layers.items()]
 
@@ -144,8 +137,21 @@ def fused_layers(module: nn.Module) -> list[nn.Module]:
     return [parent.get_submodule(name) for parent in parents for name in parent.__dict__.get("_fused_layers", ())]
 
 
+def _why_not(layer: nn.Module, num_uses: int) -> str | None:
+    """Why a layer cannot be fused wherever it is; None where it can."""
+    if type(layer) is not SyncBatchNorm:
+        return f"is a {type(layer).__name__}; convert_sync_batchnorm comes first"
+    if layer._activation_name() is not None:
+        return f"has an activation already: {layer.activation}"
+    if num_uses > 1:
+        return "is used in several places"
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        return "has hooks, which would see the activation's output"
+    return None
+
+
 def _has_layers(parent: nn.Module) -> bool:
-    """Whether its forward may call a layer; what is fused already is done."""
+    """Whether its forward may call a layer."""
     return any(isinstance(child, SyncBatchNorm) for child in parent.modules() if child is not parent)
 
 
@@ -380,8 +386,6 @@ def _rebuild(original: type[nn.Module], source: str, names: dict[str, Any]) -> n
 
 
 def _import(name: str) -> types.ModuleType:
-    import importlib
-
     return importlib.import_module(name)
 
 
