@@ -6,7 +6,8 @@ python benchmarks/layer.py --device cuda [--quick] [--json FILE]           is be
 On CPU, both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way.
 Rows take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and
 in brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its
-brackets means nothing.
+brackets means nothing. "fused / unfused" compares a layer that does the ReLU (and the addition) itself with one that is
+followed by them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm
@@ -32,6 +34,13 @@ SHAPES = [(32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14), (32, 64, 16, 1
           (2, 32, 64, 64, 64)]  # fmt: skip
 LOCAL = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Unfused and fused rows of one thing, for a line with their ratio.
+FUSED = {
+    "ReLU, one rank": ("ours, then ReLU, one rank", "ours with ReLU, one rank"),
+    "ReLU, two ranks": ("ours, then ReLU, two ranks", "ours with ReLU, two ranks"),
+    "add, ReLU, one rank": ("ours, then add, ReLU, one rank", "ours with add, ReLU, one rank"),
+    "add, ReLU, two ranks": ("ours, then add, ReLU, two ranks", "ours with add, ReLU, two ranks"),
+}
 RUNS = 5
 SECONDS = 0.25  # per row and run
 
@@ -67,6 +76,24 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
 
         return step
 
+    residual = torch.randn_like(leaf).requires_grad_()
+
+    def activated_step(name: str) -> Callable[[], object]:
+        group = own_group if "one rank" in name else None
+        fused, added = " with " in name, residual if "add" in name else None
+        layer = SyncBatchNorm(channels, process_group=group, activation="relu" if fused else None)
+
+        def step() -> None:
+            leaf.grad = residual.grad = None
+            groups._force_collective = False
+            if fused:
+                output = layer(leaf, residual=added)
+            else:
+                output = F.relu(layer(leaf) if added is None else layer(leaf) + added)
+            output.backward(grad)
+
+        return step
+
     forward, backward = (torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels))
 
     def collectives() -> None:
@@ -84,6 +111,7 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
         "ours, one rank": layer_step(SyncBatchNorm(channels, process_group=own_group)),
         "ours, one rank, collective forced": layer_step(SyncBatchNorm(channels, process_group=own_group), True),
         "ours, two ranks": layer_step(SyncBatchNorm(channels)),
+        **{name: activated_step(name) for pair in FUSED.values() for name in pair},
         "composed, two ranks": layer_step(Composed(channels)),
         "bare collectives": collectives,
         "bare all-reduces": all_reduces,
@@ -165,6 +193,10 @@ def show(entry: dict) -> None:
         if name != "local":
             ratios = [value / local for value, local in zip(values, times["local"], strict=True)]
             print(f"  {name:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    for what, (unfused, fused) in FUSED.items():
+        ratios = [value / other for value, other in zip(times[fused], times[unfused], strict=True)]
+        text = f"fused / unfused: {what}"
+        print(f"  {text:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
     floor = [a + b for a, b in zip(times["bare collectives"], times["local"], strict=True)]
     ratios = [ours / least for ours, least in zip(times["ours, two ranks"], floor, strict=True)]
     text = "ours, two ranks / (collectives + local)"

@@ -14,6 +14,7 @@ _HOMES = {
     "convert_sync_batchnorm": "syncbn.surgery.converting",
     "new_bn_groups": "syncbn.nn.groups",
     "revert_sync_batchnorm": "syncbn.surgery.converting",
+    "fuse": "syncbn.surgery.fusing",
     "freeze": "syncbn.surgery.freezing",
     "unfreeze": "syncbn.surgery.freezing",
     "FreezePlan": "syncbn.surgery.plan",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm
     from syncbn.surgery.freezing import freeze as freeze
     from syncbn.surgery.freezing import unfreeze as unfreeze
+    from syncbn.surgery.fusing import fuse as fuse
     from syncbn.surgery.plan import FreezePlan as FreezePlan
 
 

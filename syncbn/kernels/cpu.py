@@ -13,11 +13,12 @@ reference.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from syncbn.kernels import reference
+from syncbn.kernels import activations, reference
 from syncbn.kernels.packing import pack
 
 _aten = torch.ops.aten
@@ -33,7 +34,7 @@ _PIECE = 256
 # The same in channels_last, and how many accumulators there are side by side.
 _ROWS, _COLUMNS = 256, 1024
 # Values of a temporary that stays in the cache.
-_BLOCK = 2**17
+_BLOCK = 2**18
 # The largest plane that torch's own sums, one accumulator per lane of the processor, are good enough for.
 _LONGEST_PLANE = 16 * _PIECE
 
@@ -100,19 +101,36 @@ def finish(
     return two_parts, (variance + eps).rsqrt_().to(dtype), packed[0].clone()
 
 
-def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """See `reference.normalize`."""
+def normalize(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """See `reference.normalize`; what follows the normalization finds its block in the cache."""
     if not _is_regular(input):
-        return reference.normalize(input, mean, invstd, weight, bias)
+        return reference.normalize(input, mean, invstd, weight, bias, residual, activation)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     if _is_far(mean, invstd):
         wide_shift = -mean[1] * scale if bias is None else torch.addcmul(bias.to(mean.dtype), mean[1], scale, value=-1)
         output = input.to(mean.dtype) - reference.per_channel(mean[0], input)
         shift = reference.per_channel(wide_shift, input)
         torch.addcmul(shift, output, reference.per_channel(scale, input), out=output)
-        return output.to(input.dtype)
+        return activations.apply_in_place(output.to(input.dtype), residual, activation)
     shift = _shift(mean, scale, bias)
-    return _scale_and_shift(input, scale, shift)
+    if residual is None and activation is None:
+        return _scale_and_shift(input, scale, shift)
+    output = torch.empty_like(input)
+    blocks = _Blocks(input)
+    added = None if residual is None else blocks.cut(_like(residual, input))
+    columns = (blocks.cut(input), blocks.cut(output), blocks.spread(scale), blocks.spread(shift))
+    for number, (x, y, scale_part, shift_part) in enumerate(zip(*columns, strict=True)):
+        _scale_and_shift(x, scale_part, shift_part, y)
+        activations.apply_in_place(y, None if added is None else added[number], activation)
+    return output
 
 
 def backward_reduce(
@@ -129,34 +147,92 @@ def backward_reduce(
 def backward_elementwise(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
-    """See `reference.backward_elementwise`: scale * grad + slope * (x - mean) - scale * mean(grad)."""
+    """See `reference.backward_elementwise`."""
     if not _is_regular(input):
         return reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
-    grad = _like(grad, input)
+    output = torch.empty_like(input)
+    _write_gradient(output, _like(grad, input), input, mean, invstd, weight, sums, count)
+    return output
+
+
+def backward_elementwise_(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> None:
+    """See `reference.backward_elementwise_`."""
+    if _is_regular(input) and grad.stride() == input.stride():
+        _write_gradient(grad, grad, input, mean, invstd, weight, sums, count)
+    else:
+        grad.copy_(backward_elementwise(grad, input, mean, invstd, weight, sums, count))
+
+
+def _write_gradient(
+    output: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> None:
+    """scale * grad + slope * (x - mean) - scale * mean(grad), to `output`, which may be `grad`."""
+    offset = input
+    if _is_far(mean, invstd):
+        offset = input.to(mean.dtype) - reference.per_channel(mean[0], input)
+        mean = torch.stack([torch.zeros_like(mean[0]), mean[1]])
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     grad_mean, projection = (sums / max(float(count), 1.0)).chunk(2)
     slope = -(scale * invstd) * projection
-    if _is_far(mean, invstd):
-        offset = input.to(mean.dtype) - reference.per_channel(mean[0], input)
-        shift = -mean[1] * slope - scale * grad_mean
-    else:
-        offset = input
-        shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
-    vectors = [vector.to(mean.dtype) for vector in (shift, slope, scale)]
-    if input.dtype == mean.dtype:
-        shift, slope, scale = (reference.per_channel(vector, input) for vector in vectors)
-        return torch.addcmul(shift, offset, slope).addcmul_(grad, scale)
-    # Narrower types: a block of rows at a time, so that what is wide stays in the cache.
-    output = torch.empty_like(input)
-    rows = [_rows(tensor) for tensor in (offset, grad, output)]
-    by_row = input.is_contiguous()  # a row is a channel of a sample; in channels_last it has all channels
-    vectors = [vector.repeat(input.size(0)).unsqueeze(1) if by_row else vector.unsqueeze(0) for vector in vectors]
-    size = max(1, _BLOCK // rows[0].size(1))
-    for start in range(0, rows[0].size(0), size):
-        offset_part, grad_part, output_part = (part[start : start + size] for part in rows)
-        shift, slope, scale = (vector[start : start + size] if by_row else vector for vector in vectors)
-        output_part.copy_(torch.addcmul(shift, offset_part, slope).addcmul_(grad_part, scale))
-    return output
+    shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
+    blocks = _Blocks(input)
+    tensors = (blocks.cut(tensor) for tensor in (offset, grad, output))
+    vectors = (blocks.spread(vector.to(mean.dtype)) for vector in (shift, slope, scale))
+    for x, g, out, shift_part, slope_part, scale_part in zip(*tensors, *vectors, strict=True):
+        per_channel = reference.per_channel(scale_part, x)
+        if x.dtype == g.dtype == out.dtype == mean.dtype:
+            torch.addcmul(_scale_and_shift(x, slope_part, shift_part), g, per_channel, out=out)
+        else:  # what is wide stays in the cache
+            wide = torch.addcmul(reference.per_channel(shift_part, x), x, reference.per_channel(slope_part, x))
+            out.copy_(wide.addcmul_(g, per_channel))
+
+
+def activated_reduce(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.activated_reduce`."""
+    if not _is_regular(input):
+        return reference.activated_reduce(grad, input, mean, invstd, weight, bias, kept, activation, dtype)
+    is_output = kept is not None and activations.output_tells(activation)
+    if not is_output and _is_far(mean, invstd):  # as forward did it, so that the signs are the same
+        kept, is_output = normalize(input, mean, invstd, weight, bias, kept), True  # z itself, which tells as well
+    through = torch.empty_like(input)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    shift = scale if is_output else _shift(mean, scale, bias)
+    blocks = _Blocks(input)
+    tensors = (blocks.cut(tensor) for tensor in (_like(grad, input), input, through))
+    kept_parts = None if kept is None else blocks.cut(_like(kept, input))
+    vectors = (blocks.spread(vector) for vector in (mean[0], scale, shift))
+    parts = []
+    for number, (g, x, out, mean_part, *vector_parts) in enumerate(zip(*tensors, *vectors, strict=True)):
+        if is_output and kept_parts is not None:
+            z = kept_parts[number]
+        else:
+            z = _scale_and_shift(x, *vector_parts)
+            if kept_parts is not None:
+                z.add_(kept_parts[number])
+        activations.backward_out(g, z, activation, out)
+        parts.append(_block_sums(out, x, mean_part))
+    sums = blocks.total(parts)
+    sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
+    return sums.view(-1), sums.to(dtype, copy=True), through
 
 
 def backward_local(
@@ -192,13 +268,6 @@ def _pieces_of(input: Tensor) -> int:
     return found if found or size > 32 * _PIECE else 1
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """A view of two dimensions: (N * C, values) of the contiguous layout, (N * positions, C) of channels_last."""
-    if tensor.is_contiguous():
-        return tensor.view(tensor.size(0) * tensor.size(1), -1)
-    return tensor.permute(0, *range(2, tensor.dim()), 1).view(-1, tensor.size(1))
-
-
 def _plane_size(input: Tensor) -> int:
     """The values of one channel of one sample."""
     return math.prod(input.shape[2:])
@@ -225,11 +294,68 @@ def _shift(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return (exact.neg_() if bias is None else bias - exact).to(scale.dtype)
 
 
-def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel, in the input's type and layout: torch's batch norm with mean 0 and variance 1."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    if out is not None:
+        unused = {"save_mean": scale.new_empty(0), "save_invstd": scale.new_empty(0)}
+        _aten.native_batch_norm.out(input, scale, shift, zero, one, False, 0.0, 0.0, out=out, **unused)
+        return out
     output, _, _ = _aten.native_batch_norm(input, scale, shift, zero, one, False, 0.0, 0.0)
     return output
+
+
+class _Blocks:
+    """An activation cut into dense parts that stay in the cache, and the vectors of its channels cut alike.
+
+    In the contiguous layout a part is (samples, pieces, values): short pieces of planes stand for channels, so that
+    their sums are good enough. In channels_last it is (positions, channels).
+    """
+
+    def __init__(self, input: Tensor) -> None:
+        self._channels = input.size(1)
+        self._order: list[int] | None = None
+        if input.is_contiguous() and input.dim() > 2:
+            self._pieces = _pieces_of(input)
+            self._columns, self._size = self._channels * self._pieces, _plane_size(input) // self._pieces
+            self._rows = input.size(0)
+            self._wide = min(self._columns, max(1, _BLOCK // self._size))
+        else:
+            self._order = [0, *range(2, input.dim()), 1]
+            self._pieces, self._size = 1, 1
+            self._columns = self._wide = self._channels
+            self._rows = input.numel() // self._channels
+        self._deep = max(1, _BLOCK // (self._columns * self._size))
+
+    def cut(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The parts of a tensor with the shape and strides of the input."""
+        if self._order is None:
+            view = tensor.view(self._rows, self._columns, self._size)
+        else:
+            view = tensor.permute(self._order).view(self._rows, self._columns)
+        parts = view.split(self._deep)
+        return (
+            parts if self._wide == self._columns else [piece for part in parts for piece in part.split(self._wide, 1)]
+        )
+
+    def spread(self, vector: Tensor) -> Sequence[Tensor]:
+        """A vector of channels for each part."""
+        if self._pieces > 1:
+            vector = vector.repeat_interleave(self._pieces)
+        return vector.split(self._wide) * -(-self._rows // self._deep)
+
+    def total(self, parts: list[Tensor]) -> Tensor:
+        """(2, C) float64 from the pairs of sums of all parts."""
+        across = -(-self._columns // self._wide)
+        columns = [torch.stack(parts[number::across]).sum(0, dtype=torch.float64) for number in range(across)]
+        return torch.cat(columns, 1).view(2, self._channels, self._pieces).sum(2)
+
+
+def _block_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
+    """`_pair_sums` of a part of an activation."""
+    if input.dim() == 2:
+        return _pair_sums(grad, input, mean)
+    return torch.stack(_native_sums(grad, input, mean, torch.ones_like(mean)))
 
 
 def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:

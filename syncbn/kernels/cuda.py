@@ -118,11 +118,19 @@ def finish(
     return mean, invstd, count
 
 
-def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalize(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
     """See `reference.normalize`."""
     programs = _programs(input)
     if programs is None:
-        return reference.normalize(input, mean, invstd, weight, bias)
+        return reference.normalize(input, mean, invstd, weight, bias, residual, activation)
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
@@ -130,8 +138,11 @@ def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
     plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
+    added = None if residual is None else _like(residual, dense)
     with torch.cuda.device_of(input):
-        programs.normalize[plan.grid](dense, target, *vectors, *plan.sizes, **plan.blocks)
+        programs.normalize[plan.grid](
+            dense, target, *vectors, added, *plan.sizes, ACTIVATION=activation, **plan.blocks
+        )  # fmt: skip
     return output if target is output else output.copy_(target)
 
 
@@ -142,40 +153,104 @@ def backward_reduce(
     programs = _programs(input)
     if programs is None or dtype not in _TYPES or grad.dtype not in _TYPES:
         return reference.backward_reduce(grad, input, mean, invstd, dtype)
+    sums, affine, _ = _reduce(programs, grad, input, mean, invstd, None, None, None, None, dtype)
+    return sums, affine
+
+
+def activated_reduce(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.activated_reduce`."""
+    programs = _programs(input)
+    if programs is None or dtype not in _TYPES or grad.dtype not in _TYPES:
+        return reference.activated_reduce(grad, input, mean, invstd, weight, bias, kept, activation, dtype)
+    return _reduce(programs, grad, input, mean, invstd, weight, bias, kept, activation, dtype)
+
+
+def _reduce(
+    programs: ModuleType,
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the gradient, which goes through the activation first if there is one, and that gradient."""
     num_channels = input.size(1)
     if input.numel() == 0:
         sums = input.new_zeros(2 * num_channels, dtype=torch.float64)
-        return sums, input.new_zeros((2, num_channels), dtype=dtype)
-    input, layout = _dense(input)
-    grad = _like(grad, input)
-    plan = _plan_sums(layout, input.dtype.itemsize, _multiprocessors(input.device))
-    sums = input.new_empty(2 * num_channels, dtype=torch.float64)
-    affine = input.new_empty((2, num_channels), dtype=dtype)
+        return sums, input.new_zeros((2, num_channels), dtype=dtype), torch.empty_like(input)
+    dense, layout = _dense(input)
+    grad = _like(grad, dense)
+    plan = _plan_sums(layout, dense.dtype.itemsize, _multiprocessors(dense.device))
+    sums = dense.new_empty(2 * num_channels, dtype=torch.float64)
+    affine = dense.new_empty((2, num_channels), dtype=dtype)
     splits = plan.grid[1]
-    partial = input.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else sums
-    mean, invstd = mean.contiguous(), invstd.contiguous()
-    with torch.cuda.device_of(input):
+    partial = dense.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else sums
+    through = grad if activation is None else torch.empty_like(dense)
+    vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
+    kept = None if kept is None else _like(kept, dense)
+    written = None if activation is None else through
+    with torch.cuda.device_of(dense):
         programs.backward_sums[plan.grid](
-            grad, input, mean, invstd, partial, sums, affine, *plan.sizes, **plan.blocks
+            grad, dense, *vectors, kept, written, partial, sums, affine, *plan.sizes, ACTIVATION=activation,
+            **plan.blocks,
         )  # fmt: skip
         if splits > 1:
             grid = (_ceil_div(num_channels, _COMBINED_CHANNELS),)
             programs.combine_backward_sums[grid](
-                partial, invstd, sums, affine, num_channels, splits, **plan.combine
+                partial, vectors[1], sums, affine, num_channels, splits, **plan.combine
             )  # fmt: skip
-    return sums, affine
+    if activation is not None and dense is not input:
+        through = torch.empty_like(input).copy_(through)
+    return sums, affine, through
 
 
 def backward_elementwise(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
     """See `reference.backward_elementwise`."""
+    output = torch.empty_like(input)
+    _write_gradient(output, grad, input, mean, invstd, weight, sums, count)
+    return output
+
+
+def backward_elementwise_(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> None:
+    """See `reference.backward_elementwise_`."""
+    _write_gradient(grad, grad, input, mean, invstd, weight, sums, count)
+
+
+def _write_gradient(
+    output: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> None:
+    """The gradient of the input to `output`, which may be `grad`: each value is read before it is written."""
     programs = _programs(input)
     if programs is None or grad.dtype not in _TYPES:
-        return reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
-    output = torch.empty_like(input)
+        output.copy_(reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count))
+        return
     if input.numel() == 0:
-        return output
+        return
     dense, layout = _dense(input)
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
     plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
@@ -184,7 +259,8 @@ def backward_elementwise(
         programs.backward_elementwise[plan.grid](
             _like(grad, dense), dense, target, *vectors, *plan.sizes, **plan.blocks
         )  # fmt: skip
-    return output if target is output else output.copy_(target)
+    if target is not output:
+        output.copy_(target)
 
 
 def backward_local(

@@ -284,14 +284,9 @@ def _elementwise_tile(num_channels, rows, units, tiles_across, LAST: tl.constexp
     return row * width + column, (row < rows) & (column < width), channel, known
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def normalize(
-    input, output, mean, invstd, weight, bias, num_channels, rows, units, tiles_across,
-    LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """`reference.normalize`."""
-    offset, exists, channel, known = _elementwise_tile(num_channels, rows, units, tiles_across, LAST, UNIT, R, W, WIDE)
-    x = tl.load(input + offset, mask=exists).to(mean.dtype.element_ty)
+@triton.jit
+def _normalized(x, mean, invstd, weight, bias, num_channels, channel, known, dtype: tl.constexpr):
+    """Values normalized, and rounded to `dtype`, as an operator of its own would."""
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
     scale = tl.load(invstd + channel, mask=known)
@@ -300,7 +295,41 @@ def normalize(
     shift = -low * scale
     if bias is not None:
         shift += tl.load(bias + channel, mask=known).to(scale.dtype)
-    y = tl.fma(x - high, scale, shift)
+    y = tl.fma(x.to(high.dtype) - high, scale, shift)
+    return y.to(dtype).to(y.dtype)
+
+
+@triton.jit
+def _added(y, residual, offset, exists, dtype: tl.constexpr):
+    """y, or y + residual, rounded to `dtype`."""
+    if residual is not None:
+        y = (y + tl.load(residual + offset, mask=exists).to(y.dtype)).to(dtype).to(y.dtype)
+    return y
+
+
+@triton.jit
+def _sigmoid(z):
+    small = tl.exp(-tl.abs(z))  # which cannot overflow
+    return tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def normalize(
+    input, output, mean, invstd, weight, bias, residual, num_channels, rows, units, tiles_across,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """`reference.normalize`."""
+    offset, exists, channel, known = _elementwise_tile(num_channels, rows, units, tiles_across, LAST, UNIT, R, W, WIDE)
+    x = tl.load(input + offset, mask=exists)
+    y = _normalized(x, mean, invstd, weight, bias, num_channels, channel, known, x.dtype)
+    y = _added(y, residual, offset, exists, x.dtype)
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0.0, 0.0, y)  # not a maximum, which would lose NaN
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(y > 0.0, y, y * 0.01)
+    elif ACTIVATION == "silu":
+        y *= _sigmoid(y)
     tl.store(output + offset, y.to(output.dtype.element_ty), mask=exists)
 
 
@@ -316,11 +345,14 @@ def _store_sums(sums, affine, invstd, channel, num_channels, first, second):
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_sums(
-    grad, input, mean, invstd, partial, sums, affine, num_channels, planes, units, tiles, tiles_across,
-    tiles_per_split, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
-    ALONE: tl.constexpr,
+    grad, input, mean, invstd, weight, bias, kept, through, partial, sums, affine, num_channels, planes, units, tiles,
+    tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, WIDE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g * (x - mean) over a part of a channel, as `moments`; `ALONE` into `sums` and `affine`."""
+    """Sums of g and g * (x - mean) over a part of a channel, as `moments`; `ALONE` into `sums` and `affine`.
+
+    With an `ACTIVATION`, g goes through it first, and is written to `through` (`reference.activated_reduce`).
+    """
     block, split = tl.program_id(0), tl.program_id(1)
     if WIDE:
         block, split = block.to(tl.int64), split.to(tl.int64)
@@ -335,8 +367,25 @@ def backward_sums(
     start = split * tiles_per_split
     for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
         offset, exists = _reduced_tile(tile, block, num_channels, planes, size, tiles_across, LAST, R, W)
-        g = tl.load(grad + offset, mask=exists, other=0.0).to(tl.float64)
-        x = tl.load(input + offset, mask=exists, other=0.0).to(tl.float64)
+        g = tl.load(grad + offset, mask=exists, other=0.0)
+        x = tl.load(input + offset, mask=exists, other=0.0)
+        if ACTIVATION is not None:
+            if kept is not None and ACTIVATION != "silu":
+                z = tl.load(kept + offset, mask=exists, other=0.0).to(mean.dtype.element_ty)
+            else:
+                z = _normalized(x, mean, invstd, weight, bias, num_channels, channel, inside, x.dtype)
+                z = _added(z, kept, offset, exists, x.dtype)
+            wide = g.to(z.dtype)
+            if ACTIVATION == "relu":
+                wide = tl.where(z <= 0.0, 0.0, wide)
+            elif ACTIVATION == "leaky_relu":
+                wide = tl.where(z > 0.0, wide, wide * 0.01)
+            else:
+                s = _sigmoid(z)
+                wide = wide * s * (1.0 + z * (1.0 - s))
+            g = tl.where(exists, wide, 0.0).to(x.dtype)
+            tl.store(through + offset, g, mask=exists)
+        g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - high) - low, 0.0)
         first += g
         second = tl.fma(g, centred, second)

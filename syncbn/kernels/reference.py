@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from syncbn.kernels import activations
 from syncbn.kernels.packing import pack, unpack
 
 
@@ -90,11 +91,24 @@ def finish(
     return torch.stack([high, low]), invstd, count.clone()
 
 
-def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x - mean) * invstd * weight + bias, in the type and layout of `input`.
+def normalize(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """activation((x - mean) * invstd * weight + bias + residual), in the type and layout of `input`.
 
     Computed as (x - high) * scale + (bias - low * scale): the subtraction is exact where cancellation would hurt, and
-    the part of the mean that `high` cannot hold is not lost.
+    the part of the mean that `high` cannot hold is not lost. What is normalized, and its sum with the residual, are
+    rounded to the type of `input`, as they are in operators of their own.
+
+    Args:
+        residual: of the shape and type of `input`.
+        activation: a name of `activations`.
     """
     dtype = mean.dtype
     scale = invstd if weight is None else invstd * weight.to(dtype)
@@ -102,7 +116,8 @@ def normalize(input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
     if bias is not None:
         shift = shift + bias.to(dtype)
     centred = input.to(dtype) - per_channel(mean[0], input)
-    return (centred * per_channel(scale, input) + per_channel(shift, input)).to(input.dtype)
+    output = (centred * per_channel(scale, input) + per_channel(shift, input)).to(input.dtype)
+    return activations.apply_in_place(output, residual, activation)
 
 
 def backward_reduce(
@@ -139,6 +154,13 @@ def backward_elementwise(
     return (projected * per_channel(scale, input)).to(input.dtype)
 
 
+def backward_elementwise_(
+    grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
+) -> None:
+    """`backward_elementwise` in the memory of `grad`, which has the type of `input`."""
+    grad.copy_(backward_elementwise(grad, input, mean, invstd, weight, sums, count))
+
+
 def backward_local(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -147,6 +169,48 @@ def backward_local(
     """
     sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
     return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
+
+
+def _through_activation(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The gradient of what goes into the activation."""
+    if kept is not None and activations.output_tells(activation):
+        return activations.backward(grad, kept, activation)
+    return activations.backward(grad, normalize(input, mean, invstd, weight, bias, kept), activation)
+
+
+def activated_reduce(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient goes through the activation, and `backward_reduce` of it.
+
+    Args:
+        kept: None where there was no residual: what went into the activation is then computed again. Else the output
+            of the forward pass or, for an activation whose output does not tell, its residual.
+
+    Returns:
+        sums, affine: see `backward_reduce`.
+        through: that gradient, from which `backward_elementwise` goes on; it is also that of the residual.
+    """
+    through = _through_activation(grad, input, mean, invstd, weight, bias, kept, activation)
+    sums, affine = backward_reduce(through, input, mean, invstd, dtype)
+    return sums, affine, torch.empty_like(input).copy_(through)
 
 
 def differentiable_backward(
@@ -158,12 +222,17 @@ def differentiable_backward(
     eps: float,
     all_reduce: Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias as differentiable functions of `grad`, `input` and `weight`, in float64.
+    through: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, weight, bias and residual as differentiable functions of `grad`, `input` and `weight`, in
+    float64.
 
     Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known
     global mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be
     differentiable. Where `mask` is False, `grad` has to be 0, and the gradient of the input means nothing.
+
+    Args:
+        through: takes a gradient back through the activation, given what `weight` and `bias` are applied to.
     """
     dims = reduced_dims(input)
     n = count.clamp(min=1.0)
@@ -176,8 +245,10 @@ def differentiable_backward(
     xhat = (offset - per_channel(first, input)) * per_channel(invstd, input)
 
     wide_grad = grad.to(torch.float64)
+    if through is not None:
+        wide_grad = through(wide_grad, xhat)
     grad_bias, grad_weight = wide_grad.sum(dims), (wide_grad * xhat).sum(dims)
     grad_mean, projection = (all_reduce(torch.cat([grad_bias, grad_weight])) / n).chunk(2)
     scale = invstd if weight is None else invstd * weight.to(torch.float64)
     projected = xhat * per_channel(-projection, input) + (wide_grad - per_channel(grad_mean, input))
-    return (projected * per_channel(scale, input)).to(input.dtype), grad_weight, grad_bias
+    return (projected * per_channel(scale, input)).to(input.dtype), grad_weight, grad_bias, wide_grad

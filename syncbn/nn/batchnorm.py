@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.kernels.activations import ACTIVATIONS
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.holding import hold, is_held, own_parameters, release
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_batchnorm")
 
 _OF_A_CONTEXT = ("_pool", "_record")  # what a context hangs on a layer; no copy has it
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -70,7 +67,9 @@ class SyncBatchNorm(_BatchNorm):
             does.
         process_group: the ranks to sum over, a group or a one-dimensional `DeviceMesh`; None for all ranks of the job.
         bias: False for a learnable weight without a bias.
-        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output.
+        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output, in the same pass over it,
+            as the addition of a residual is. Nothing is kept for backward that the input tells; with a residual the
+            output is kept, or for "silu" the residual.
 
     `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
     a sub-group raises at its first training forward afterwards, until `process_group` is set.
@@ -108,8 +107,8 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        if activation is not None and activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: expected None or one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
@@ -128,6 +127,14 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
+        activation = self._activation_name()
+        if residual is not None and residual.shape != input.shape:
+            raise ValueError(
+                f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
+            )
+        # With another type the sum has the wider one; and a mask comes between.
+        if mask is None and (residual is None or (residual.dtype, residual.device) == (input.dtype, input.device)):
+            return self._normalize(input, None, residual, activation)
         if mask is None:
             output = self._normalize(input)
         else:
@@ -135,13 +142,8 @@ class SyncBatchNorm(_BatchNorm):
             # Zeros instead of what is masked: NaN would spread, through a product with 0 too.
             output = torch.where(mask, self._normalize(torch.where(mask, input, 0.0), mask), 0.0)
         if residual is not None:
-            if residual.shape != output.shape:
-                raise ValueError(
-                    f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
-                )
             output = output + residual
-        activation = self._activation_name()
-        return output if activation is None else _ACTIVATIONS[activation](output)
+        return output if activation is None else ACTIVATIONS[activation](output)
 
     def _counter(self) -> Tensor | None:
         return self.num_batches_tracked
@@ -149,7 +151,13 @@ class SyncBatchNorm(_BatchNorm):
     def _activation_name(self) -> str | None:
         return self.__dict__.get("activation")  # absent on a converted layer
 
-    def _normalize(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _normalize(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
         self._check_input_dim(input)
         # Buffers take part in evaluation even where a training step would not move them (track_running_stats=False).
         tracked = self.track_running_stats or not self.training
@@ -164,6 +172,8 @@ class SyncBatchNorm(_BatchNorm):
             self.momentum,
             self.eps,
             mask,
+            residual,
+            activation,
         )
 
     def _normalize_with(
@@ -178,6 +188,8 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None,
         eps: float,
         mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str | None = None,
     ) -> Tensor:
         """Chooses the row of the table of modes."""
         num_features = self.__dict__["num_features"]
@@ -196,8 +208,11 @@ class SyncBatchNorm(_BatchNorm):
             if running_mean is not None and running_var is not None:
                 if self._record is not None:
                     record_local(input, mask, self._record)
-                return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
-            return normalize_by_batch(input, weight, bias, None, None, None, 0.0, eps, None, mask, record=self._record)
+                return normalize_by_running(input, running_mean, running_var, weight, bias, eps, residual, activation)
+            return normalize_by_batch(
+                input, weight, bias, None, None, None, 0.0, eps, None, mask, None, None, self._record,
+                residual, activation,
+            )  # fmt: skip
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
@@ -215,6 +230,8 @@ class SyncBatchNorm(_BatchNorm):
             pool,
             self,
             self._record,
+            residual,
+            activation,
         )
 
     @property

@@ -1,12 +1,13 @@
 """Synchronized batch normalization as a function: moments -> all-reduce -> finish -> normalize, and its gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.kernels import operators, reference
+from syncbn.kernels import activations, operators, reference
 from syncbn.nn.debugging import reduce
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.recomputing import Rerun, refuse_checkpoint_around_compiled
@@ -35,6 +36,8 @@ class _NormalizeByBatch(torch.autograd.Function):
         owner: nn.Module | None,
         rerun: Rerun | None,
         record: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
     ) -> Tensor:
         def over_ranks(local: Tensor) -> Tensor:
             if record is None:
@@ -48,20 +51,26 @@ class _NormalizeByBatch(torch.autograd.Function):
         )
         if pool is not None:
             pool.add_(packed)
-        ctx.save_for_backward(input, weight, mean, invstd, count, mask)
+        output = operators.normalize(input, mean, invstd, weight, bias, residual, activation)
+        kept = None
+        if residual is not None and activation is not None:
+            kept = output if activations.output_tells(activation) else residual
+        of_activation = (None if activation is None else bias, kept)
+        ctx.save_for_backward(input, weight, mean, invstd, count, mask, *of_activation)
+        ctx.activation = activation
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtypes = [vector.dtype for vector in (weight, bias) if vector is not None]
         ctx.affine_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else mean.dtype
         ctx.eps, ctx.group, ctx.owner = eps, group, owner
-        return operators.normalize(input, mean, invstd, weight, bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, count, mask = ctx.saved_tensors
+        input, weight, mean, invstd, count, mask, bias, kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_input = None
+        grad_input, grad_residual = None, grad
         if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
-            grad_input, grad_weight, grad_bias = reference.differentiable_backward(
+            grad_input, grad_weight, grad_bias, grad_residual = reference.differentiable_backward(
                 grad,
                 input,
                 weight,
@@ -70,22 +79,55 @@ class _NormalizeByBatch(torch.autograd.Function):
                 ctx.eps,
                 lambda tensor: reduce(tensor, ctx.group, ctx.owner, "backward"),
                 mask,
+                _through_activation(ctx) if ctx.activation is not None else None,
             )
-        elif needs_input and ctx.group is None:
+        elif needs_input and ctx.group is None and ctx.activation is None:
             grad_input, affine = operators.backward_local(grad, input, mean, invstd, weight, count, ctx.affine_dtype)
             grad_bias, grad_weight = affine.unbind()
         else:
-            sums, affine = operators.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
+            if ctx.activation is None:
+                sums, affine = operators.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
+            else:
+                sums, affine, grad = operators.activated_reduce(
+                    grad, input, mean, invstd, weight, bias, kept, ctx.activation, ctx.affine_dtype
+                )
+            grad_residual = grad
             grad_bias, grad_weight = affine.unbind()
             if needs_input:
                 sums = reduce(sums, ctx.group, ctx.owner, "backward")
-                grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
-        return (
-            grad_input,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-            *[None] * 11,
-        )
+                if ctx.activation is None or ctx.needs_input_grad[_RESIDUAL]:
+                    grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
+                else:  # nobody else wants the gradient that has gone through the activation
+                    operators.backward_elementwise_(grad, input, mean, invstd, weight, sums, count)
+                    grad_input = grad
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        gradients[0] = grad_input
+        gradients[1] = grad_weight.to(weight.dtype) if needs_weight else None
+        gradients[2] = grad_bias.to(ctx.bias_dtype) if needs_bias else None
+        if ctx.needs_input_grad[_RESIDUAL]:
+            gradients[_RESIDUAL] = grad_residual.to(input.dtype)
+        return tuple(gradients)
+
+
+_RESIDUAL = 14  # its place among the arguments of `_NormalizeByBatch`
+
+
+def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """For `reference.differentiable_backward`."""
+    input, weight, mean, invstd, _, _, bias, kept = ctx.saved_tensors
+
+    def through(grad: Tensor, xhat: Tensor) -> Tensor:
+        if not activations.output_tells(ctx.activation):
+            z = xhat if weight is None else xhat * reference.per_channel(weight.to(xhat.dtype), xhat)
+            z = z if bias is None else z + reference.per_channel(bias.to(xhat.dtype), xhat)
+            z = z if kept is None else z + kept.to(xhat.dtype)
+        else:  # its sign, which has no derivative: that of the forward pass, to the last bit
+            with torch.no_grad():
+                z = operators.normalize(input, mean, invstd, weight, bias) if kept is None else kept
+            z = z.detach().to(xhat.dtype)
+        return activations.backward(grad, z, ctx.activation)
+
+    return through
 
 
 def normalize_by_batch(
@@ -102,6 +144,8 @@ def normalize_by_batch(
     pool: Tensor | None = None,
     owner: nn.Module | None = None,
     record: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
     ones. What runs again for activation checkpointing takes the statistics of its first run and moves nothing.
@@ -112,6 +156,8 @@ def normalize_by_batch(
         pool: adds the batch's packed moments to this instead of moving the running statistics.
         owner: the layer, for errors.
         record: adds what the batch looks like to this (see `watching`); to be given on all ranks or on none.
+        residual: of the shape and type of the input, added to what is normalized; not with a mask.
+        activation: applied last; not with a mask.
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
@@ -132,7 +178,7 @@ def normalize_by_batch(
         pool = None
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-        mask, pool, owner, rerun, record,
+        mask, pool, owner, rerun, record, residual, activation,
     )  # fmt: skip
 
 
@@ -143,8 +189,12 @@ def normalize_by_running(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Evaluation, and frozen statistics: (x - running_mean) * scale + bias, without communication.
+
+    A residual (of the shape and type of the input) and the activation follow in the memory of the result.
 
     ATen operators alone, so that an exported program holds no operator of ours; never x * scale + shift, which cancels
     where |mean| >> std. Keeps no activation for backward unless `weight` needs a gradient.
@@ -155,9 +205,11 @@ def normalize_by_running(
         scale = scale * weight.to(dtype)
     centred = input.to(dtype) - reference.per_channel(running_mean.to(dtype), input)
     if bias is None:
-        return (centred * reference.per_channel(scale, input)).to(input.dtype)
-    shift = reference.per_channel(bias.to(dtype), input)
-    return torch.addcmul(shift, centred, reference.per_channel(scale, input)).to(input.dtype)
+        output = centred * reference.per_channel(scale, input)
+    else:
+        shift = reference.per_channel(bias.to(dtype), input)
+        output = torch.addcmul(shift, centred, reference.per_channel(scale, input))
+    return activations.apply_in_place(output.to(input.dtype), residual, activation)
 
 
 def sync_batch_norm(

@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.holding import release
 from syncbn.nn.patterns import Patterns, named_modules, select
+from syncbn.surgery.fusing import fused_layers, unfuse
 from syncbn.surgery.subclasses import SyncSubclass, synchronized_class, why_not
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,9 @@ def convert_sync_batchnorm(
 def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = None) -> nn.Module:
     """Gives every converted layer of `module` its original class back, in place; returns `module`.
 
-    For export and for inference without this package. Parameters, buffers, modes and `requires_grad` stay; affine
-    parameters that were frozen by `freeze` get back the `requires_grad` that they had.
+    For export and for inference without this package. What `fuse` has fused is taken apart again. Parameters, buffers,
+    modes and `requires_grad` stay; affine parameters that were frozen by `freeze` get back the `requires_grad` that
+    they had.
 
     Args:
         default: the class for layers that were built as `SyncBatchNorm` and so have no original one, such as
@@ -102,6 +104,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
             been reverted then.
     """
     targets: dict[str, tuple[SyncBatchNorm, type]] = {}
+    fused = {id(layer) for layer in fused_layers(module)}
     for name, layer in select(module).items():
         if not isinstance(layer, SyncBatchNorm):
             continue
@@ -114,9 +117,10 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
                 f"{name or 'the module'}: its statistics are frozen, which {original.__name__} cannot keep in training;"
                 " call unfreeze or eval first"
             )
-        if layer._activation_name() is not None:
+        if layer._activation_name() is not None and id(layer) not in fused:
             raise ValueError(f"{name or 'the module'}: {original.__name__} has no activation={layer.activation!r}")
         targets[name] = (layer, original)
+    unfuse(module)
     for layer, original in targets.values():
         release([layer], module)
         group = layer.__dict__.pop("process_group", None)

@@ -160,6 +160,8 @@ class BnConfig:
     momentum: Any
     """None: as built; a number; "cumulative" for torch's momentum=None."""
     eps: float | None
+    fuse: bool
+    """Let SyncBatchNorm do the activation, and the addition, that follow it (`syncbn.fuse`)."""
     debug: bool
     """Compare the ranks' places before each collective."""
 
@@ -171,6 +173,7 @@ class BnConfig:
         require(self.sync or self.group == "world", "bn.group", "world where bn.sync=false", self.group)
         expected = "false unless bn.sync=true and bn.group=world (other groups are BN's own anyway)"
         require(not self.own_group or (self.sync and self.group == "world"), "bn.own_group", expected, self.own_group)
+        require(self.sync or not self.fuse, "bn.fuse", "false where bn.sync=false", self.fuse)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)

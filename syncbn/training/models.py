@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from importlib.util import find_spec
 from typing import Any
@@ -12,9 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.converting import convert_sync_batchnorm
+from syncbn.surgery.fusing import fuse
 from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.targets import build_target
 from syncbn.training.unet import UnetSmall
+
+log = logging.getLogger(__name__)
 
 
 class ResidualBlock(nn.Module):
@@ -102,6 +106,12 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
         except TypeError as error:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
+    if bn.fuse:
+        reports = fuse(model)
+        left = [report for report in reports if report.reason]
+        log.info("bn.fuse: fused %d of %d batch normalizations", len(reports) - len(left), len(reports))
+        for report in left:
+            log.info("bn.fuse: left %s: %s", report.name or "the model", report.reason)
     return model
 
 

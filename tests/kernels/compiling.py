@@ -79,6 +79,12 @@ def record(dtypes: list[torch.dtype]) -> list[tuple]:
                             mean.dtype)  # fmt: skip
                 cuda.normalize(input, mean, invstd, vector, vector)
                 cuda.normalize(input, mean, invstd, None, None)
+                if shape == SHAPES[0]:
+                    for activation in ("relu", "leaky_relu", "silu"):
+                        options = (input, mean, invstd, vector, vector)
+                        cuda.normalize(*options, input, activation)
+                        for kept in (None, input):
+                            cuda.activated_reduce(input, *options, kept, activation, vector.dtype)
                 cuda.backward_local(input, input, mean, invstd, vector, count, vector.dtype)
     return list(recorders.launches.values())
 

@@ -242,9 +242,9 @@ def test_a_step_touches_the_activation_as_often_as_it_should():
 
 def check_operators():
     counts, whole = one_step(SyncBatchNorm(64))
-    # Over ranks the sums have to be known before the gradient: a read for them, and two passes of addcmul.
-    assert whole == {"aten::native_batch_norm": 1, "aten::native_batch_norm_backward": 2, "aten::addcmul": 1,
-                     "aten::addcmul_": 1}  # fmt: skip
+    # Over ranks the sums have to be known before the gradient: a read for them, and one pass in blocks (here it is
+    # one), which are still in the cache when the second operator comes.
+    assert whole == {"aten::native_batch_norm": 2, "aten::native_batch_norm_backward": 2, "aten::addcmul": 1}
     assert counts["syncbn::backward_reduce"] == counts["syncbn::backward_elementwise"] == 1
 
 

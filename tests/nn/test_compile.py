@@ -241,12 +241,16 @@ def operator_samples(dtype, rows):
         (operators.backward_reduce, (x, x, mean, invstd, torch.float32)),
         (operators.backward_elementwise, (x, x, mean, invstd, weight, sums, count)),
         (operators.backward_local, (x, x, mean, invstd, weight, 5.0 * torch.tensor(rows).double(), torch.bfloat16)),
+        (operators.normalize, (x, mean, invstd, weight, bias, x, "silu")),
+        (operators.activated_reduce, (x, x, mean, invstd, weight, bias, None, "relu", torch.float32)),
+        (operators.activated_reduce, (x, x, mean, invstd, None, None, x, "silu", torch.float32)),
+        (operators.backward_elementwise_, (x.clone(), x, mean, invstd, weight, sums, count)),
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows", [4, 0])
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(13))
 def test_operators_pass_opcheck(dtype, rows, number):
     function, arguments = operator_samples(dtype, rows)[number]
     torch.library.opcheck(function, arguments)
