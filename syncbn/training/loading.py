@@ -117,9 +117,8 @@ class Loader:
                 yield self._move(ahead.popleft().result())
         except BrokenProcessPool:
             raise TrainingError(_DIED) from None
-        finally:
-            for future in ahead:
-                future.cancel()
+        # What is ahead when nobody asks any more is not cancelled: a pool whose workers are gone fails over futures
+        # that were (CPython 3.11 sets an exception on each of them).
 
     def _submit(self, task: Task) -> Future[Batch]:
         if self._workers is None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from syncbn.training.config import SCHEMAS, Config, ConfigError
 from syncbn.training.duration import Duration
-from tests.training.jobs import ROOT, compose_config, start
+from tests.training.jobs import ROOT, compose_config, run_rank, start
 
 MISTAKES = [
     (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
@@ -65,7 +65,6 @@ MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
     (["data=fashion_mnist", "data.path=/nowhere"], "data.path: expected the file train-images-idx3-ubyte"),
     (["data=image_folder", "data.path=/nowhere"], "data.path: expected a directory, found none at '/nowhere'"),
     (["data=shapes"], "model: expected logits of shape (2, 4, 32, 32), got (2, 4)"),
-    (["debug=data", "batch_size=9999"], "batch_size: expected two steps or more to measure, got 1"),
     (["freeze.a.match=backbon"], "freeze.a: match='backbon' selects no module; did you mean backbone"),
     (["freeze=backbone", "bn.sync=false"], "freeze.backbone: backbone.stem.bn is a BatchNorm2d"),
     (["freeze.a.match=*", "freeze.a.weights=true"], "freeze: every parameter is frozen at step 0"),
@@ -104,7 +103,17 @@ def test_a_mistake_is_one_message_that_names_the_key(tmp_path, overrides, messag
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_that_only_the_model_or_data_shows_is_one_message_too(tmp_path, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        run_rank(tmp_path, tuple(overrides))
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_such_a_mistake_ends_the_command_like_any_other(tmp_path):
+    overrides, message = MISTAKES_THAT_NEED_THE_MODEL_OR_DATA[0]
     check_one_message(start(tmp_path, *overrides), message)
+    measured = start(tmp_path, "debug=data", "batch_size=9999")
+    check_one_message(measured, "batch_size: expected two steps or more to measure, got 1")
 
 
 def test_under_torchrun_a_mistake_is_printed_once(tmp_path):

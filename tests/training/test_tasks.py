@@ -392,6 +392,7 @@ def test_float64_goes_without_onnx(job, averaged):
 # The command line
 
 
+@pytest.mark.slow
 def test_a_chain_of_tasks_under_torchrun_as_a_user_types_it(job, tmp_path):
     job(*SMALL, "duration=3", "run=first")
     for command in (

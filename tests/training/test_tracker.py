@@ -139,7 +139,9 @@ def warnings_of(done):
 ONLINE = [*SMALL, "tracker=wandb", "tracker.mode=online", "tracker.timeout=3", "log_every=1", "run=a"]
 
 
-@pytest.mark.parametrize("server", [wandb_servers.refusing, wandb_servers.hanging])
+@pytest.mark.parametrize(
+    "server", [wandb_servers.refusing, pytest.param(wandb_servers.hanging, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("num_ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_server_that_cannot_be_used_costs_a_warning_and_the_run_is_recorded_offline(
     tmp_path, online, server, num_ranks
