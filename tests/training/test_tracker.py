@@ -159,6 +159,7 @@ def test_a_server_that_cannot_be_used_costs_a_warning_and_the_run_is_recorded_of
     assert wandb_servers.KEY not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_in_the_middle_costs_a_warning_that_names_what_to_sync(tmp_path, online):
     with wandb_servers.answering(until="file_stream") as (address, seen):
         online(address)
@@ -276,6 +277,7 @@ def test_what_an_offline_run_was_made_with_is_in_its_file(tmp_path):
     assert {"commit", "python", "torch", "wandb", "device"} <= environment.keys()
 
 
+@pytest.mark.slow
 def test_attempts_offline_are_runs_of_one_group_with_one_step_metric(tmp_path):
     for duration in (1, 2):
         run = run_job(tmp_path, *SMALL, "tracker=wandb", f"duration={duration}", "run=a")
