@@ -21,8 +21,10 @@ _PACKAGES = ("syncbn", "torch", "hydra-core", "wandb", "torchmetrics")
 
 
 def describe(place: Place, overrides: Sequence[str]) -> dict[str, Any]:
-    """Every rank calls it; rank 0 knows of all hosts, by number of ranks."""
+    """Every rank calls it, because the hosts are gathered; what it says is rank 0's, and empty on the others."""
     hosts = world.on_all_ranks(platform.node())
+    if not place.is_first:
+        return {}
     return {
         "command": " ".join(["train.py", *map(redact, overrides)]),
         "commit": _commit(),
