@@ -48,7 +48,7 @@ from syncbn.training.metrics import Best, evaluate
 from syncbn.training.overfitting import FITTED
 from syncbn.training.place import Place, in_dtype
 from syncbn.training.pretrained import Drift
-from syncbn.training.randomness import mix_key
+from syncbn.training.randomness import mix_key, seed_generators
 from syncbn.training.sampling import Sampler
 from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole_step
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
@@ -252,7 +252,7 @@ class Trainer:
         self.model.train()
         self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
-        torch.manual_seed(mix_key(self.config.seed, step, self.place.rank, _DROPOUT))
+        seed_generators(mix_key(self.config.seed, step, self.place.rank, _DROPOUT), self.place.device)
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
         # Loss sum, count, asked to stop, and for each rank whether its loss is not finite: one all-reduce.
@@ -263,10 +263,15 @@ class Trainer:
             for number, batch in enumerate(self.loader.micro_batches(self.sampler, self.config.seed, step)):
                 is_last = number == len(shards) - 1
                 with nullcontext() if is_last else self._without_communication():
-                    totals[:2] += self._backward(batch, nominal)
-        totals[3 + self.place.rank] = ~totals[0].isfinite()
-        if self.place.world_size > 1:
-            dist.all_reduce(totals)
+                    assert self.wrapped is not None
+                    loss_sum, count = self._losses(self.wrapped, batch)
+                    totals[0] += loss_sum.detach()
+                    totals[1] += count
+                    if is_last:
+                        arriving = self._all_reduce(totals)
+                    self.update.scaler.scale(loss_sum * (self.place.world_size / nominal)).backward()
+        if arriving is not None:
+            arriving.wait()
         # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples. Counts may be
         # weights, and less than 1; where nothing counts the gradient is 0 as it is.
         correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
@@ -280,12 +285,10 @@ class Trainer:
         """Gradients of a micro-batch that is not the last of its step stay local."""
         return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
 
-    def _backward(self, batch: Batch, nominal: int) -> Tensor:
-        """Adds the gradient of one micro-batch; returns [loss sum, count] of this rank."""
-        assert self.wrapped is not None
-        loss_sum, count = self._losses(self.wrapped, batch)
-        self.update.scaler.scale(loss_sum * (self.place.world_size / nominal)).backward()
-        return torch.stack([loss_sum.detach().to(torch.float64), count.to(torch.float64)])
+    def _all_reduce(self, totals: Tensor) -> dist.Work | None:
+        """Sums a step's totals over all ranks while the backward pass goes on; None: there is nothing to wait for."""
+        totals[3 + self.place.rank] = ~totals[0].isfinite()
+        return dist.all_reduce(totals, async_op=True) if self.place.world_size > 1 else None
 
     def _losses(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""

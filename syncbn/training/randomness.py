@@ -29,12 +29,31 @@ def mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
+def _mix_int(bits: int) -> int:
+    """`mix` of one integer, 0 <= bits < 2^64: a hundred times quicker than operators on a tensor without dimensions."""
+    bits = (bits + _GAMMA) & _MASK
+    bits = (bits ^ (bits >> 30)) * _FIRST & _MASK
+    bits = (bits ^ (bits >> 27)) * _SECOND & _MASK
+    return bits ^ (bits >> 31)
+
+
 def mix_key(*parts: int) -> int:
     """Several integers as one well-mixed non-negative one, for seeding generators."""
-    key = torch.zeros((), dtype=torch.int64)
+    key = 0
     for part in parts:
-        key = mix(key ^ _signed(part))
-    return int(key.item()) & ((1 << 63) - 1)
+        key = _mix_int(key ^ (part & _MASK))
+    return key & (_MASK >> 1)
+
+
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seeds what models draw from (dropout, stochastic depth): torch's own generators of the host and of the device.
+
+    `torch.manual_seed` seeds those of every backend there is, and writes down a stack trace for each that has not been
+    started: 0.1 to 0.4 ms, which a training step notices.
+    """
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(key)
 
 
 def integers(high: int, index: Tensor, *key: int) -> Tensor:

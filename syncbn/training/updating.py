@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +81,9 @@ class Update:
         # A loss that is not finite makes every gradient so: one test, with which the scaler's own then agrees.
         loss_counts = loss.isfinite() & ~self._halted
         factor = torch.where(loss_counts, factor, torch.nan)
-        for gradient in gradients:
-            gradient.mul_(factor)
-        if self.clip_norm is None:
-            norm = get_total_norm(gradients, math.inf).to(loss.device)
-        else:
-            norm = self._clip(gradients, self.clip_norm).to(loss.device)
-        left_out = ~(norm.isfinite() & loss_counts)
+        multiply(gradients, factor)
+        norm = loss.new_zeros(()) if self.clip_norm is None else self._clip(gradients, self.clip_norm)
+        left_out = ~(all_finite(gradients, loss.device) & loss_counts)
         # A scaled gradient that overflows is no fault, the scaler tries again with a smaller scale; with a scale of 1
         # it is not the scale's either.
         at_fault = ~loss_counts | left_out
@@ -99,16 +96,14 @@ class Update:
         self._buffers.put_back(left_out)
         if self.average is not None:
             self.average.update(self.model, left_out, self.schedule.last_epoch)
-        return Verdict(left_out, at_fault, torch.zeros_like(norm) if self.clip_norm is None else norm)
+        return Verdict(left_out, at_fault, norm)
 
     def _clip(self, gradients: list[Tensor], clip_norm: float) -> Tensor:
         """Scales the gradients down where they are longer; returns their norm, without the scaler's factor."""
-        norm = get_total_norm(gradients, 2.0)
+        norm = get_total_norm(gradients, 2.0).to(self._one.device)
         if self.scaler.is_enabled():
             norm = norm / self.scaler.scale(self._one)
-        coefficient = (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(coefficient)
+        multiply(gradients, (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0))
         return norm
 
     def restart(self, step: int) -> None:
@@ -139,6 +134,34 @@ class Update:
         return [self.scaler._scale, self.scaler._growth_tracker]  # type: ignore[list-item]
 
 
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies tensors in place by a number on the device: one operator per type, however many tensors."""
+    for (device, _), group in by_type(tensors).items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Whether every element is finite: a bool without dimensions on the device, decided there."""
+    bad = torch.zeros((), device=device)
+    for (place, dtype), group in by_type(tensors).items():
+        if dtype in (torch.float32, torch.float64):
+            # What torch's gradient scaler asks: one operator for all. The factor is 1.
+            found = torch.zeros((), device=place)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, torch.ones_like(found))
+        else:
+            found = ~get_total_norm(group, math.inf).isfinite()
+        bad = bad + found.to(device)
+    return bad == 0
+
+
+def by_type(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """Groups that one operator can take, each in order."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return groups
+
+
 class Buffers:
     """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
 
@@ -148,10 +171,7 @@ class Buffers:
 
     def remember(self) -> None:
         """Copies them."""
-        by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in self._model.buffers():
-            by_type.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self._before = [(group, _flat(group)) for group in by_type.values()]
+        self._before = [(group, _flat(group)) for group in by_type(self._model.buffers()).values()]
 
     def put_back(self, where: Tensor) -> None:
         """Restores them if `where`, a bool without dimensions, decided on the device."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from syncbn.training import data as datasets
 from syncbn.training.config import ConfigError, FashionMnistConfig
 from syncbn.training.data import augment
-from syncbn.training.randomness import integers, mix_key
+from syncbn.training.randomness import integers, mix, mix_key
 from syncbn.training.sampling import Sampler
 from tests.training.jobs import compose_config
 
@@ -97,6 +97,14 @@ def test_draws_are_uniform_and_differ_by_epoch():
 def test_keys_differ_in_order_and_value():
     keys = {mix_key(*parts) for parts in [(0, 1), (1, 0), (0, 0), (1, 1), (0,), (0, 0, 0), (-1, 2)]}
     assert len(keys) == 7
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4))
+def test_keys_are_mixed_as_tensors_are(parts):
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        key = mix(key ^ part)
+    assert mix_key(*parts) == int(key) & (2**63 - 1)
 
 
 def test_the_digits_split_is_pinned_and_stratified():

@@ -1,6 +1,7 @@
 """An update is taken or left out on the device, and what is left out leaves no trace."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm
-from syncbn.training.updating import Average, Reports, Update
+from syncbn.training.updating import Average, Reports, Update, all_finite, multiply
 
 
 def build(**options):
@@ -136,6 +137,21 @@ def test_an_update_never_reads_a_value_on_the_host():
         verdict = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
         reports.post(0, torch.stack(verdict))
         update.begin()
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_element_of_one_gradient_decides_whether_all_are_finite(dtype, value):
+    gradients = [torch.ones(5, dtype=kind) for kind in (torch.float32, torch.float64, torch.bfloat16, dtype)]
+    gradients[-1][3] = value
+    assert all_finite(gradients, torch.device("cpu")).item() == math.isfinite(value)
+
+
+def test_gradients_of_every_type_are_multiplied_in_their_own_precision():
+    gradients = [torch.ones(2, dtype=kind) for kind in (torch.float32, torch.float64, torch.bfloat16)]
+    multiply(gradients, torch.tensor(1 / 3, dtype=torch.float64))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.full((2,), 1 / 3, dtype=gradient.dtype), rtol=0, atol=0)
 
 
 def test_the_average_is_exponential_over_weights_and_statistics_and_copies_counters():
