@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and is all that a user sees."""
 
 
+class RankError(TrainingError):
+    """What one rank alone has met; the others learn of it because it is gone."""
+
+
 def require(condition: bool, key: str, expected: str, got: object) -> None:
     """Raises a ConfigError unless the condition holds."""
     if not condition:

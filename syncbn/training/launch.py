@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from syncbn.training.config import SCHEMAS, ConfigError
+from syncbn.training.errors import RankError
 from syncbn.training.network import choose_device
 from syncbn.training.reporting import explain, explain_timeout, report_failure
 from syncbn.training.world import (
@@ -83,7 +84,8 @@ _held_back: list[str] = []
 
 def _hold_back(arguments: list[str]) -> list[str]:
     """Keeps from Hydra what a task with `load` applies to the stored configuration, in which the keys may be others."""
-    if not any(argument.startswith("task=") and argument not in ("task=train", "task=data") for argument in arguments):
+    tasks = {argument.lstrip("+") for argument in arguments if argument.lstrip("+").startswith("task=")}
+    if not tasks - {"task=train", "task=data"}:
         return arguments
     kept = [a for a in arguments if a.startswith("-") or "=" not in a or _KEPT.match(a.lstrip("+~"))]
     _held_back[:] = [argument for argument in arguments if argument not in kept]
@@ -180,7 +182,8 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         if waited is not None:
             waited.__cause__ = error
             report_failure(waited)
-        if explain(error) is None:  # before the group goes: then the other ranks fail too, and theirs are not the cause
+        # Before the group goes: then the other ranks fail too, and theirs are not the cause.
+        if explain(error) is None or isinstance(error, RankError):
             report_failure(error)
         raise
     finally:

@@ -145,6 +145,11 @@ class Trainer:
                 self._save(config_dict)
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
                 raise Stopped(self.counters.step) from None
+            except ValueError as error:
+                one_value = reporting.explain_one_value(error, self.counters.step)
+                if one_value is None:
+                    raise
+                raise one_value from None
             except RuntimeError as error:
                 timeout = reporting.explain_timeout(error, f"step {self.counters.step}")
                 if timeout is None:

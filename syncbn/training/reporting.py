@@ -19,6 +19,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.training.config import ConfigError, TrainingError
+from syncbn.training.errors import RankError
 from syncbn.training.redaction import redact
 from syncbn.training.sweep import write_summary
 from syncbn.training.world import agreed, attempt, is_distributed, rank, store, world_size
@@ -81,6 +82,16 @@ def _discard_run_directory() -> None:
             shutil.rmtree(directory)
 
 
+def explain_one_value(error: ValueError, step: int) -> RankError | None:
+    """What torch says of a batch that has one value per channel, as an error with a remedy; None for another error."""
+    if "more than 1 value per channel" not in str(error):
+        return None
+    return RankError(
+        f"step {step}: one value per channel has no variance, and batch normalization is local to each rank here; set"
+        f" bn.sync=true, or a batch_size that leaves no rank with one sample ({error})"
+    )
+
+
 def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
     """A collective that waited in vain, as an error that says where, and for which ranks; None for another error.
 
@@ -107,8 +118,11 @@ def report_failure(error: Exception) -> None:
     """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
     if world_size() > 1:
         if _is_first_to_report():
-            print(f"rank {rank()} failed:", file=sys.stderr)
-            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            if isinstance(error, RankError):
+                print(f"error: rank {rank()}: {redact(str(error))}", file=sys.stderr)
+            else:
+                print(f"rank {rank()} failed:", file=sys.stderr)
+                print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         sys.stderr.flush()
         raise SystemExit(1) from error
 

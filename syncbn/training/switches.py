@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.training.config import Config, ConfigError
+from syncbn.training.reporting import printable
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -38,6 +40,18 @@ def check(config: Config, device: torch.device) -> None:
         raise ConfigError(
             f"compile: Inductor needs a compiler at run time, here is no {names[0]}; install it, or set compile=false"
         )
+    _try(backend, device)
+
+
+def _try(backend: str, device: torch.device) -> None:
+    """Compiles one operator: a compiler may be there and yet lack headers, OpenMP, or the right to write its cache."""
+    try:
+        torch.compile(lambda tensor: tensor * 2 + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        found = [line for line in said if re.search(r"\berror\b", line, re.IGNORECASE)]
+        reason = printable((found or said or [type(error).__name__])[0])
+        raise ConfigError(f"compile: {backend} does not work here: {reason}; repair it, or set compile=false") from None
 
 
 @contextmanager

@@ -118,3 +118,17 @@ def test_half_of_a_launcher_s_variables_is_an_error_that_names_the_other_half(va
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         launch.check_variables()
+
+
+@pytest.mark.parametrize("task", ["task=eval", "+task=eval", "++task=export"])
+def test_a_task_with_load_keeps_what_is_meant_for_the_stored_configuration_from_hydra(task, monkeypatch):
+    monkeypatch.setattr(launch, "_held_back", [])
+    assert launch._hold_back([task, "load=outputs/a", "model.deep=3"]) == [task, "load=outputs/a"]
+    assert launch.held_back() == ["model.deep=3"]
+
+
+@pytest.mark.parametrize("task", ["task=train", "++task=data"])
+def test_a_task_without_load_gives_hydra_everything(task, monkeypatch):
+    monkeypatch.setattr(launch, "_held_back", [])
+    assert launch._hold_back([task, "model.deep=3"]) == [task, "model.deep=3"]
+    assert launch.held_back() == []

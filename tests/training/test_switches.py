@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import register_backend
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.patterns import named_modules
@@ -70,6 +71,19 @@ def test_compile_says_at_start_what_is_missing(monkeypatch):
     with pytest.raises(ConfigError, match=r"compile: expected true, false, or a backend .* got 'fast'"):
         switches.check(compose_config("compile=fast"), CPU)
     switches.check(compose_config("compile=aot_eager"), CPU)
+
+
+@register_backend
+def broken(*_):
+    raise RuntimeError("while compiling\ncc1plus: fatal error: omp.h: No such file")
+
+
+def test_a_compiler_that_does_not_work_is_an_error_at_start():
+    message = (
+        r"compile: broken does not work here: cc1plus: fatal error: omp.h: No such file; repair it, or set compile"
+    )
+    with pytest.raises(ConfigError, match=message):
+        switches.check(compose_config("compile=broken"), CPU)
 
 
 def test_tf32_on_a_cpu_is_an_error_at_start():

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from syncbn.training.errors import RankError
 from syncbn.training.place import Place
 from syncbn.training.stopping import deferred
 from syncbn.training.wrapping import wrap
@@ -434,6 +435,13 @@ def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_pat
             "duration=3ep", "tracker=none", "precision=fp64"]  # fmt: skip
     alone, pair = (load_last(run_job(tmp_path, *same, f"run=w{n}", num_ranks=n))["model"] for n in (0, 2))
     assert all((pair[key] - value).abs().max() < 1e-9 for key, value in alone.items())
+
+
+def test_one_value_per_channel_without_synchronization_is_an_error_with_the_step_and_the_remedy(job):
+    same = ["data=synthetic", "data.num_samples=26", "data.size=8", "batch_size=19", "model.stages=4", "model.width=4",
+            "duration=3ep", "tracker=none"]  # fmt: skip
+    with pytest.raises(RankError, match=r"step 1: one value per channel .* set bn.sync=true, or a batch_size"):
+        job(*same, "bn.sync=false")
 
 
 def test_a_mistake_leaves_no_directory_behind(tmp_path):
