@@ -46,11 +46,12 @@ def print_table(sweep_dir: Path) -> None:
     from syncbn.training import console
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
-    if not jobs:  # of a task that leaves none, such as eval: each job has printed its own
+    if not jobs:  # of a task that leaves none, such as audit: each job has printed its own
         return
     summaries = [(job.name, read_summary(job) or {}) for job in jobs]
     found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
-    names = [name for name in found if name.count("/") == 1 and name.startswith(("val/", "test/"))]  # not each class
+    splits = ("val", "test", "precise/val", "precise/test")
+    names = [name for name in found if name.rpartition("/")[0] in splits]  # not each class
     names = [name for name in names if not name.endswith("/loss")] or names
     names += sorted(name for name in found if name.startswith("drift/"))
     rows = [

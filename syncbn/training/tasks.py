@@ -75,7 +75,11 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     # The tracker ends after the group: the other ranks need not wait for an upload.
     with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
         if config.task in WITH_LOAD:
-            return WITH_LOAD[config.task](config, run_dir, place)
+            metrics = WITH_LOAD[config.task](config, run_dir, place)
+            if place.is_first and metrics:
+                given = [redact(override) for override in (*overrides, *launch.held_back())]
+                write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
+            return metrics
         if config.task == "data":
             return measure_loading(config, place, datasets.load(config.data))
         switches.check(config, device)

@@ -408,3 +408,14 @@ def test_a_chain_of_tasks_under_torchrun_as_a_user_types_it(job, tmp_path):
     assert (
         done.stderr.count("error: eval.weights=ema: outputs/first/checkpoints/best.pt holds no averaged weights") == 1
     )
+
+
+def test_a_multirun_of_evaluations_ends_in_one_table(job, tmp_path):
+    job(*SMALL, "duration=3", "run=first")
+    job(*SMALL, "duration=3", "seed=1", "run=second")
+    evaluations = ["task=eval", "load=outputs/first,outputs/second", "eval.precise_bn=2", "run=both", "tracker=none"]
+    done = start(tmp_path, "-m", *evaluations)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.split("sweep outputs/both")[1]
+    assert [table.count(f"load=outputs/{run} ") for run in ("first", "second")] == [1, 1]
+    assert all(name in table for name in ("val/accuracy", "test/accuracy", "precise/val/accuracy"))
