@@ -14,7 +14,7 @@ from torch import Tensor
 
 from syncbn.training import world
 from syncbn.training.config import ConfigError, ImageFolderConfig, MaskFolderConfig
-from syncbn.training.data import IGNORE, Data, Split, stratified_indices
+from syncbn.training.data import IGNORE, Data, Split, hold_out, stratified_indices
 from syncbn.training.data_config import DecodedConfig
 from syncbn.training.decoding import Decoded, Files, keep_decoded
 from syncbn.training.place import Place
@@ -27,26 +27,29 @@ _LISTED = 5  # names in a message
 
 
 def load_classes(config: ImageFolderConfig) -> Data:
-    """`data=image_folder`: `train/`, `val/` and `test/` that each hold a directory per class, or those directories."""
+    """`data=image_folder`: `train/`, `val/` and `test/` that each hold a directory per class, or those directories.
+
+    Without `val/` a tenth of `train/` validates.
+    """
     root, others = _root(config), Counter[str]()
-    if _has_splits(root):
-        names = _class_names(root / "train")
-        for split in SPLITS[1:]:
-            _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
-        parts = [_labelled(root / split, names, others) for split in SPLITS]
-    else:
-        names = _class_names(root)
-        paths, labels = _labelled(root, names, others)
-        parts = [([paths[i] for i in index.tolist()], labels[index]) for index in split_labels(labels, names)]
+    splits = _splits(root, optional="val")
+    names = _class_names(root / splits[0] if splits else root)
+    for split in splits[1:]:
+        _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
+    parts = [_labelled(root / split, names, others) for split in splits] or [_labelled(root, names, others)]
+    if len(parts) < len(SPLITS):
+        paths, labels = parts[0]
+        cut = split_labels(labels, names, with_test=len(parts) == 1)
+        parts = [*(([paths[i] for i in index.tolist()], labels[index]) for index in cut), *parts[1:]]
     _show_others(root, others)
-    splits = [Split(Decoded(Files(paths), config.size, config.channels), labels) for paths, labels in parts]
-    return finish(splits, config, len(names), names)
+    data = [Split(Decoded(Files(paths), config.size, config.channels), labels) for paths, labels in parts]
+    return finish(data, config, len(names), names)
 
 
 def load_masks(config: MaskFolderConfig) -> Data:
     """`data=mask_folder`: `train/`, `val/` and `test/` that each hold `images/` and `masks/`, with equal names."""
     root, others = _root(config), Counter[str]()
-    if not _has_splits(root):
+    if not _splits(root):
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
                           f" {_listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
     values = [value if value < config.num_classes else -1 for value in range(256)]
@@ -77,8 +80,8 @@ def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, nam
     return Data(train, val, test, num_classes, config.shift, config.flip, tuple(names))
 
 
-def split_labels(labels: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Indices of train, val and test, 80/10/10 per class.
+def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:
+    """Indices of train, val and test, 80/10/10 per class; or of train and val alone, 90/10.
 
     Raises:
         ConfigError: a class with fewer than ten images.
@@ -86,9 +89,10 @@ def split_labels(labels: Tensor, names: Sequence[str]) -> list[Tensor]:
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     few = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < 10]
     if few:
-        raise ConfigError(f"data.path: splitting 80/10/10 needs 10 images of every class, got fewer of {_listed(few)};"
+        shares = "80/10/10" if with_test else "train 90/10"
+        raise ConfigError(f"data.path: splitting {shares} needs 10 images of every class, got fewer of {_listed(few)};"
                           " or divide them yourself into train, val and test")  # fmt: skip
-    return stratified_indices(labels)
+    return stratified_indices(labels) if with_test else hold_out(labels)
 
 
 def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
@@ -114,18 +118,24 @@ def _root(config: DecodedConfig) -> Path:
     return root
 
 
-def _has_splits(root: Path) -> bool:
-    """Whether the data set is divided already.
+def _splits(root: Path, optional: str | None = None) -> list[str]:
+    """The parts into which the data set is divided already; none where it is not.
+
+    Args:
+        optional: a part that may be missing.
 
     Raises:
-        ConfigError: it is, but into other parts than train, val and test. (A lone `train` may be a class.)
+        ConfigError: it is divided, but into other parts than train, val and test. (A lone `train` may be a class.)
     """
-    found = set(SPLITS) & set(_directories(root))
-    if "train" in found and 1 < len(found) < len(SPLITS):
-        [missing] = set(SPLITS) - found
+    found = [split for split in SPLITS if split in _directories(root)]
+    if "train" not in found or len(found) == 1:
+        return []
+    missing = [split for split in SPLITS if split not in found and split != optional]
+    if missing:
+        remedy = "; what is measured on val alone goes by the name test" if missing == ["test"] and optional else ""
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found no"
-                          f" {missing}")  # fmt: skip
-    return found == set(SPLITS)
+                          f" {missing[0]}{remedy}")  # fmt: skip
+    return found
 
 
 def _directories(root: Path) -> list[str]:

@@ -48,7 +48,10 @@ class Column:
 
 
 def load(config: HfConfig) -> Data:
-    """`data=hf`: what `save_to_disk` wrote, with the splits train, validation (or val) and test, or a single one."""
+    """`data=hf`: what `save_to_disk` wrote, with the splits train, validation (or val) and test, or a single one.
+
+    Without validation a tenth of train is held out for it.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -59,7 +62,12 @@ def load(config: HfConfig) -> Data:
         raise ConfigError(f"data.path: {config.path!r} is not a data set that save_to_disk wrote ({error})") from None
     loaded = loaded.with_format(None)
     if isinstance(loaded, datasets.DatasetDict):
-        parts = {split: _part(loaded, split) for split in _NAMES}
+        parts = {split: _part(loaded, split) for split in _NAMES if split != "val" or _has_val(loaded)}
+        if "val" not in parts:
+            names, labels = _labels(parts["train"], config)
+            train, val = split_labels(labels, names, with_test=False)
+            parts = {"train": parts["train"].select(train.tolist()), "val": parts["train"].select(val.tolist()),
+                     "test": parts["test"]}  # fmt: skip
     else:
         names, labels = _labels(loaded, config)
         indices = split_labels(labels, names)
@@ -75,6 +83,10 @@ def load(config: HfConfig) -> Data:
         images = Decoded(Column(part.select_columns(config.image), config.image, split), config.size, config.channels)
         splits.append(Split(images, labels))
     return finish(splits, config, len(names), names)
+
+
+def _has_val(loaded: Any) -> bool:
+    return any(name in loaded for name in _NAMES["val"])
 
 
 def _part(loaded: Any, split: str) -> Any:

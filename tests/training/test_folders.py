@@ -70,6 +70,15 @@ def test_parts_that_are_divided_already_stay_so(tmp_path):
     assert data.train.images.shape == (6, 3, 8, 8)
 
 
+def test_without_val_a_tenth_of_train_validates_and_test_stays_as_it_is(tmp_path):
+    save_classes(tmp_path / "train", {"x": 20, "y": 10})
+    save_classes(tmp_path / "test", {"x": 2, "y": 1})
+    data = folder(tmp_path)
+    assert [torch.bincount(s.labels).tolist() for s in (data.train, data.val, data.test)] == [[18, 9], [2, 1], [2, 1]]
+    paths = [path for split in (data.train, data.val, data.test) for path in split.images.source.paths]
+    assert len(set(paths)) == 33
+
+
 def test_a_class_may_be_called_train(tmp_path):
     save_classes(tmp_path, {"plane": 10, "train": 10})
     assert folder(tmp_path).class_names == ("plane", "train")
@@ -95,7 +104,10 @@ def test_links_are_followed_and_other_files_are_counted(tmp_path, caplog):
         ({}, r"data.path: expected a directory per class in .*, two or more, found none"),
         ({"a": 12}, r"data.path: expected a directory per class in .*, two or more, found a"),
         ({"a": 12, "b": 3}, r"data.path: splitting 80/10/10 needs 10 images of every class, got fewer of b \(3\);"),
-        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1}, r"data.path: expected the directories .* found no test"),
+        (
+            {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1},
+            r"data.path: expected the directories .* found no test; what is",
+        ),
         (
             {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1, "test/a": 1, "test/c": 1},
             r"data.path: expected in '.*/test' the same classes as in .*/train, found no b and also c",
@@ -422,6 +434,12 @@ def test_a_single_split_is_cut_80_10_10(hf, tmp_path):
     assert [torch.bincount(s.labels).tolist() for s in (data.train, data.val, data.test)] == [[16, 16], [2, 2], [2, 2]]
 
 
+def test_without_validation_a_tenth_of_train_is_held_out(hf, tmp_path):
+    data = load_hf(save_hf(hf, tmp_path / "saved", {"train": 40, "test": 3}))
+    assert [len(part) for part in (data.train, data.val, data.test)] == [36, 4, 3]
+    assert data.val.labels.bincount().tolist() == [2, 2]
+
+
 def test_arrays_that_are_no_bytes_are_an_error(hf, tmp_path):
     features = hf.Features({"image": hf.Array2D((4, 4), "float32"), "label": hf.Value("int64")})
     rows = {"image": [[[0.5] * 4] * 4] * 20, "label": [0, 1] * 10}
@@ -438,8 +456,8 @@ def test_labels_that_are_names_are_an_error_that_says_how_to_number_them(hf, tmp
 
 
 def test_mistakes_about_a_saved_data_set_name_the_key(hf, tmp_path):
-    path = save_hf(hf, tmp_path / "saved", {"train": 4, "test": 4})
-    with pytest.raises(ConfigError, match=r"^data.path: expected a split val or validation .*, found train, test"):
+    path = save_hf(hf, tmp_path / "saved", {"train": 4, "validation": 4})
+    with pytest.raises(ConfigError, match=r"^data.path: expected a split test, found train, validation"):
         load_hf(path)
     path = save_hf(hf, tmp_path / "single", 40)
     with pytest.raises(ConfigError, match=r"^data.image: no column 'img'; found image, label"):
