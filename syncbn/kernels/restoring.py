@@ -90,15 +90,18 @@ def limit(dtype: torch.dtype) -> float:
     return math.sqrt(2.0 / torch.finfo(dtype).eps)
 
 
+def are_too_many(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether there are more channels beyond the limit than the budget has, a bool without dimensions."""
+    return (found > limit(dtype)).sum() > budget(found.numel())
+
+
 def _worst(found: Tensor, dtype: torch.dtype) -> Tensor:
-    values, order = found.sort(descending=True)  # NaN first
-    number = budget(found.numel())
     torch._assert_async(
-        ~(values[number:] > limit(dtype)).any(),
+        ~are_too_many(found, dtype),
         'SyncBatchNorm(memory="lean"): weights of too many channels are 0, or too small against the bias, to tell the'
         ' input from the output; use memory="default" for this layer',
     )
-    return order[:number]
+    return found.argsort(descending=True)[: budget(found.numel())]  # NaN first
 
 
 def restore(
