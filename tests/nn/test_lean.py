@@ -35,7 +35,9 @@ def step(layer, input):
 
 
 def compare(lean, plain, input):
-    for one, other in zip(step(lean, input), step(plain, input), strict=True):
+    steps = step(lean, input), step(plain, input)
+    assert torch.equal(steps[0][0], steps[1][0])
+    for one, other in zip(*steps, strict=True):
         assert (one is None) == (other is None)
         assert one is None or max_error(one, other) < 1e-12
     for name in lean.state_dict():
