@@ -73,10 +73,10 @@ class SyncBatchNorm(_BatchNorm):
             output is kept, or for "silu" the residual.
         memory: "lean" keeps the output for backward instead of the input, and takes the normalized input from it. Where
             the next layer keeps its input (a convolution does), that is one activation less. For `activation` None and
-            "leaky_relu" alone; in training, and nothing else differs. The gradients are those of BatchNorm up to the
-            rounding of the output, times at most 4 for |bias / weight|: of channels above that the input is kept, too
-            (on CUDA: of an eighth of them; `kernels.restoring` has the bound). The output must not be changed in place
-            afterwards (autograd raises).
+            "leaky_relu" alone; in training, and nothing else differs. The gradients are those of BatchNorm but for the
+            rounding of the output, which counts |bias / weight| times; of channels where that is above 4 the input is
+            kept as well (on CUDA: of the worst eighth; see `kernels.restoring`). The output must not be changed in
+            place afterwards (autograd raises).
 
     `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
     a sub-group raises at its first training forward afterwards, until `process_group` is set.

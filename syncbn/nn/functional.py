@@ -76,15 +76,8 @@ class _NormalizeByBatch(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input, grad_residual, scale = None, grad, weight
         if ctx.is_lean:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be'
-                    ' differentiated (create_graph=True); use memory="default"'
-                )
             kept = input  # the output, in truth
-            input = restoring.restore(kept, mean, invstd, weight, bias, ctx.activation, *of_lean)
-            scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-            mean, invstd = torch.zeros_like(mean), torch.ones_like(invstd)
+            input, mean, invstd, scale = _from_output(ctx, kept, weight, mean, invstd, bias, *of_lean)
         if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
             grad_input, grad_weight, grad_bias, grad_residual = reference.differentiable_backward(
                 grad,
@@ -123,6 +116,27 @@ class _NormalizeByBatch(torch.autograd.Function):
         if ctx.needs_input_grad[_RESIDUAL]:
             gradients[_RESIDUAL] = grad_residual.to(input.dtype)
         return tuple(gradients)
+
+
+def _from_output(
+    ctx: Any,
+    output: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    part: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a lean layer: xhat in place of the input, and the mean, inverse deviation and weight that go with it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated'
+            ' (create_graph=True); use memory="default"'
+        )
+    xhat = restoring.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 
 
 _RESIDUAL = 14  # its place among the arguments of `_NormalizeByBatch`
@@ -194,6 +208,7 @@ def normalize_by_batch(
         running_mean = running_var = num_batches_tracked = None
     if rerun is not None and rerun.is_second:
         pool = None
+    is_lean = is_lean and torch.is_grad_enabled()  # else nothing is kept, and no weight can be wrong for it
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
         mask, pool, owner, rerun, record, residual, activation, is_lean,

@@ -292,6 +292,14 @@ def test_one_graph_with_the_same_numbers_when_compiled(activation):
         step(compiled, input)
 
 
+def test_without_gradients_nothing_is_asked_of_the_weights(monkeypatch):
+    lean, plain = pair(None)
+    monkeypatch.setattr(restoring, "channels_to_keep", None)
+    input = make_batch((4, 3, 5))[0]
+    with torch.no_grad():
+        assert torch.equal(lean(input), plain(input))
+
+
 def test_it_survives_copies_and_shows():
     lean = pair(None)[0]
     assert copy.deepcopy(lean).memory == "lean"
