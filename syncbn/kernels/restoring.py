@@ -11,9 +11,9 @@ type), and to divide by the weight makes u |bias / weight| of it: with
 
     r = (|bias| + smallest) / |weight|,     |error of xhat| <= 4 u (|xhat| + r + 4)
 
-where `smallest` is the smallest normal number (over the slope, behind a leaky ReLU). That is what the rounding of an
-input costs whose mean lies r standard deviations from 0. Where r is large the output does not tell; a weight of 0 loses
-everything. Of such channels the input is kept instead:
+where xhat is what the layer's statistics make of the input, and `smallest` is the smallest normal number (over the
+slope, behind a leaky ReLU). That is what the rounding of an input costs whose mean lies r standard deviations from 0.
+Where r is large the output does not tell; a weight of 0 loses everything. Of such channels the input is kept as well:
 
 * On CPU: of all with r > 4, however many, for the host can look. No weight, then, makes the bound worse than r = 4.
 * On other devices, and in compiled code, the host must not wait for the weights, and sizes must not depend on them: of
