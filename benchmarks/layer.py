@@ -2,12 +2,16 @@
 
 torchrun --nproc-per-node 2 benchmarks/layer.py [--quick] [--json FILE]
 python benchmarks/layer.py --device cuda [--quick] [--json FILE]           is benchmarks/gpu.py layers
+python benchmarks/layer.py --memory                                        counts bytes instead, on one rank
 
 On CPU, both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way.
 Rows take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and
 in brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its
 brackets means nothing. "fused / unfused" compares a layer that does the ReLU (and the addition) itself with one that is
 followed by them.
+
+With --memory: what backward keeps of one convolution, normalization and activation, and the largest sum of all that is
+allocated during a step of a chain of eight of them; both counted, as multiples of one activation.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
 from syncbn.nn import groups
@@ -148,12 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="float32 in the contiguous layout alone")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--memory", action="store_true", help="count bytes, on one rank")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         options = [*["--quick"] * arguments.quick, *(["--json", str(arguments.json)] if arguments.json else [])]
         os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("gpu.py")), "layers", *options])
     torch.set_num_threads(1)
+    if arguments.memory:
+        show_memory()
+        return
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node 2 benchmarks/layer.py")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -178,6 +187,92 @@ def main() -> None:
         machine = {"torch": torch.__version__, "cores": os.cpu_count(), "processor": processor(), "ranks": world_size}
         arguments.json.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
     dist.destroy_process_group()
+
+
+class Link(nn.Module):
+    """A convolution, a normalization, an addition (or not) and an activation; of a chain of them."""
+
+    def __init__(self, layer: nn.Module, follows: Callable[[Tensor], Tensor] | None, add: str = "") -> None:
+        super().__init__()
+        self.conv, self.layer, self.follows, self.add = nn.Conv2d(64, 64, 1), layer, follows, add
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, 64, H, W) to the same."""
+        output = self.conv(input)
+        output = self.layer(output, residual=input) if self.add == "inside" else self.layer(output)
+        output = output + input if self.add == "outside" else output
+        return output if self.follows is None else self.follows(output)
+
+
+def links() -> dict[str, Callable[[], Link]]:
+    """What is counted, by name."""
+    return {
+        "no activation": lambda: Link(SyncBatchNorm(64), None),
+        "no activation, lean": lambda: Link(SyncBatchNorm(64, memory="lean"), None),
+        "torch's layer, then ReLU in place": lambda: Link(nn.BatchNorm2d(64), F.relu_),
+        "then ReLU": lambda: Link(SyncBatchNorm(64), F.relu),
+        "then ReLU in place": lambda: Link(SyncBatchNorm(64), F.relu_),
+        "with ReLU": lambda: Link(SyncBatchNorm(64, activation="relu"), None),
+        "then add, ReLU": lambda: Link(SyncBatchNorm(64), F.relu, "outside"),
+        "with add, ReLU": lambda: Link(SyncBatchNorm(64, activation="relu"), None, "inside"),
+        "then SiLU": lambda: Link(SyncBatchNorm(64), F.silu),
+        "with SiLU": lambda: Link(SyncBatchNorm(64, activation="silu"), None),
+        "then leaky ReLU": lambda: Link(SyncBatchNorm(64), F.leaky_relu),
+        "then leaky ReLU in place": lambda: Link(SyncBatchNorm(64), F.leaky_relu_),
+        "with leaky ReLU": lambda: Link(SyncBatchNorm(64, activation="leaky_relu"), None),
+        "with leaky ReLU, lean": lambda: Link(SyncBatchNorm(64, activation="leaky_relu", memory="lean"), None),
+    }
+
+
+def saved_bytes(model: nn.Module, input: Tensor) -> int:
+    """What the graph keeps for backward besides parameters and the input, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), input)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input)
+    del output
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The largest sum of what is allocated during the step and not freed yet."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = largest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        largest = max(largest, total)
+    return largest
+
+
+def count_bytes(make: Callable[[], Link], dtype: torch.dtype) -> tuple[float, float]:
+    """What is kept, and the peak of eight links, in activations."""
+    input = torch.randn(8, 64, 28, 28).to(dtype).requires_grad_()
+    size = input.numel() * input.element_size()
+    first, *rest = (make() for _ in range(9))
+    for link in (first, *rest):
+        link.conv.to(dtype)  # statistics and parameters of the normalization stay wide
+    # The next convolution keeps its input, which is this one's output: counted once.
+    kept = saved_bytes(nn.Sequential(first, nn.Conv2d(64, 64, 1).to(dtype)), input)
+    chain = nn.Sequential(*rest)
+    chain(input).sum().backward()  # gradients of parameters are there from now on
+    return kept / size, peak_bytes(lambda: chain(input).sum().backward()) / size
+
+
+def show_memory() -> None:
+    """The table of bytes."""
+    print("| layer | kept, float32 | kept, bfloat16 | peak of eight, float32 | peak of eight, bfloat16 |")
+    print("|---|---|---|---|---|")
+    for name, make in links().items():
+        counted = [count_bytes(make, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        kept, peaks = zip(*counted, strict=True)
+        print(f"| {name} | {' | '.join(f'{number:.2f}' for number in (*kept, *peaks))} |", flush=True)
 
 
 def median(values: list[float]) -> float:

@@ -1,12 +1,16 @@
 """What a step of the trainer costs next to a bare loop, and what logging costs.
 
 torchrun --nproc-per-node 2 benchmarks/loop.py [--overrides data=fashion_mnist batch_size=128] [--json FILE]
+torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.fuse=true bn.fuse=false [--overrides ...] [--json FILE]
 
 The bare loop has the same model, data, augmentation, DDP, optimizer and schedule, and nothing else: no check whether
 the loss is finite, no totals over ranks, no logging. Variants take turns in random order, each in a loop made anew;
 five rounds. A round measures the steps 50 to 150 of each, which hold two logging steps (log_every=50). Printed are
 ratios to the bare loop of the same round: the median, and in brackets the smallest and the largest. "Bare again" is
 the noise.
+
+With --compare: the trainer with the first setting and with the second one, in the same way; ratios of samples per
+second to the second, which also runs twice. A setting may be several overrides in quotes, or "" for none.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import tempfile
 import time
@@ -96,6 +101,7 @@ def main() -> None:
     """Measures all variants; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--overrides", nargs="*", default=[])
+    parser.add_argument("--compare", nargs=2, metavar="SETTING")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,13 +113,14 @@ def main() -> None:
     dist.broadcast_object_list(scratch)
     os.chdir(scratch[0])
 
+    trained = LOGGING if arguments.compare is None else settings(*arguments.compare)
     seconds: dict[str, list[float]] = {}
     for round_ in range(ROUNDS):
-        variants: dict[str, Callable[[], float]] = {
-            name: lambda: bare_loop(plain, place) for name in ("bare", "bare again")
-        }
-        for name, overrides in LOGGING.items():
-            directory = Path(scratch[0], f"{name.replace(' ', '_')}{round_}")
+        variants: dict[str, Callable[[], float]] = {}
+        if arguments.compare is None:
+            variants = {name: lambda: bare_loop(plain, place) for name in ("bare", "bare again")}
+        for number, (name, overrides) in enumerate(trained.items()):
+            directory = Path(scratch[0], f"{number}_{round_}")
             directory.mkdir(exist_ok=True)
             config = configure([*arguments.overrides, *overrides])
             variants[name] = lambda config=config, directory=directory: trainer_loop(config, place, directory)
@@ -124,18 +131,27 @@ def main() -> None:
             seconds.setdefault(name, []).append(variants[name]())
     dist.barrier()
     if place.is_first:
-        report(seconds, plain, arguments.json)
+        report(seconds, "bare" if arguments.compare is None else list(trained)[-2], plain, arguments.json)
     dist.destroy_process_group()
 
 
-def report(seconds: dict[str, list[float]], config: Config, path: Path | None) -> None:
-    """Prints the table; writes JSON if asked to."""
+def settings(first: str, second: str) -> dict[str, list[str]]:
+    """Overrides of the two settings, and of the second once more, by name."""
+    names = [first or "as it is", second or "as it is"]
+    return {names[0]: shlex.split(first), names[1]: shlex.split(second), f"{names[1]} again": shlex.split(second)}
+
+
+def report(seconds: dict[str, list[float]], baseline: str, config: Config, path: Path | None) -> None:
+    """Prints the table, the baseline first; writes JSON if asked to."""
     print(f"torch {torch.__version__}, {platform.machine()}, {dist.get_world_size()} ranks, data={config.data.name}, "
           f"batch_size={config.batch_size}")  # fmt: skip
-    print("| loop | ms per step | to the bare loop |\n|---|---|---|")
+    is_bare = baseline == "bare"  # then what counts is time, and else what is done in it
+    print(f"| loop | ms per step | {'to the bare loop' if is_bare else f'samples per second, to {baseline}'} |")
+    print("|---|---|---|")
     rows = {}
-    for name in ["bare", "bare again", *LOGGING]:
-        ratios = sorted(mine / bare for mine, bare in zip(seconds[name], seconds["bare"], strict=True))
+    for name in sorted(seconds, key=lambda name: (name != baseline, f"{baseline} again" != name)):
+        pairs = zip(seconds[name], seconds[baseline], strict=True)
+        ratios = sorted(mine / other if is_bare else other / mine for mine, other in pairs)
         milliseconds = 1000 * statistics.median(seconds[name]) / (LAST - FIRST)
         rows[name] = {"ms": milliseconds, "ratios": ratios}
         middle = statistics.median(ratios)

@@ -229,7 +229,7 @@ def activated_reduce(
             if kept_parts is not None:
                 z.add_(kept_parts[number])
         activations.backward_out(g, z, activation, out)
-        parts.append(_block_sums(out, x, mean_part))
+        parts.append(blocks.sums(out, x, mean_part))
     sums = blocks.total(parts)
     sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
     return sums.view(-1), sums.to(dtype, copy=True), through
@@ -309,10 +309,14 @@ class _Blocks:
     """An activation cut into dense parts that stay in the cache, and the vectors of its channels cut alike.
 
     In the contiguous layout a part is (samples, pieces, values): short pieces of planes stand for channels, so that
-    their sums are good enough. In channels_last it is (positions, channels).
+    their sums are good enough. In channels_last it is (positions, channels). A small activation is the one part, as it
+    is: there every operator counts.
     """
 
     def __init__(self, input: Tensor) -> None:
+        self._is_one = input.numel() <= _BLOCK
+        if self._is_one:
+            return
         self._channels = input.size(1)
         self._order: list[int] | None = None
         if input.is_contiguous() and input.dim() > 2:
@@ -329,6 +333,8 @@ class _Blocks:
 
     def cut(self, tensor: Tensor) -> Sequence[Tensor]:
         """The parts of a tensor with the shape and strides of the input."""
+        if self._is_one:
+            return (tensor,)
         if self._order is None:
             view = tensor.view(self._rows, self._columns, self._size)
         else:
@@ -340,22 +346,25 @@ class _Blocks:
 
     def spread(self, vector: Tensor) -> Sequence[Tensor]:
         """A vector of channels for each part."""
+        if self._is_one:
+            return (vector,)
         if self._pieces > 1:
             vector = vector.repeat_interleave(self._pieces)
         return vector.split(self._wide) * -(-self._rows // self._deep)
 
+    def sums(self, grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
+        """`_pair_sums` of a part; in the contiguous layout, of its pieces."""
+        if self._is_one or self._order is not None:
+            return _pair_sums(grad, input, mean)
+        return torch.stack(_native_sums(grad, input, mean, torch.ones_like(mean)))
+
     def total(self, parts: list[Tensor]) -> Tensor:
         """(2, C) float64 from the pairs of sums of all parts."""
+        if self._is_one:
+            return parts[0]
         across = -(-self._columns // self._wide)
         columns = [torch.stack(parts[number::across]).sum(0, dtype=torch.float64) for number in range(across)]
         return torch.cat(columns, 1).view(2, self._channels, self._pieces).sum(2)
-
-
-def _block_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
-    """`_pair_sums` of a part of an activation."""
-    if input.dim() == 2:
-        return _pair_sums(grad, input, mean)
-    return torch.stack(_native_sums(grad, input, mean, torch.ones_like(mean)))
 
 
 def _pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:

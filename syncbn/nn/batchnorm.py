@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
+from syncbn.kernels.restoring import check_lean
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.holding import hold, is_held, own_parameters, release
@@ -70,15 +71,21 @@ class SyncBatchNorm(_BatchNorm):
         activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output, in the same pass over it,
             as the addition of a residual is. Nothing is kept for backward that the input tells; with a residual the
             output is kept, or for "silu" the residual.
+        memory: "lean" keeps the output for backward instead of the input, and takes the normalized input from it. Where
+            the next layer keeps its input (a convolution does), that is one activation less. For `activation` None and
+            "leaky_relu" alone; in training, and nothing else differs. The gradients are those of BatchNorm but for the
+            rounding of the output, which counts |bias / weight| times; of channels where that is above 4 the input is
+            kept as well (on CUDA: of the worst eighth; see `kernels.restoring`). The output must not be changed in
+            place afterwards (autograd raises).
 
     `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
     a sub-group raises at its first training forward afterwards, until `process_group` is set.
 
     Raises:
         ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single
-            process; eps not above 0 in training.
+            process; eps not above 0 in training; memory="lean" with another activation, a mask or a residual.
         RuntimeError: an input that has not C channels; a rank outside the process group; a sub-group that was lost in
-            pickling.
+            pickling; `create_graph=True` through memory="lean".
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -106,14 +113,20 @@ class SyncBatchNorm(_BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        memory: str = "default",
     ) -> None:
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if memory not in ("default", "lean"):
+            raise ValueError(f"memory: expected default or lean, got {memory!r}")
+        if memory == "lean":
+            check_lean(activation)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
         self.process_group = process_group
         self.activation = activation
+        self.memory = memory
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -128,6 +141,8 @@ class SyncBatchNorm(_BatchNorm):
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
         activation = self._activation_name()
+        if self._is_lean():
+            check_lean(activation, mask, residual)
         if residual is not None and residual.shape != input.shape:
             raise ValueError(
                 f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
@@ -150,6 +165,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def _activation_name(self) -> str | None:
         return self.__dict__.get("activation")  # absent on a converted layer
+
+    def _is_lean(self) -> bool:
+        return self.__dict__.get("memory") == "lean"
 
     def _normalize(
         self,
@@ -211,7 +229,7 @@ class SyncBatchNorm(_BatchNorm):
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps, residual, activation)
             return normalize_by_batch(
                 input, weight, bias, None, None, None, 0.0, eps, None, mask, None, None, self._record,
-                residual, activation,
+                residual, activation, self._is_lean(),
             )  # fmt: skip
         group = collective_group(self.process_group)
         counter = num_batches_tracked if running_mean is not None else None
@@ -232,6 +250,7 @@ class SyncBatchNorm(_BatchNorm):
             self._record,
             residual,
             activation,
+            self._is_lean(),
         )
 
     @property
@@ -325,6 +344,8 @@ class SyncBatchNorm(_BatchNorm):
         parts = [super().extra_repr()]
         if self._activation_name() is not None:
             parts.append(f"activation={self._activation_name()}")
+        if self._is_lean():
+            parts.append("memory=lean")
         if self._frozen_text():
             parts.append(self._frozen_text())
         return ", ".join(parts)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.kernels import activations, operators, reference
+from syncbn.kernels import activations, operators, reference, restoring
 from syncbn.nn.debugging import reduce
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.recomputing import Rerun, refuse_checkpoint_around_compiled
@@ -38,6 +38,7 @@ class _NormalizeByBatch(torch.autograd.Function):
         record: Tensor | None,
         residual: Tensor | None,
         activation: str | None,
+        is_lean: bool,
     ) -> Tensor:
         def over_ranks(local: Tensor) -> Tensor:
             if record is None:
@@ -55,9 +56,14 @@ class _NormalizeByBatch(torch.autograd.Function):
         kept = None
         if residual is not None and activation is not None:
             kept = output if activations.output_tells(activation) else residual
-        of_activation = (None if activation is None else bias, kept)
-        ctx.save_for_backward(input, weight, mean, invstd, count, mask, *of_activation)
-        ctx.activation = activation
+        if is_lean:
+            index = restoring.channels_to_keep(weight, bias, activation, input.dtype)
+            part = None if index is None else input.index_select(1, index)
+            ctx.save_for_backward(output, weight, mean, invstd, count, None, bias, None, index, part)
+        else:
+            of_activation = (None if activation is None else bias, kept)
+            ctx.save_for_backward(input, weight, mean, invstd, count, mask, *of_activation)
+        ctx.activation, ctx.is_lean = activation, is_lean
         ctx.bias_dtype = None if bias is None else bias.dtype
         dtypes = [vector.dtype for vector in (weight, bias) if vector is not None]
         ctx.affine_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else mean.dtype
@@ -66,9 +72,12 @@ class _NormalizeByBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, count, mask, bias, kept = ctx.saved_tensors
+        input, weight, mean, invstd, count, mask, bias, kept, *of_lean = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_input, grad_residual = None, grad
+        grad_input, grad_residual, scale = None, grad, weight
+        if ctx.is_lean:
+            kept = input  # the output, in truth
+            input, mean, invstd, scale = _from_output(ctx, kept, weight, mean, invstd, bias, *of_lean)
         if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
             grad_input, grad_weight, grad_bias, grad_residual = reference.differentiable_backward(
                 grad,
@@ -82,23 +91,23 @@ class _NormalizeByBatch(torch.autograd.Function):
                 _through_activation(ctx) if ctx.activation is not None else None,
             )
         elif needs_input and ctx.group is None and ctx.activation is None:
-            grad_input, affine = operators.backward_local(grad, input, mean, invstd, weight, count, ctx.affine_dtype)
+            grad_input, affine = operators.backward_local(grad, input, mean, invstd, scale, count, ctx.affine_dtype)
             grad_bias, grad_weight = affine.unbind()
         else:
             if ctx.activation is None:
                 sums, affine = operators.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
             else:
                 sums, affine, grad = operators.activated_reduce(
-                    grad, input, mean, invstd, weight, bias, kept, ctx.activation, ctx.affine_dtype
+                    grad, input, mean, invstd, scale, bias, kept, ctx.activation, ctx.affine_dtype
                 )
             grad_residual = grad
             grad_bias, grad_weight = affine.unbind()
             if needs_input:
                 sums = reduce(sums, ctx.group, ctx.owner, "backward")
                 if ctx.activation is None or ctx.needs_input_grad[_RESIDUAL]:
-                    grad_input = operators.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
+                    grad_input = operators.backward_elementwise(grad, input, mean, invstd, scale, sums, count)
                 else:  # nobody else wants the gradient that has gone through the activation
-                    operators.backward_elementwise_(grad, input, mean, invstd, weight, sums, count)
+                    operators.backward_elementwise_(grad, input, mean, invstd, scale, sums, count)
                     grad_input = grad
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         gradients[0] = grad_input
@@ -107,6 +116,27 @@ class _NormalizeByBatch(torch.autograd.Function):
         if ctx.needs_input_grad[_RESIDUAL]:
             gradients[_RESIDUAL] = grad_residual.to(input.dtype)
         return tuple(gradients)
+
+
+def _from_output(
+    ctx: Any,
+    output: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    part: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a lean layer: xhat in place of the input, and the mean, inverse deviation and weight that go with it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated'
+            ' (create_graph=True); use memory="default"'
+        )
+    xhat = restoring.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 
 
 _RESIDUAL = 14  # its place among the arguments of `_NormalizeByBatch`
@@ -146,6 +176,7 @@ def normalize_by_batch(
     record: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    is_lean: bool = False,
 ) -> Tensor:
     """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
     ones. What runs again for activation checkpointing takes the statistics of its first run and moves nothing.
@@ -158,6 +189,7 @@ def normalize_by_batch(
         record: adds what the batch looks like to this (see `watching`); to be given on all ranks or on none.
         residual: of the shape and type of the input, added to what is normalized; not with a mask.
         activation: applied last; not with a mask.
+        is_lean: keeps the output instead of the input (see `kernels.restoring`).
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
@@ -176,9 +208,10 @@ def normalize_by_batch(
         running_mean = running_var = num_batches_tracked = None
     if rerun is not None and rerun.is_second:
         pool = None
+    is_lean = is_lean and torch.is_grad_enabled()  # else nothing is kept, and no weight can be wrong for it
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-        mask, pool, owner, rerun, record, residual, activation,
+        mask, pool, owner, rerun, record, residual, activation, is_lean,
     )  # fmt: skip
 
 

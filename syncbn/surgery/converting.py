@@ -125,7 +125,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
         release([layer], module)
         group = layer.__dict__.pop("process_group", None)
         own = ("_original_class", "_stats_frozen", "_pool", "_record")
-        for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation"):
+        for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation", "memory"):
             layer.__dict__.pop(attribute, None)
         layer.__class__ = original
         if original is nn.SyncBatchNorm:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from syncbn.kernels import restoring
 from syncbn.kernels.activations import LEAKY_SLOPE
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import Patterns, named_modules, select
@@ -48,6 +49,13 @@ class FusionReport:
     """Whether it also does the addition."""
     reason: str
     """Why it was left; "" for a layer that was fused."""
+    memory: str = "default"
+    """What the layer keeps now: "default", or "lean" (see `SyncBatchNorm`)."""
+    memory_reason: str = ""
+    """Why a layer that was fused keeps its input although "lean" was asked for."""
+
+
+_Outcome = tuple[Any, ...]  # the fields of a report, less the name
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class _Site:
     kind: str
 
 
-def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None = ()) -> list[FusionReport]:
+def fuse(
+    module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None = (), memory: str = "default"
+) -> list[FusionReport]:
     """Lets every selected `SyncBatchNorm` of `module` do the activation that follows it, and an addition between them,
     in its own pass over the activation; in place.
 
@@ -78,18 +88,22 @@ def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None =
         module: any model, wrapped in DDP or not.
         match: patterns of the layers: shell globs over dotted names; a plain name selects all below it.
         exclude: patterns of the layers to leave.
+        memory: "lean" makes lean, too, what it can of the layers that it fuses (see `SyncBatchNorm`): those with a
+            leaky ReLU and without an addition. The others keep their input, and the report says why.
 
     Returns:
         A report for each selected layer of torch's or ours.
 
     Raises:
-        ValueError: a pattern that selects nothing.
+        ValueError: a pattern that selects nothing; another word for `memory`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), SyncBatchNorm(8), nn.ReLU())
         >>> fuse(model)[0].activation
         'relu'
     """
+    if memory not in ("default", "lean"):
+        raise ValueError(f"memory: expected default or lean, got {memory!r}")
     layers = {
         name: layer
         for name, layer in select(module, match, exclude).items()
@@ -104,7 +118,7 @@ def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None =
         for node in (graph.nodes if isinstance(graph, fx.Graph) else ())
     ]
     places, calls = Counter(map(id, modules)), Counter(targets)
-    found: dict[int, tuple[str | None, bool, str]] = {}
+    found: dict[int, _Outcome] = {}
     for layer in layers.values():
         reason = _why_not(layer, max(places[id(layer)], calls[id(layer)]))
         if reason is not None:
@@ -112,7 +126,7 @@ def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None =
     wanted = {id(layer) for layer in layers.values()} - found.keys()
     for parent, graph in zip(parents, graphs, strict=True):
         if isinstance(graph, fx.Graph):
-            found |= _fuse_in(parent, graph, wanted)
+            found |= _fuse_in(parent, graph, wanted, memory)
         elif graph is not None:
             found |= {id(child): (None, False, graph) for child in parent.children() if id(child) in wanted}
     default = (None, False, "no module was found that calls it")
@@ -122,9 +136,8 @@ def fuse(module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None =
 def unfuse(module: nn.Module) -> None:
     """Undoes `fuse`, in place."""
     for parent in module.modules():
-        names = parent.__dict__.pop("_fused_layers", ())
-        for name in names:
-            parent.get_submodule(name).__dict__["activation"] = None
+        for name, before in parent.__dict__.pop("_fused_layers", {}).items():
+            parent.get_submodule(name).__dict__.update(activation=None, memory=before)
         for name, activation in parent.__dict__.pop("_fused_activations", {}).items():
             parent._modules[name] = activation.train(parent.training)
         if isinstance(parent, _Fused):
@@ -159,9 +172,9 @@ def _target(parent: nn.Module, node: fx.Node) -> nn.Module | None:
     return parent.get_submodule(node.target) if node.op == "call_module" and isinstance(node.target, str) else None
 
 
-def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int]) -> dict[int, tuple[str | None, bool, str]]:
+def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int], memory: str) -> dict[int, _Outcome]:
     """Fuses what can be among the direct children of one module; what became of each, by the id of the layer."""
-    found: dict[int, tuple[str | None, bool, str]] = {}
+    found: dict[int, _Outcome] = {}
     sites: list[_Site] = []
     for node in list(graph.nodes):
         layer = _target(parent, node)
@@ -173,22 +186,25 @@ def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int]) -> dict[int, 
         site = _site_of(parent, node, [other.layer for other in sites])
         if isinstance(site, str):
             found[id(layer)] = None, False, site
-        else:
+            continue
+        assert isinstance(layer, SyncBatchNorm)
+        found[id(layer)] = _outcome(layer, site, memory)
+        if found[id(layer)][0] is not None:
             sites.append(site)
-            found[id(layer)] = site.kind, site.residual is not None, ""
     if not sites:
         return found
     activations = {}
+    before = dict(parent.__dict__.get("_fused_layers", {}))
     for site in sites:
         layer = _target(parent, site.layer)
         assert isinstance(layer, SyncBatchNorm)
-        layer.activation = site.kind
+        before[str(site.layer.target)] = layer.__dict__.get("memory", "default")
+        layer.activation, layer.memory = site.kind, found[id(layer)][3]
         if type(parent).forward is nn.Sequential.forward:
             activations[str(site.activation.target)] = _target(parent, site.activation)
         else:
             _rewrite(graph, site)
-    names = parent.__dict__.get("_fused_layers", ())
-    parent.__dict__["_fused_layers"] = (*names, *(str(site.layer.target) for site in sites))
+    parent.__dict__["_fused_layers"] = before
     if activations:
         for name in activations:
             parent._modules[name] = nn.Identity()
@@ -198,6 +214,33 @@ def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int]) -> dict[int, 
         used = {name: value for name, value in code.globals.items() if name in code.src}
         parent.__class__ = _fused_class(type(parent), code.src, used)
     return found
+
+
+def _outcome(layer: SyncBatchNorm, site: _Site, memory: str) -> _Outcome:
+    """What a layer at this site becomes."""
+    wanted = memory == "lean" or layer._is_lean()
+    reason = _why_not_lean(layer, site) if wanted else ""
+    if reason and layer._is_lean():
+        return None, False, f"is lean, and {reason}"
+    return site.kind, site.residual is not None, "", "lean" if wanted and not reason else "default", reason
+
+
+def _why_not_lean(layer: SyncBatchNorm, site: _Site) -> str:
+    """Why the output of what a layer becomes will not tell its input; "" where it will."""
+    if site.residual is not None:
+        return "its output does not tell what was added"
+    if site.kind not in restoring.INVERTIBLE:
+        return f"its output does not tell what went into {site.kind}"
+    found = restoring.conditions(layer.weight, layer.bias, site.kind, torch.float32)
+    if found is not None and not found.is_meta and bool(restoring.are_too_many(found, torch.float32)):
+        return "too many of its weights are 0, or small against the bias"
+    return ""
+
+
+def _changes_in_place(parent: nn.Module, node: fx.Node) -> bool:
+    is_method = node.op == "call_method" and str(node.target).endswith("_")
+    has_option = bool(node.kwargs.get("inplace") or getattr(_target(parent, node), "inplace", False))
+    return is_method or has_option or node.target in _IN_PLACE_ADDITIONS
 
 
 def _site_of(parent: nn.Module, node: fx.Node, taken: list[fx.Node]) -> _Site | str:
@@ -234,6 +277,8 @@ def _site_of(parent: nn.Module, node: fx.Node, taken: list[fx.Node]) -> _Site | 
     module = _target(parent, user)
     if module is not None and any(getattr(module, hooks) for hooks in (*_HOOKS, "_forward_pre_hooks")):
         return f"the activation {user.target} has hooks"
+    if kind == "leaky_relu" and any(_changes_in_place(parent, other) for other in user.users):
+        return "the activation's output is changed in place, which backward would go by"
     return _Site(node, addition, residual, user, kind)
 
 

@@ -162,6 +162,8 @@ class BnConfig:
     eps: float | None
     fuse: bool
     """Let SyncBatchNorm do the activation, and the addition, that follow it (`syncbn.fuse`)."""
+    memory: str
+    """"lean": with `fuse`, layers with a leaky ReLU keep their output for backward instead of their input."""
     debug: bool
     """Compare the ranks' places before each collective."""
 
@@ -174,6 +176,8 @@ class BnConfig:
         expected = "false unless bn.sync=true and bn.group=world (other groups are BN's own anyway)"
         require(not self.own_group or (self.sync and self.group == "world"), "bn.own_group", expected, self.own_group)
         require(self.sync or not self.fuse, "bn.fuse", "false where bn.sync=false", self.fuse)
+        require_choice("bn.memory", self.memory, ("default", "lean"))
+        require(self.fuse or self.memory == "default", "bn.memory", "default unless bn.fuse=true", self.memory)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)

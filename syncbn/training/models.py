@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.converting import convert_sync_batchnorm
-from syncbn.surgery.fusing import fuse
+from syncbn.surgery.fusing import FusionReport, fuse
 from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.targets import build_target
 from syncbn.training.unet import UnetSmall
@@ -107,12 +107,23 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
     if bn.fuse:
-        reports = fuse(model)
+        reports = fuse(model, memory=bn.memory)
         left = [report for report in reports if report.reason]
         log.info("bn.fuse: fused %d of %d batch normalizations", len(reports) - len(left), len(reports))
         for report in left:
             log.info("bn.fuse: left %s: %s", report.name or "the model", report.reason)
+        if bn.memory == "lean":
+            _log_memory(reports)
     return model
+
+
+def _log_memory(reports: list[FusionReport]) -> None:
+    num_lean = sum(report.memory == "lean" for report in reports)
+    level = logging.INFO if num_lean else logging.WARNING
+    log.log(level, "bn.memory: %d of %d batch normalizations are lean", num_lean, len(reports))
+    for report in reports:
+        if report.memory_reason:
+            log.info("bn.memory: %s keeps its input: %s", report.name or "the model", report.memory_reason)
 
 
 def _build_own(config: dict[str, Any], in_channels: int, num_classes: int | None) -> nn.Module:

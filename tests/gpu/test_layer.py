@@ -67,6 +67,25 @@ def small_net():
     ).cuda()  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+def test_a_lean_layer_has_the_gradients_of_one_that_is_not_and_never_waits(activation):
+    lean = SyncBatchNorm(16, activation=activation, memory="lean", device="cuda")
+    torch.nn.init.zeros_(lean.weight[3:4])  # the output of this channel tells nothing
+    plain = copy.deepcopy(lean)
+    plain.memory = "default"
+    input, grad = (torch.randn(8, 16, 9, 9, device="cuda") for _ in range(2))
+    expected = run_step(plain, input, grad)
+    run_step(copy.deepcopy(lean), input, grad)  # compilation
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        leaf = input.clone().requires_grad_()
+        lean(leaf).backward(grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(leaf.grad, expected.grad_input, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lean.weight.grad, expected.grad_weight, rtol=1e-4, atol=1e-4)
+
+
 def test_training_steps_never_wait_for_the_device():
     net = small_net()
     input = torch.randn(8, 3, 16, 16, device="cuda")

@@ -253,8 +253,9 @@ def test_a_step_over_ranks_touches_it_once_more(ranks):
 
 
 def test_a_small_step_is_not_many_operators():
-    counts, _ = one_step(SyncBatchNorm(64))
-    assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 400
+    for activation in (None, "relu"):
+        counts, _ = one_step(SyncBatchNorm(64, activation=activation))
+        assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 400
 
 
 def check_collectives():

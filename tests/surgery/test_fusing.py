@@ -190,6 +190,8 @@ LEFT = {
     "scaled": (lambda self, x: F.relu(torch.add(self.bn(x), x, alpha=2)), "not another activation"),
     "no activation": (lambda self, x: self.bn(x), "no activation"),
     "residual": (lambda self, x: F.relu(self.bn(x, residual=x)), "called with more than its input"),
+    "output in place": (lambda self, x: F.leaky_relu(self.bn(x)).mul_(2.0), "output is changed in place"),
+    "output in place by torch": (lambda self, x: F.dropout(F.leaky_relu(self.bn(x)), inplace=True), "in place"),
     "input used elsewhere": (lambda self, x: F.relu(self.bn(x) + x), "its input is used elsewhere"),
 }
 
@@ -303,3 +305,67 @@ def test_a_fused_block_compiles_in_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     input = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(step(compiled, input)[0], step(plain, input)[0])
+
+
+def add_after(self, x):
+    return F.leaky_relu(self.bn(self.conv(x))) + x
+
+
+LEAN = {
+    "leaky": (FUSED["leaky"], ""),
+    "added after": (add_after, ""),
+    "relu": (FUSED["relu"], "does not tell what went into relu"),
+    "silu": (FUSED["silu"], "does not tell what went into silu"),
+    "add": (FUSED["torch.add"], "does not tell what was added"),
+}
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_lean_is_what_can_be_and_the_rest_is_fused_as_ever(name):
+    how, reason = LEAN[name]
+    model = block(how).double()
+    plain = copy.deepcopy(model)
+    [report] = fuse(model, memory="lean")
+    assert report.reason == ""
+    assert reason in report.memory_reason
+    assert [report.memory, model.bn.memory] == ["default" if reason else "lean"] * 2
+    check_same(model, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+    revert_sync_batchnorm(model)
+    assert model.bn.memory == "default"
+
+
+def test_a_module_that_changes_the_output_in_place_leaves_a_leaky_relu_where_it_is():
+    assert "changed in place" in reason_of(sequential(SyncBatchNorm(3), nn.LeakyReLU(), nn.Dropout(inplace=True)))
+    assert reason_of(sequential(SyncBatchNorm(3), nn.ReLU(), nn.Dropout(inplace=True))) == ""
+
+
+def test_lean_layers_of_a_converted_model_are_plain_ones_again_after_reverting():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU(inplace=True), nn.Conv2d(4, 3, 1))
+    model = convert_sync_batchnorm(copy.deepcopy(plain).double())
+    before = set(model[1].__dict__)
+    [report] = fuse(model, memory="lean")
+    assert report.memory == "lean"
+    input = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        check_same(same, convert_sync_batchnorm(copy.deepcopy(plain).double()), input)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    revert_sync_batchnorm(model)
+    assert str(model) == str(plain)
+    assert set(model[1].__dict__) == before - {"process_group", "_original_class"}
+
+
+def test_a_layer_that_was_built_lean_stays_so_and_is_left_where_it_could_not():
+    model = sequential(SyncBatchNorm(3, memory="lean"), nn.LeakyReLU())
+    assert fuse(model)[0].memory == "lean"
+    revert_sync_batchnorm(model)
+    assert [model[1].memory, model[1].activation] == ["lean", None]
+    assert "is lean, and its output does not tell" in reason_of(sequential(SyncBatchNorm(3, memory="lean"), nn.ReLU()))
+
+
+def test_weights_that_begin_at_zero_keep_the_input_and_another_word_is_an_error():
+    model = sequential(SyncBatchNorm(16), nn.LeakyReLU())
+    nn.init.zeros_(model[1].weight)
+    [report] = fuse(model, memory="lean")
+    assert "too many of its weights are 0" in report.memory_reason
+    with pytest.raises(ValueError, match="expected default or lean, got 'less'"):
+        fuse(model, memory="less")

@@ -49,6 +49,7 @@ MISTAKES = [
     (["export.formats=[]"], "export.formats: expected null or some of safetensors, pt2, onnx, got []"),
     (["bn.group=rack"], "bn.group: expected world, node, or a number of ranks, got 'rack'"),
     (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
+    (["bn.memory=lean"], "bn.memory: expected default unless bn.fuse=true, got 'lean'"),
     (["bn.fuse=true", "bn.sync=false"], "bn.fuse: expected false where bn.sync=false, got True"),
     (["bn.own_group=true", "bn.group=2"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
     (["bn.own_group=true", "bn.sync=false"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from syncbn.training import models
 from syncbn.training.state import read
@@ -58,3 +59,23 @@ def test_what_was_fused_and_what_was_left_is_logged(caplog):
     models.build(config.model, config.bn, 1, 10)
     assert "bn.fuse: fused 5 of 6 batch normalizations" in caplog.text
     assert "left backbone.stage2.0.shortcut.bn: no activation that could be fused follows it" in caplog.text
+
+
+class Leaky(nn.Sequential):
+    """A network whose second layer can be lean."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+                         nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Conv2d(4, 2, 3))  # fmt: skip
+
+
+def test_lean_layers_are_logged_and_a_model_without_any_is_a_warning(caplog):
+    caplog.set_level("INFO")
+    config = compose_config(*SMALL, "bn.fuse=true", "bn.memory=lean")
+    model = models.build({"_target_": "tests.training.test_fuse.Leaky"}, config.bn, 1, 2)
+    assert [model[1].memory, model[4].memory] == ["default", "lean"]
+    assert "bn.memory: 1 of 2 batch normalizations are lean" in caplog.text
+    assert "bn.memory: 1 keeps its input: its output does not tell what went into relu" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    models.build(config.model, config.bn, 1, 10)
+    assert "WARNING" in [record.levelname for record in caplog.records if "are lean" in record.message]
