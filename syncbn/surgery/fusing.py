@@ -152,6 +152,8 @@ def fused_layers(module: nn.Module) -> list[nn.Module]:
 
 def _why_not(layer: nn.Module, num_uses: int) -> str | None:
     """Why a layer cannot be fused wherever it is; None where it can."""
+    if isinstance(layer, SyncBatchNorm) and type(layer) is not SyncBatchNorm:
+        return f"is a {type(layer).__name__}, which has a forward of its own"
     if type(layer) is not SyncBatchNorm:
         return f"is a {type(layer).__name__}; convert_sync_batchnorm comes first"
     if layer._activation_name() is not None:

@@ -110,8 +110,7 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
         reports = fuse(model, memory=bn.memory)
         left = [report for report in reports if report.reason]
         log.info("bn.fuse: fused %d of %d batch normalizations", len(reports) - len(left), len(reports))
-        for report in left:
-            log.info("bn.fuse: left %s: %s", report.name or "the model", report.reason)
+        _log_reasons("bn.fuse: left", {report.name: report.reason for report in left if report.reason})
         if bn.memory == "lean":
             _log_memory(reports)
     return model
@@ -121,9 +120,18 @@ def _log_memory(reports: list[FusionReport]) -> None:
     num_lean = sum(report.memory == "lean" for report in reports)
     level = logging.INFO if num_lean else logging.WARNING
     log.log(level, "bn.memory: %d of %d batch normalizations are lean", num_lean, len(reports))
-    for report in reports:
-        if report.memory_reason:
-            log.info("bn.memory: %s keeps its input: %s", report.name or "the model", report.memory_reason)
+    keep = {report.name: report.memory_reason for report in reports if report.memory_reason}
+    _log_reasons("bn.memory: keep their input:", keep)
+
+
+def _log_reasons(what: str, reasons: dict[str, str]) -> None:
+    """A line per reason, however many layers it is the reason of."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name or "the model")
+    for reason, names in layers.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.info("%s %s%s: %s", what, ", ".join(names[:3]), more, reason)
 
 
 def _build_own(config: dict[str, Any], in_channels: int, num_classes: int | None) -> nn.Module:

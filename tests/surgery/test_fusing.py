@@ -242,6 +242,13 @@ def test_an_activation_that_serves_several_places_goes_on_doing_so():
 
 def test_layers_of_other_classes_shared_ones_and_those_with_an_activation_are_left():
     assert "convert_sync_batchnorm comes first" in reason_of(sequential(nn.BatchNorm2d(3), nn.ReLU()))
+
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, input):
+            return super().forward(input).relu()
+
+    converted = convert_sync_batchnorm(sequential(NormAct(3), nn.ReLU()))
+    assert "is a SyncNormAct, which has a forward of its own" in reason_of(converted)
     assert "has an activation already: silu" in reason_of(sequential(SyncBatchNorm(3, activation="silu"), nn.ReLU()))
     layer = SyncBatchNorm(3)
     assert "several places" in reason_of(sequential(layer, nn.ReLU(), layer, nn.ReLU()))

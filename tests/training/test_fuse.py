@@ -75,7 +75,7 @@ def test_lean_layers_are_logged_and_a_model_without_any_is_a_warning(caplog):
     model = models.build({"_target_": "tests.training.test_fuse.Leaky"}, config.bn, 1, 2)
     assert [model[1].memory, model[4].memory] == ["default", "lean"]
     assert "bn.memory: 1 of 2 batch normalizations are lean" in caplog.text
-    assert "bn.memory: 1 keeps its input: its output does not tell what went into relu" in caplog.text
+    assert "bn.memory: keep their input: 1: its output does not tell what went into relu" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     models.build(config.model, config.bn, 1, 10)
     assert "WARNING" in [record.levelname for record in caplog.records if "are lean" in record.message]
