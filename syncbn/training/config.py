@@ -23,7 +23,6 @@ from syncbn.training.errors import parse_duration as parse_duration
 from syncbn.training.errors import require as require
 from syncbn.training.errors import require_choice as require_choice
 
-
 CHANNELS_PER_GROUP = 4  # of GroupNorm
 
 

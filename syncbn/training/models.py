@@ -42,9 +42,7 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), bn=norm(out_channels)
-                )
+                OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), bn=norm(out_channels))
             )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,9 +60,7 @@ class ResnetSmall(nn.Module):
         super().__init__()
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["stem"] = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, width, 3, padding=1, bias=False), bn=norm(width), relu=nn.ReLU()
-            )
+            OrderedDict(conv=nn.Conv2d(in_channels, width, 3, padding=1, bias=False), bn=norm(width), relu=nn.ReLU())
         )
         channels = width
         for stage in range(stages):

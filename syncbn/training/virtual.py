@@ -79,7 +79,7 @@ class VirtualBatchNorm(_BatchNorm):
                 of_groups.copy_(running.expand_as(of_groups))
 
     def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*args, **keywords)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **keywords)
         self.begin()
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -121,7 +121,7 @@ def make_virtual(model: nn.Module, num_groups: int) -> None:
         raise ConfigError("bn.virtual_ranks: the model has no batch normalization; set bn.virtual_ranks=null")
     for layer in dict.fromkeys(layers.values()):
         layer.__class__ = VirtualBatchNorm
-        layer.num_groups = num_groups
+        layer.__dict__["num_groups"] = num_groups
         for name in ("mean", "var"):
             running = getattr(layer, f"running_{name}")
             of_groups = None if running is None else running.repeat(num_groups, 1)

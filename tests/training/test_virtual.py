@@ -109,9 +109,9 @@ def test_a_model_that_cannot_be_is_an_error(layer, message):
 
 
 def test_ranks_that_cannot_be_shared_out_and_statistics_that_cannot_be_frozen_are_errors(job):
-    with pytest.raises(AssertionError, match=r"bn.virtual_ranks: expected a multiple of the 2 ranks of this job, got 3"):
+    with pytest.raises(AssertionError, match=r"bn.virtual_ranks: expected a multiple of the 2 ranks.*, got 3"):
         job(*SMALL, "bn.virtual_ranks=3", "duration=1", num_ranks=2)
-    with pytest.raises(ConfigError, match="freeze.bn_stats: backbone.stem.bn is a VirtualBatchNorm"):
+    with pytest.raises(ConfigError, match=r"freeze.bn_stats: backbone.stem.bn is a VirtualBatchNorm"):
         job(*SMALL, "bn.virtual_ranks=2", "duration=1", "freeze=bn_stats")
 
 
