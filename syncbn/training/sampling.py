@@ -82,11 +82,11 @@ class Sampler:
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
         return batch.tensor_split(min(self.accumulate, len(batch)))
 
-    def _groups(self, order: Tensor, position: int) -> list[Sequence[Tensor]]:
+    def _groups(self, order: Tensor, position: int) -> list[list[Tensor]]:
         """For each micro-batch the samples of each of this rank's groups."""
         num_groups, first = self.world_size * self.groups_per_rank, self.rank * self.groups_per_rank
         return [
-            part.tensor_split(num_groups)[first : first + self.groups_per_rank]
+            list(part.tensor_split(num_groups)[first : first + self.groups_per_rank])
             for part in self._micro_batches(order, position)
         ]
 
