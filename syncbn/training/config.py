@@ -36,7 +36,7 @@ class ResnetSmallConfig:
     depth: int
     """Residual blocks per stage."""
     stages: int
-    norm: str = "batch"
+    norm: str
     """The normalization: "batch", or "group" for GroupNorm, in groups of 4 channels."""
 
     def __post_init__(self) -> None:

@@ -54,19 +54,25 @@ class VirtualBatchNorm(_BatchNorm):
             F.batch_norm(rows, mean, var, self.weight, self.bias, True, momentum or 0.0, self.eps)
             for rows, mean, var in zip(input.tensor_split(self.num_groups), *statistics, strict=True)
         ]
-        self.pool([1.0] * self.num_groups)
+        self.pool()
         return torch.cat(outputs)
 
     @torch.no_grad()
-    def pool(self, weights: Sequence[float]) -> None:
+    def pool(self, weights: Sequence[float] | None = None) -> None:
         """Sets `running_mean` and `running_var` to those of all groups together: the weighted mean of the means, and of
         the variances plus the spread of the means.
+
+        Args:
+            weights: how much each group counts, usually the samples that it has seen; None: all alike.
         """
-        if self.running_mean is None or self.running_var is None or sum(weights) == 0:
+        if self.running_mean is None or self.running_var is None:
             return
         assert self.group_mean is not None
         assert self.group_var is not None
-        share = self.group_mean.new_tensor(weights)[:, None] / sum(weights)
+        if weights is None or sum(weights) == 0:
+            share = self.group_mean.new_full((self.num_groups, 1), 1.0 / self.num_groups)
+        else:
+            share = self.group_mean.new_tensor(weights)[:, None] / sum(weights)
         self.running_mean.copy_((share * self.group_mean).sum(0))
         spread = self.group_mean - self.running_mean
         self.running_var.copy_((share * (self.group_var + spread * spread)).sum(0))
