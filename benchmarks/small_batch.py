@@ -49,7 +49,7 @@ def case_of(config: Config) -> str:
 
 
 def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
-    """The curves and the ends of finished runs, sorted by case and seed; others are passed over."""
+    """The curves and the ends of finished runs, sorted by length, case and seed; others are passed over."""
     curves: list[Row] = []
     ends: list[Row] = []
     data: datasets.Data | None = None
@@ -59,7 +59,7 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
         content = state.read(state.by_step(run / "checkpoints")[-1], "load")
         config = parse(content["config"])
         data = data or datasets.load(config.data)
-        key = {"case": case_of(config), "seed": config.seed}
+        key = {"steps": content["step"], "case": case_of(config), "seed": config.seed}
         records: dict[int, Row] = {}
         for line in (run / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
@@ -75,7 +75,7 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
         print(*ends[-1].values(), flush=True)
     order = list(CASES)
     for rows in (curves, ends):
-        rows.sort(key=lambda row: (order.index(row["case"]), row["seed"], row.get("step", 0)))
+        rows.sort(key=lambda row: (row["steps"], order.index(row["case"]), row["seed"], row.get("step", 0)))
     return curves, ends
 
 
@@ -110,11 +110,16 @@ def write(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def read(path: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of a CSV by case, in the order of CASES."""
+def read(path: Path) -> dict[int, dict[str, list[dict[str, str]]]]:
+    """The rows of a CSV by the length of the runs in steps, then by case, in the order of CASES."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {case: [row for row in rows if row["case"] == case] for case in CASES}
+    found: dict[int, dict[str, list[dict[str, str]]]] = {}
+    for steps in sorted({int(row["steps"]) for row in rows}):
+        of_length = [row for row in rows if int(row["steps"]) == steps]
+        by_case = {case: [row for row in of_length if row["case"] == case] for case in CASES}
+        found[steps] = {case: of_case for case, of_case in by_case.items() if of_case}
+    return found
 
 
 def mean_and_std(rows: list[dict[str, str]], column: str, scale: float) -> tuple[float, float]:
@@ -123,31 +128,37 @@ def mean_and_std(rows: list[dict[str, str]], column: str, scale: float) -> tuple
     return statistics.mean(values), statistics.stdev(values)
 
 
-def tables() -> Iterator[str]:
-    """The tables of the page, in Markdown, a line at a time."""
-    final = read(FINAL)
-    columns = (("best_val_accuracy", 100.0), ("eval_accuracy", 100.0), ("test_accuracy", 100.0))
+def accuracy_table(final: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+    """How well the cases do, in Markdown."""
     yield "| normalized over | seeds | best validation accuracy, % | last, % | test accuracy, % | less synchronized |"
     yield "|---|---|---|---|---|---|"
     reference = {row["seed"]: row for row in final["synchronized"]}
     for case, rows in final.items():
-        cells = [f"{mean:.2f} +- {std:.2f}" for mean, std in (mean_and_std(rows, *column) for column in columns)]
+        columns = ("best_val_accuracy", "eval_accuracy", "test_accuracy")
+        cells = [f"{mean:.2f} +- {std:.2f}" for mean, std in (mean_and_std(rows, column, 100.0) for column in columns)]
         pairs = [100 * (float(row["test_accuracy"]) - float(reference[row["seed"]]["test_accuracy"])) for row in rows]
         against = f"{statistics.mean(pairs):+.2f} +- {statistics.stdev(pairs):.2f}" if case != "synchronized" else ""
         yield f"| {CASES[case]} | {len(rows)} | {' | '.join(cells)} | {against} |"
-    yield ""
+
+
+def mode_table(final: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+    """The last weights in both modes, in Markdown."""
     yield "| normalized over | loss, running statistics | loss, those of the batch | accuracy, running, % | batch, % |"
     yield "|---|---|---|---|---|"
-    columns = (("eval_loss", 1.0), ("train_loss", 1.0), ("eval_accuracy", 100.0), ("train_accuracy", 100.0))
+    columns = (("eval_loss", 1.0, 3), ("train_loss", 1.0, 3), ("eval_accuracy", 100.0, 2), ("train_accuracy", 100.0, 2))
     for case, rows in final.items():
-        digits = [3, 3, 2, 2]
-        found = [mean_and_std(rows, *column) for column in columns]
-        cells = [f"{mean:.{n}f} +- {std:.{n}f}" for n, (mean, std) in zip(digits, found, strict=True)]
+        found = [(*mean_and_std(rows, column, scale), digits) for column, scale, digits in columns]
+        cells = [f"{mean:.{digits}f} +- {std:.{digits}f}" for mean, std, digits in found]
         yield f"| {CASES[case]} | {' | '.join(cells)} |"
 
 
+def tables() -> list[str]:
+    """The tables of the page: for each length of the runs, accuracies and modes."""
+    return ["\n".join(table(final)) for final in read(FINAL).values() for table in (accuracy_table, mode_table)]
+
+
 def plot(path: Path) -> None:
-    """Validation accuracy over steps: means over seeds, and bands of one standard deviation."""
+    """Validation accuracy over steps: means over seeds, and bands of one standard deviation; of the shortest runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,7 +166,8 @@ def plot(path: Path) -> None:
 
     figure, (whole, end) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
     colors = ("black", "tab:blue", "tab:orange", "tab:red", "tab:green")
-    for (case, rows), color in zip(read(CURVES).items(), colors, strict=True):
+    curves, final = (next(iter(read(path).values())) for path in (CURVES, FINAL))
+    for (case, rows), color in zip(curves.items(), colors, strict=True):
         steps = sorted({int(row["step"]) for row in rows})
         found = [mean_and_std([r for r in rows if int(r["step"]) == step], "val_accuracy", 100.0) for step in steps]
         means = [mean for mean, _ in found]
@@ -163,13 +175,14 @@ def plot(path: Path) -> None:
         whole.plot(steps, means, dashes, color=color, label=CASES[case])
         low, high = ([m + sign * s for m, s in found] for sign in (-1, 1))
         whole.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    for number, (rows, color) in enumerate(zip(read(FINAL).values(), colors, strict=True)):
+    for number, (rows, color) in enumerate(zip(final.values(), colors, strict=True)):
         mean, std = mean_and_std(rows, "test_accuracy", 100.0)
         end.errorbar([number], [mean], [std], fmt="o", capsize=4, color=color)
         end.plot([number + 0.18] * len(rows), [100 * float(r["test_accuracy"]) for r in rows], "_", color=color)
     end.set_xticks(range(len(CASES)), [name.replace(": ", "\n") for name in CASES.values()], fontsize=8)
     end.set_xlim(-0.5, len(CASES) - 0.5)
     end.set_ylabel("test accuracy, %")
+    whole.set_ylim(bottom=65)  # before the second validation they have hardly begun
     whole.set_xlabel("steps of 32 images")
     whole.set_ylabel("validation accuracy, %")
     whole.legend(fontsize=8)
@@ -213,7 +226,7 @@ def main() -> None:
     elif arguments.command == "plot":
         plot(arguments.path)
     else:
-        print("\n".join(tables() if arguments.command == "tables" else worlds(arguments.runs)))
+        print(*(tables() if arguments.command == "tables" else ["\n".join(worlds(arguments.runs))]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def test_runs_become_rows(job, tmp_path):
 
 
 def test_the_tables_of_the_page_are_those_of_the_raw_numbers():
-    assert "\n".join(SCRIPT["tables"]()) in (ROOT / "docs/small-batch.md").read_text()
+    page = (ROOT / "docs/small-batch.md").read_text()
+    assert all(table in page for table in SCRIPT["tables"]())
 
 
 def test_the_picture_is_drawn_from_the_raw_numbers(tmp_path):
