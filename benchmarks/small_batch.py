@@ -185,7 +185,7 @@ def plot(path: Path) -> None:
     whole.set_ylim(bottom=65)  # before the second validation they have hardly begun
     whole.set_xlabel("steps of 32 images")
     whole.set_ylabel("validation accuracy, %")
-    whole.legend(fontsize=8)
+    whole.legend(fontsize=8, title="images that share statistics", title_fontsize=8)
     for axes in (whole, end):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
