@@ -185,7 +185,7 @@ class _Seen:
             packed = Moments.of(input.detach()).packed
             self.record[: packed.numel()].add_(packed)
             if layer.training and not isinstance(layer, nn.SyncBatchNorm):  # whose batch is larger than what is here
-                self.record[-1].add_(1.0)
+                self.record[-1].add_(float(getattr(layer, "num_groups", 1)))  # which normalizes a batch in groups
 
     def parts(self) -> dict[str, Tensor | None]:
         return {"record": self.record, "mean_before": self.running_mean, "var_before": self.running_var}

@@ -81,4 +81,5 @@ def _as_in(model: nn.Module, plan: FreezePlan, step: int) -> nn.Module:
 
 
 def _samples_per_forward(sampler: Sampler) -> int:
-    return max(1, min(sampler.batch_size, sampler.num_samples) // sampler.accumulate)
+    """Over all ranks; of virtual ranks one for each rank that there is."""
+    return max(1, min(sampler.batch_size, sampler.num_samples) // sampler.accumulate // sampler.groups_per_rank)

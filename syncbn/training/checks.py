@@ -77,7 +77,7 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
         raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
     outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
     check_loss(loss, outputs, targets)
-    if sampler.smallest_micro_batch() < place.world_size:
+    if sampler.smallest_micro_batch() <= (place.world_size - 1) * sampler.groups_per_rank:
         failure, _ = _try(model, images[:0])
         if failure is not None:
             raise ConfigError(

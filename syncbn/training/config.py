@@ -23,6 +23,8 @@ from syncbn.training.errors import parse_duration as parse_duration
 from syncbn.training.errors import require as require
 from syncbn.training.errors import require_choice as require_choice
 
+CHANNELS_PER_GROUP = 4  # of GroupNorm
+
 
 @dataclass
 class ResnetSmallConfig:
@@ -34,10 +36,15 @@ class ResnetSmallConfig:
     depth: int
     """Residual blocks per stage."""
     stages: int
+    norm: str
+    """The normalization: "batch", or "group" for GroupNorm, in groups of 4 channels."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "stages"):
             require(getattr(self, key) >= 1, f"model.{key}", "1 or more", getattr(self, key))
+        require_choice("model.norm", self.norm, ("batch", "group"))
+        in_groups = self.norm == "batch" or self.width % CHANNELS_PER_GROUP == 0
+        require(in_groups, "model.width", f"a multiple of {CHANNELS_PER_GROUP} where model.norm=group", self.width)
 
 
 @dataclass
@@ -157,6 +164,8 @@ class BnConfig:
     buffers: str
     """Running statistics that differ between ranks: "pool" them before evaluation and checkpoint, or keep "per_group".
     """
+    virtual_ranks: int | None
+    """Local statistics as of so many ranks in all, a multiple of those that there are; see `virtual`."""
     momentum: Any
     """None: as built; a number; "cumulative" for torch's momentum=None."""
     eps: float | None
@@ -179,6 +188,10 @@ class BnConfig:
         require_choice("bn.memory", self.memory, ("default", "lean"))
         require(self.fuse or self.memory == "default", "bn.memory", "default unless bn.fuse=true", self.memory)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
+        if self.virtual_ranks is not None:
+            require(self.virtual_ranks >= 1, "bn.virtual_ranks", "null or 1 or more ranks", self.virtual_ranks)
+            require(not self.sync, "bn.virtual_ranks", "null unless bn.sync=false", self.virtual_ranks)
+            require(self.buffers == "pool", "bn.buffers", "pool with bn.virtual_ranks", self.buffers)
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)
         require(valid, "bn.momentum", "null, cumulative, or a number above 0 and at most 1", self.momentum)

@@ -23,6 +23,7 @@ from syncbn.training.redaction import redacted
 from syncbn.training.resuming import require_secrets
 from syncbn.training.sampling import Sampler
 from syncbn.training.tracker import Tracker
+from syncbn.training.virtual import groups_per_rank, make_virtual
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +40,7 @@ class Loaded:
     weights: str
     """Which of the checkpoint's weights the model has: "raw", or "ema" for the averaged ones."""
     config: Config
-    """That of the training, with what the command line says on top."""
+    """That of the training, with what the command line says on top; without `bn.virtual_ranks`, which only train."""
     place: Place
     data: datasets.Data
     model: nn.Module
@@ -85,6 +86,7 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
         stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker", "init"))
         trained = parse(stored)
+        trained.bn.virtual_ranks = None
         data = datasets.as_trained(datasets.load(trained.data), checkpoint)
     place = place_for(trained, place)
     model = build_model(trained, data, place)
@@ -125,9 +127,15 @@ def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tupl
 
 
 def build_model(config: Config, data: datasets.Data, place: Place) -> nn.Module:
-    """The model with its initial weights, the same on every rank."""
+    """The model with its initial weights, the same on every rank.
+
+    Raises:
+        ConfigError: see `models.build`, `groups_per_rank` and `make_virtual`.
+    """
     torch.manual_seed(config.seed)
     model = models.build(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
+    if config.bn.virtual_ranks is not None:
+        make_virtual(model, groups_per_rank(config.bn, place.world_size))
     if place.channels_last:
         switches.lay_out(model)
     return model
@@ -135,7 +143,10 @@ def build_model(config: Config, data: datasets.Data, place: Place) -> nn.Module:
 
 def sampler_for(config: Config, data: datasets.Data, place: Place) -> Sampler:
     """Which samples this rank trains on."""
-    return Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
+    groups = groups_per_rank(config.bn, place.world_size)
+    return Sampler(
+        len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size, groups
+    )
 
 
 def place_for(config: Config, place: Place) -> Place:

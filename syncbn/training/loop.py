@@ -54,6 +54,7 @@ from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
 from syncbn.training.updating import Reports, Update
+from syncbn.training.virtual import virtual_layers
 from syncbn.training.wrapping import wrap
 
 log = logging.getLogger(__name__)
@@ -400,10 +401,14 @@ class Trainer:
 
     def _pool_buffers(self) -> None:
         """One set of running statistics for all ranks, for good."""
-        if self.place.world_size > 1 and self.config.bn.buffers == "pool":
-            weight = self.sampler.num_seen(self.counters.step)
+        if self.place.world_size * self.sampler.groups_per_rank > 1 and self.config.bn.buffers == "pool":
+            weights = self.sampler.num_seen(self.counters.step)
             for model in dict.fromkeys([self.model, self.update.evaluated]):
-                pool_running_stats(unsynchronized_layers(model), weight=weight)
+                for layer in virtual_layers(model):
+                    layer.pool(weights)
+                pool_running_stats(unsynchronized_layers(model), weight=sum(weights))
+                for layer in virtual_layers(model):
+                    layer.begin()
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,28 +15,34 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.converting import convert_sync_batchnorm
 from syncbn.surgery.fusing import FusionReport, fuse
-from syncbn.training.config import BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
+from syncbn.training.config import CHANNELS_PER_GROUP, BnConfig, ConfigError, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.targets import build_target
 from syncbn.training.unet import UnetSmall
 
 log = logging.getLogger(__name__)
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalization, and a shortcut around them."""
+Norm = Callable[[int], nn.Module]  # a normalization, by the number of channels
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """In groups of 4 channels, each sample by itself: whatever the batch is, it changes nothing."""
+    return nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with normalization, and a shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = norm(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), bn=nn.BatchNorm2d(out_channels)
-                )
+                OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), bn=norm(out_channels))
             )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,20 +54,20 @@ class ResidualBlock(nn.Module):
 class ResnetSmall(nn.Module):
     """A residual network for small images, in two sub-networks: `backbone` (stem, stage1, stage2, ...) and `head`."""
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int, stages: int) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, width: int, depth: int, stages: int, norm: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         parts["stem"] = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, width, 3, padding=1, bias=False), bn=nn.BatchNorm2d(width), relu=nn.ReLU()
-            )
+            OrderedDict(conv=nn.Conv2d(in_channels, width, 3, padding=1, bias=False), bn=norm(width), relu=nn.ReLU())
         )
         channels = width
         for stage in range(stages):
             out_channels = width * 2**stage
             blocks = []
             for block in range(depth):
-                blocks.append(ResidualBlock(channels, out_channels, 2 if stage > 0 and block == 0 else 1))
+                blocks.append(ResidualBlock(channels, out_channels, 2 if stage > 0 and block == 0 else 1, norm))
                 channels = out_channels
             parts[f"stage{stage + 1}"] = nn.Sequential(*blocks)
         self.backbone = nn.Sequential(parts)
@@ -82,7 +89,9 @@ def build(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) 
     if num_classes is None and not isinstance(config, dict):
         raise ConfigError(f"model: {config.name} is for classes, which this data has not; choose model=custom")
     if isinstance(config, ResnetSmallConfig):
-        model: nn.Module = ResnetSmall(in_channels, num_classes or 0, config.width, config.depth, config.stages)
+        norm: Norm = group_norm if config.norm == "group" else nn.BatchNorm2d
+        size = (config.width, config.depth, config.stages)
+        model: nn.Module = ResnetSmall(in_channels, num_classes or 0, *size, norm)
     elif isinstance(config, UnetSmallConfig):
         model = UnetSmall(in_channels, num_classes or 0, config.width, config.depth)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,7 +29,7 @@ class Sampler:
     """Cuts an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads, never drops.
 
     Every sample of an epoch is visited once. The last step of an epoch takes what is left, so it may leave a rank with
-    fewer samples than the others, or with none. Shards differ by at most one sample.
+    fewer samples than the others, or with none. Shards differ by at most one sample (those of virtual ranks do).
     """
 
     num_samples: int
@@ -38,6 +39,8 @@ class Sampler:
     seed: int
     rank: int
     world_size: int
+    groups_per_rank: int = 1
+    """Virtual ranks that each rank stands for: it has the samples of all of them, one after the other."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,18 +60,35 @@ class Sampler:
         """The samples of a step on any rank, int64."""
         return torch.cat([shard.index for shard in replace(self, rank=rank).shards(step)])
 
-    def num_seen(self, step: int) -> int:
-        """Samples that this rank has seen before a step, from the beginning of the run."""
+    def num_seen(self, step: int) -> list[int]:
+        """Samples that this rank has seen before a step, from the beginning of the run: of each of its groups."""
         epochs, position = divmod(step, self.steps_per_epoch)
         order = torch.arange(self.num_samples)
-        sizes = [sum(len(shard.index) for shard in self._cut(order, at)) for at in range(self.steps_per_epoch)]
-        return epochs * sum(sizes) + sum(sizes[:position])
+        sizes = torch.tensor(
+            [
+                [sum(len(group) for group in groups) for groups in zip(*self._groups(order, at), strict=True)]
+                for at in range(self.steps_per_epoch)
+            ]
+        )
+        return (epochs * sizes.sum(0) + sizes[:position].sum(0)).tolist()
 
     def _cut(self, order: Tensor, position: int) -> list[Shard]:
         """This rank's part of each micro-batch of the step at `position` of an epoch."""
+        micro_batches = self._micro_batches(order, position)
+        groups = self._groups(order, position)
+        return [Shard(torch.cat(mine), len(part)) for mine, part in zip(groups, micro_batches, strict=True)]
+
+    def _micro_batches(self, order: Tensor, position: int) -> Sequence[Tensor]:
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-        micro_batches = batch.tensor_split(min(self.accumulate, len(batch)))
-        return [Shard(part.tensor_split(self.world_size)[self.rank], len(part)) for part in micro_batches]
+        return batch.tensor_split(min(self.accumulate, len(batch)))
+
+    def _groups(self, order: Tensor, position: int) -> list[list[Tensor]]:
+        """For each micro-batch the samples of each of this rank's groups."""
+        num_groups, first = self.world_size * self.groups_per_rank, self.rank * self.groups_per_rank
+        return [
+            list(part.tensor_split(num_groups)[first : first + self.groups_per_rank])
+            for part in self._micro_batches(order, position)
+        ]
 
     def smallest_micro_batch(self) -> int:
         """Samples of the smallest micro-batch of an epoch, over all ranks."""

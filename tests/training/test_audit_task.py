@@ -32,7 +32,7 @@ def pretrained(tmp_path_factory):
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, name, num_ranks):
     options = ["tracker=none", "duration=20", f"run={name}_{num_ranks}"]
-    if "fashion" in name:
+    if "fashion" in name or name == "small_batch":
         from tests.training.test_data import fashion_files
 
         files = pretrained / "fashion"

@@ -131,7 +131,14 @@ GROUPS = sorted(
     for path in (ROOT / "configs").glob("*/*.yaml")
     if path.parent.name in ("data", "model", "experiment", "debug") and yaml.safe_load(path.read_text())
 )
-NEED_FILES = ("fashion", "image_folder", "mask_folder", "hf", "data=custom")  # which tests of their own make
+NEED_FILES = (
+    "fashion",
+    "small_batch",
+    "image_folder",
+    "mask_folder",
+    "hf",
+    "data=custom",
+)  # which tests of their own make
 
 
 @pytest.mark.parametrize("choice", [choice for choice in GROUPS if not any(name in choice for name in NEED_FILES)])
