@@ -21,8 +21,8 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from torchmetrics import Metric
 
 from syncbn.nn.accumulating import accumulate_stats
 from syncbn.stats.monitor import Monitor
-from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
 from syncbn.surgery.plan import FreezePlan
 from syncbn.training import console, optimizers, profiling, reporting, schedules, switches
 from syncbn.training.config import Config
@@ -43,6 +42,7 @@ from syncbn.training.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.data import Data, Split, describe_data
 from syncbn.training.duration import Duration
 from syncbn.training.loading import Batch, Loader
+from syncbn.training.local_statistics import LocalStatistics
 from syncbn.training.losses import Loss
 from syncbn.training.metrics import Best, evaluate
 from syncbn.training.overfitting import FITTED
@@ -54,7 +54,6 @@ from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
 from syncbn.training.updating import Reports, Update
-from syncbn.training.virtual import virtual_layers
 from syncbn.training.wrapping import wrap
 
 log = logging.getLogger(__name__)
@@ -103,6 +102,10 @@ class Trainer:
             model, self.optimizer, self.schedule, place.device,
             half=is_half, decay=config.ema, clip_norm=config.clip_norm,
         )  # fmt: skip
+        self.local_statistics = LocalStatistics(
+            [model, self.update.evaluated],
+            pooled=place.world_size * sampler.groups_per_rank > 1 and config.bn.buffers == "pool",
+        )
         self.executed = switches.executed(model, config.compile)  # the same model, by another way through it
         self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
         # what survives
@@ -228,7 +231,7 @@ class Trainer:
         return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
 
     def _save(self, config_dict: dict[str, Any]) -> None:
-        with self._pooled_buffers():
+        with self.local_statistics.pooled(self._num_seen()):
             if self.place.is_first:
                 self.checkpoints.save(self.counters.step, config_dict)
 
@@ -312,7 +315,7 @@ class Trainer:
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
         if step > 0:
-            self._pool_buffers()  # what is frozen from here on has to be the same on all ranks
+            self.local_statistics.pool(self._num_seen())  # what is frozen from here on has to be the same on all ranks
         changes = self.plan.apply(self.model, step)
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
@@ -361,7 +364,7 @@ class Trainer:
     def _validate(self, config_dict: dict[str, Any]) -> None:
         step = self.counters.step
         with self.clock.paused():
-            with self._pooled_buffers():
+            with self.local_statistics.pooled(self._num_seen()):
                 metrics = self._validate_model(config_dict)
             names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
@@ -379,36 +382,8 @@ class Trainer:
             self.checkpoints.save_best(step, config_dict, self.update.evaluated)
         return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
 
-    @contextmanager
-    def _pooled_buffers(self) -> Iterator[None]:
-        """One set of running statistics, for evaluation and checkpoints, where ranks gather them on their own.
-
-        Afterwards each rank goes on with its own: how often a run is saved must not change it.
-        """
-        buffers = [
-            buffer
-            for model in dict.fromkeys([self.model, self.update.evaluated])
-            for layer in unsynchronized_layers(model)
-            for buffer in layer.buffers(recurse=False)
-        ]
-        before = [buffer.clone() for buffer in buffers]
-        self._pool_buffers()
-        try:
-            yield
-        finally:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-
-    def _pool_buffers(self) -> None:
-        """One set of running statistics for all ranks, for good."""
-        if self.place.world_size * self.sampler.groups_per_rank > 1 and self.config.bn.buffers == "pool":
-            weights = self.sampler.num_seen(self.counters.step)
-            for model in dict.fromkeys([self.model, self.update.evaluated]):
-                for layer in virtual_layers(model):
-                    layer.pool(weights)
-                pool_running_stats(unsynchronized_layers(model), weight=sum(weights))
-                for layer in virtual_layers(model):
-                    layer.begin()
+    def _num_seen(self) -> list[int]:
+        return self.sampler.num_seen(self.counters.step)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
