@@ -132,7 +132,7 @@ class Cluster:
         """A command whose output a test waits for."""
         prefix = self.controller.prefix(self.cwd)
         return LiveJob(
-            self.cwd, num_ranks=1, launcher=command, prefix=prefix, timeout=200, **self.variables, **variables
+            self.cwd, num_ranks=1, launcher=command, prefix=prefix, timeout=400, **self.variables, **variables
         )
 
     def submit(self, *options, **variables):
