@@ -1,8 +1,10 @@
 # make train    two ranks train the default job          make train ARGS="duration=1ep" NPROC=4
-# make test     lint, types, and every quick test        make test-all adds the slow ones
+# make test     lint, types, and every quick test        make test JOBS=0 in one process; make test-all adds the slow ones
 # make docs     the API reference, as HTML in build/docs
 PYTHON ?= python3
 NPROC ?= 2
+# Test processes; each starts ranks of its own, and two of them keep two cores busy.
+JOBS ?= 2
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ train: $(VENV)/.train
 	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not root" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not root" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-all: lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -27,7 +27,7 @@ COPY --from=test-packages /opt/venv /opt/venv
 COPY --chown=1000:1000 . .
 RUN chown 1000:1000 /app
 USER 1000:1000
-CMD ["python3", "-m", "pytest", "-m", "not slow and not root", "-p", "no:cacheprovider"]
+CMD ["python3", "-m", "pytest", "-m", "not slow and not root", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
 
 FROM base AS train
 COPY --from=packages /opt/venv /opt/venv

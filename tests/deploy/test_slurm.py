@@ -1,8 +1,8 @@
-"""docker/cluster/slurm.sbatch, run by bash with stand-ins for srun and scontrol that start real nodes."""
+"""docker/cluster/slurm.sbatch: what it tells srun, and what a Slurm of two nodes makes of it."""
 
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.hosts import Network
-from tests.deploy.test_nodes import JOB, STEPS, WIDTH, check_same_bits, undisturbed  # noqa: F401 - a fixture
-from tests.training.jobs import ROOT, LiveJob
-from tests.training.test_train import load_last
+from tests.deploy.test_nodes import JOB, check_same_bits
+from tests.training.jobs import ROOT, LiveJob, read_metrics, run_rank
 
 SCONTROL = """#!/bin/sh
 case "$1" in
@@ -28,45 +27,9 @@ def slurm(cwd, **variables):
     tools.mkdir(exist_ok=True)
     (tools / "scontrol").write_text(SCONTROL)
     (tools / "scontrol").chmod(0o755)
-    if not (tools / "srun").exists():
-        (tools / "srun").symlink_to(ROOT / "tests/deploy/srun.py")
     path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "a,b", "NPROC": "1",
             "REQUEUED": str(cwd / "requeued"), "OMP_NUM_THREADS": "1", **variables}  # fmt: skip
-
-
-class Batch(LiveJob):
-    """slurm.sbatch as the batch shell of a job."""
-
-    def __init__(self, cwd, environment, *overrides):
-        super().__init__(cwd, *overrides, num_ranks=1, launcher=["bash", str(ROOT / "docker/cluster/slurm.sbatch")],
-                         timeout=150, **environment)  # fmt: skip
-
-
-@pytest.mark.root
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_job_whose_time_is_over_saves_is_queued_again_and_goes_on(tmp_path, undisturbed):  # noqa: F811
-    for name in ("train.py", "configs"):  # the job runs where the project is
-        (tmp_path / name).symlink_to(ROOT / name)
-    job = [override for override in JOB if not override.startswith("run=")]
-    with Network() as network:
-        hosts = " ".join(str(network.host(name).first_pid) for name in "ab")
-        with Batch(tmp_path, slurm(tmp_path, HOSTS=hosts), *job, *WIDTH) as batch:
-            batch.wait_for("step 30/")
-            batch.process.send_signal(signal.SIGUSR1)
-            assert batch.finish() != 0
-        stopped = re.search(r"stopped after step (\d+)", batch.output)
-        assert stopped, batch.output
-        run_dir = tmp_path / "outputs/slurm-4711"
-        assert load_last(run_dir)["step"] == int(stopped.group(1)) < STEPS
-        assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
-        (tmp_path / "requeued").unlink()
-        with Batch(tmp_path, slurm(tmp_path, HOSTS=hosts, SLURM_RESTART_COUNT="1"), *job, *WIDTH) as batch:
-            assert batch.finish() == 0, batch.output
-        assert f"at step {stopped.group(1)}" in batch.output
-    assert not (tmp_path / "requeued").exists()
-    check_same_bits(run_dir, undisturbed)
 
 
 SRUN_ECHO = """#!/bin/sh
@@ -80,7 +43,6 @@ exit "${SRUN_EXIT:-0}"
 def dry(cwd, *overrides, **variables):
     """The batch script with an srun that only says what it was told."""
     environment = slurm(cwd, **variables)
-    (cwd / "tools/srun").unlink()
     (cwd / "tools/srun").write_text(SRUN_ECHO)
     (cwd / "tools/srun").chmod(0o755)
     command = ["bash", str(ROOT / "docker/cluster/slurm.sbatch"), *overrides]
@@ -107,3 +69,120 @@ def test_a_run_of_its_own_name_keeps_it_and_a_failure_is_not_queued_again(tmp_pa
     assert done.stdout == "a:30111 run=mine freeze.a.match=x y\n"
     assert done.returncode == 3
     assert not (tmp_path / "requeued").exists()
+
+
+# A cluster as small as can be: nobody has to prove who he is, which is for hosts that this test alone can reach.
+SLURM_CONF = """ClusterName=test
+SlurmctldHost=c
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=6
+SlurmUser=root
+SlurmdUser=root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SlurmdParameters=config_overrides
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool-%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd-%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd-%n.log
+NodeName=a,b CPUs=4 State=UNKNOWN
+PartitionName=all Nodes=a,b Default=YES MaxTime=INFINITE
+"""
+
+
+class Cluster:
+    """A Slurm: its controller on host c, nodes on a and b. What is submitted runs in `cwd`."""
+
+    def __init__(self, network, cwd):
+        self.cwd, self.controller = cwd, network.host("c")
+        directory = cwd / "slurm"
+        (directory / "state").mkdir(parents=True)
+        (directory / "slurm.conf").write_text(SLURM_CONF.format(directory=directory))
+        self.variables = {"SLURM_CONF": str(directory / "slurm.conf")}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self.variables |= {"PATH": path, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+        hosts = [(self.controller, "slurmctld", ()), *((network.host(n), "slurmd", ("-N", n)) for n in "ab")]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.daemons = [self.start([daemon, "-D", *options], host, **quiet) for host, daemon, options in hosts]
+
+    def close(self):
+        """The daemons themselves end with their hosts."""
+        for process in self.daemons:
+            process.kill()
+            process.wait()
+
+    def start(self, command, host=None, **options):
+        prefix = (host or self.controller).prefix(self.cwd)
+        return subprocess.Popen([*prefix, *command], env={**os.environ, **self.variables}, **options)
+
+    def ask(self, *command):
+        """What a command of Slurm's prints, on the controller."""
+        with self.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        return output
+
+    def follow(self, *command, **variables):
+        """A command whose output a test waits for."""
+        prefix = self.controller.prefix(self.cwd)
+        return LiveJob(
+            self.cwd, num_ranks=1, launcher=command, prefix=prefix, timeout=400, **self.variables, **variables
+        )
+
+    def submit(self, *options, **variables):
+        """sbatch of the script; it ends when the job has."""
+        return self.follow("sbatch", "--wait", *options, **variables)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    for name in ("train.py", "configs", "docker"):  # the job runs where the project is
+        (tmp_path / name).symlink_to(ROOT / name)
+    with Network() as network:
+        made = Cluster(network, tmp_path)
+        yield made
+        made.close()
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    shutil.which("slurmctld") is None, reason="Slurm (slurmctld, slurmd, slurm-client) is not installed"
+)
+def test_a_slurm_of_two_nodes_runs_it_queues_it_again_and_runs_a_sweep(cluster, ranks, tmp_path):
+    script = "docker/cluster/slurm.sbatch"
+    job = [
+        *(override for override in JOB if not override.startswith("run=")),
+        "model.width=4",
+        "data.size=8",
+        "duration=60",
+    ]
+    expected = ranks(2, run_rank, tmp_path, (*job, "run=expected"), timeout=200)[0]
+    with cluster.submit(script, *job) as batch:
+        batch.wait_for("Submitted batch job")
+        number = batch.output.split()[-1]
+        with cluster.follow("tail", "--follow=name", "--retry", "--lines=+1", f"slurm-{number}.out") as output:
+            output.wait_for("step 30/")
+            cluster.ask("scancel", "--batch", "--signal=USR1", number)  # as Slurm does when the time is over
+            assert batch.finish() == 0, output.output
+    output = (tmp_path / f"slurm-{number}.out").read_text()
+    stopped = re.search(r"stopped after step (\d+)", output)
+    assert stopped, output
+    assert re.search(rf"resumed from \S+ at step {stopped.group(1)}\b", output)
+    assert "2 rank(s) on cpu" in output
+    assert "Restarts=1 " in cluster.ask("scontrol", "show", "job", number)
+    check_same_bits(tmp_path / f"outputs/slurm-{number}", expected)
+
+    (tmp_path / "sweep.txt").write_text("optimizer.lr=0.1 seed=1\noptimizer.lr=0.2\n")
+    with cluster.submit("--array=0-1", script, *job, "duration=2", SWEEP="sweep.txt") as sweep:
+        assert sweep.finish() == 0, sweep.output
+    number = sweep.output.split()[-1]
+    rates = [read_metrics(tmp_path / f"outputs/slurm-{number}/{task}")[0]["train/lr"] for task in (0, 1)]
+    assert rates[1] == pytest.approx(2 * rates[0])

@@ -5,6 +5,14 @@ import pytest
 from tests.training.jobs import run_rank
 
 
+@pytest.fixture(scope="session")
+def pretrained(_pool, tmp_path_factory):
+    """A working directory with the run that `experiment=pretrain` makes."""
+    cwd = tmp_path_factory.mktemp("experiments")
+    _pool.run(2, run_rank, cwd, ("experiment=pretrain", "tracker=none"))
+    return cwd
+
+
 @pytest.fixture
 def job(ranks, tmp_path):
     """`job(*overrides, num_ranks=1, cwd=tmp_path)`: trains or evaluates as train.py does; returns the run directory.

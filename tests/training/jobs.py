@@ -144,6 +144,7 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
     """What train.py does, on this rank of a process group that exists (or in this process, without one)."""
     before, stdout = Path.cwd(), sys.stdout
     os.chdir(cwd)
+    sys.path.append(str(cwd))  # modules of its own; their names differ between tests, as a process imports them once
     try:
         kept = launch._hold_back([launch.open_override(override) for override in overrides])
         config = compose_config(*kept)
@@ -159,5 +160,6 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         return run_dir
     finally:
         launch._held_back.clear()
+        sys.path.remove(str(cwd))
         sys.stdout = stdout
         os.chdir(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.jobs import LiveJob, read_metrics, start
+from tests.training.jobs import LiveJob, read_metrics, run_rank, start
 from tests.training.test_train import load_last
 
 # Float32, so that equality is equality of bits and not of a wide type's leading digits.
@@ -19,12 +19,9 @@ JOB = [*DATA, f"duration={STEPS}", "log_every=1", "eval_every=10", "save.every=7
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(_pool, tmp_path_factory):
     """The run directory of the job when nothing happens to it."""
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    done = start(cwd, *JOB, num_ranks=2)
-    assert done.returncode == 0, done.stderr
-    return cwd / "outputs/job"
+    return _pool.run(2, run_rank, tmp_path_factory.mktemp("undisturbed"), JOB)[0]
 
 
 def check_same_run(run_dir, expected):
@@ -113,13 +110,21 @@ def test_a_multirun_that_is_restarted_goes_on_in_the_job_where_it_was(tmp_path):
     assert re.search(rf"resumed from outputs/{directory.name}/1/checkpoints/step_000000(20|15).pt", job.output)
 
 
-def test_metrics_are_readable_after_a_kill_of_everything(tmp_path):
-    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A job all of whose ranks are killed: its working directory, and the addresses on which they listened."""
+    cwd = tmp_path_factory.mktemp("killed")
+    with LiveJob(cwd, *JOB, num_ranks=2) as job:
         job.wait_for("step 12/")
+        addresses = {address for pid in job.workers() for address in listening_addresses(pid)}
         for pid in job.workers():
             os.kill(pid, signal.SIGKILL)
         job.finish()
-    lines = (tmp_path / "outputs/job/metrics.jsonl").read_text().splitlines()
+    return cwd, addresses
+
+
+def test_metrics_are_readable_after_a_kill_of_everything(killed):
+    lines = (killed[0] / "outputs/job/metrics.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) >= 12
 
 
@@ -148,11 +153,8 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_
     assert live.output.count(message) == 1
 
 
-def test_on_one_machine_the_ranks_listen_on_the_loopback_device_alone(tmp_path):
-    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
-        job.wait_for("step 2/")
-        addresses = {address for pid in job.workers() for address in listening_addresses(pid)}
-    assert addresses == {"0100007F"}  # 127.0.0.1
+def test_on_one_machine_the_ranks_listen_on_the_loopback_device_alone(killed):
+    assert killed[1] == {"0100007F"}  # 127.0.0.1
 
 
 def listening_addresses(pid):

@@ -264,8 +264,8 @@ def test_a_wandb_process_that_dies_costs_a_warning_and_the_next_run_has_another(
     assert read_run(tmp_path / "b").run_group == "b"
 
 
-def test_what_an_offline_run_was_made_with_is_in_its_file(tmp_path):
-    run = run_job(tmp_path, *SMALL, "tracker=wandb", "duration=1", "run=a", "optimizer.lr=0.03", num_ranks=2)
+def test_what_an_offline_run_was_made_with_is_in_its_file(job):
+    run = job(*SMALL, "tracker=wandb", "duration=1", "run=a", "optimizer.lr=0.03", num_ranks=2)
     recorded = read_run(run)
     assert (recorded.project, recorded.run_group, recorded.job_type) == ("syncbn", "a", "train")
     config = read_config(run)
