@@ -177,11 +177,12 @@ class Buffers:
         """Restores them if `where`, a bool without dimensions, decided on the device."""
         for buffers, before in self._before:
             kept = torch.where(where, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(kept, buffers, strict=True)])
+            parts = [part if b.dim() == 1 else part.view(b.shape) for part, b in zip(kept, buffers, strict=True)]
+            torch._foreach_copy_(buffers, parts)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])
 
 
 class Average:
