@@ -60,9 +60,8 @@ def test_population_statistics_leave_no_shift_of_variance_and_dropout_does(gap):
     for layer in dropped:
         if isinstance(layer, SyncBatchNorm):
             layer.momentum = 1.0
-    dropped.train()(
-        data.eval_batch(data.train, torch.arange(96), torch.float32)[0]
-    )  # the running variance is that of a batch with dropout
+    images, _ = data.eval_batch(data.train, torch.arange(96), torch.float32)
+    dropped.train()(images)  # the running variance is that of a batch with dropout
     shifts = gap.variance_shift(dropped, data)
     assert shifts[0] == pytest.approx(0.5, abs=0.1)  # 1 - p, where the mean is small
     assert all(after < before for before, after in pairwise(shifts))  # too little goes into the next, too
