@@ -26,6 +26,7 @@ CASES = ("none", "bn_stats", "weights", "gradual", "mistake", "backbone")  # cho
 COMMON = ["data=fashion_mnist", "model.width=8", "batch_size=128", "tracker=none"]
 FIELDS = ("seed", "freeze", "new_accuracy", "drift", "old_accuracy_before", "old_accuracy", "old_loss_before",
           "old_loss")  # fmt: skip
+Row = dict[str, str]
 
 
 def train(out: Path, *words: str) -> None:
@@ -38,26 +39,33 @@ def train(out: Path, *words: str) -> None:
         raise RuntimeError(done.stderr + done.stdout)
 
 
-def measure(seed: int, out: Path, overrides: list[str]) -> list[dict[str, object]]:
-    """A row for each case."""
+def measure(seed: int, out: Path, overrides: list[str]) -> list[Row]:
+    """Runs the three commands; what was interrupted goes on where it was."""
     same = [*COMMON, f"seed={seed}", *overrides]
-    old, new, judged = (f"{name}-{seed}" for name in ("eight", "two", "eight-again"))
+    old, new, judged = directories(seed)
     train(out, "experiment=pretrain", "data.classes=[1,2,3,4,5,7,8,9]", "duration=4ep", f"run={old}", *same)
     train(out, "-m", "experiment=finetune", f"freeze={','.join(CASES)}", "data.classes=[0,6]",
           f"init.backbone.path=outputs/{old}", f"run={new}", *same)  # fmt: skip
     backbones = ",".join(f"outputs/{new}/{number}" for number in range(len(CASES)))
     train(out, "-m", "task=eval", f"load=outputs/{old}", f"init.backbone.path={backbones}", f"run={judged}")
-    rows = []
-    before = summary(out / "outputs" / old)
+    return list(collect(seed, out))
+
+
+def directories(seed: int) -> tuple[str, str, str]:
+    """Where a seed's three commands write."""
+    return f"eight-{seed}", f"two-{seed}", f"eight-again-{seed}"
+
+
+def collect(seed: int, out: Path) -> Iterator[Row]:
+    """A row for each case."""
+    old, new, judged = (out / "outputs" / name for name in directories(seed))
+    before = summary(old)
     for number, case in enumerate(CASES):
-        tuned = summary(out / f"outputs/{new}/{number}")
-        [after] = [
-            json.loads(line) for line in (out / f"outputs/{judged}/{number}/metrics.jsonl").read_text().splitlines()
-        ]
+        tuned = summary(new / str(number))
+        after = json.loads((judged / str(number) / "metrics.jsonl").read_text().splitlines()[-1])
         numbers = [tuned["test/accuracy"], tuned["drift/backbone"], before["test/accuracy"], after["test/accuracy"],
                    before["test/loss"], after["test/loss"]]  # fmt: skip
-        rows.append(dict(zip(FIELDS, (seed, case, *(f"{number:.4f}" for number in numbers)), strict=True)))
-    return rows
+        yield dict(zip(FIELDS, (str(seed), case, *(f"{number:.4f}" for number in numbers)), strict=True))
 
 
 def summary(run_dir: Path) -> dict[str, float]:
@@ -66,7 +74,7 @@ def summary(run_dir: Path) -> dict[str, float]:
     return metrics
 
 
-def table(rows: list[dict[str, str]]) -> Iterator[str]:
+def table(rows: list[Row]) -> Iterator[str]:
     """Lines of markdown: mean and standard deviation over the seeds."""
 
     def cell(field: str, case: str | None) -> str:
