@@ -267,12 +267,18 @@ def main() -> None:
         if arguments.table == "momentum"
         else [(measure_dropout, (*same, seed, *one)) for one in dropouts() for seed in arguments.seeds]
     )
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as two:
-        rows = [one for rows_of_one in two.map(run, cases) for one in rows_of_one]
-    with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows: list[Row] = []
+    with (
+        ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as two,
+        arguments.csv.open("w", newline="", encoding="utf-8") as file,
+    ):
+        for of_one in two.map(run, cases):
+            writer = csv.DictWriter(file, list(of_one[0]), lineterminator="\n")
+            if not rows:
+                writer.writeheader()
+            writer.writerows(of_one)
+            file.flush()  # what there is, if the rest never comes
+            rows += of_one
     print(f"torch {torch.__version__}, {len(arguments.seeds)} seeds")
     print("\n".join((momentum_tables if arguments.table == "momentum" else dropout_table)(rows)))
 
