@@ -263,9 +263,9 @@ def main() -> None:
     arguments = parser.parse_args()
     same = (arguments.path, arguments.scale)
     cases: list[Case] = (
-        [(measure_momentum, (*same, seed, size)) for size in BATCH_SIZES for seed in arguments.seeds]
+        [(measure_momentum, (*same, seed, size)) for seed in arguments.seeds for size in BATCH_SIZES]
         if arguments.table == "momentum"
-        else [(measure_dropout, (*same, seed, *one)) for one in dropouts() for seed in arguments.seeds]
+        else [(measure_dropout, (*same, seed, *one)) for seed in arguments.seeds for one in dropouts()]
     )
     rows: list[Row] = []
     with (
