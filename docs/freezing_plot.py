@@ -39,7 +39,9 @@ def draw(source: Path, target: Path) -> None:
     for label in new.get_yticklabels():
         label.set_color("tab:red" if "MISTAKE" in label.get_text() else "black")
     new.set_title("what was asked for:\nthe two new classes", fontsize=10)
-    old.set_title("the validated network: its own head\non the fine-tuned backbone, the eight old classes", fontsize=10)
+    old.set_title(
+        "what was not: the eight old classes, by their\nvalidated head on the fine-tuned backbone", fontsize=10
+    )
     for axes in (new, old):
         axes.set_xlabel("test accuracy")
         axes.grid(axis="x", alpha=0.3)
