@@ -95,7 +95,7 @@ def with_population(model: nn.Module, data: datasets.Data, batch_size: int) -> n
 BATCH_SIZES = (4, 16, 64)
 MOMENTA: dict[str, float | None] = {"0.01": 0.01, "0.1": 0.1, "0.5": 0.5, "cumulative": None}
 STATISTICS = ("batch", *MOMENTA, "precise", "precise, batches of 256")
-HOT, FALLING = 24_000, 12_000  # samples
+HOT, FALLING = 16_000, 8_000  # samples
 
 
 def statistics_of(model: nn.Module) -> Tensor:
