@@ -262,6 +262,7 @@ def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any
     mean, std = loaded.data.pixel_stats
     numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
     labels = loaded.data.class_names or numbers
+    init = {name: init.path for name, init in loaded.config.init.items()}
     return {
         "input": {
             "name": _INPUT,
@@ -273,5 +274,5 @@ def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any
             "std": std.flatten().tolist(),
         },
         "output": {"name": _OUTPUT, "shape": ["batch", *expected.shape[1:]], "labels": [str(name) for name in labels]},
-        "source": {"checkpoint": str(loaded.path), "step": loaded.step, "weights": loaded.weights},
+        "source": {"checkpoint": str(loaded.path), "step": loaded.step, "weights": loaded.weights, "init": init},
     }

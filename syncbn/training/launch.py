@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 # What a task with `load` takes from its own command line; everything else is for the stored configuration.
 _KEPT = re.compile(
-    r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|hydra[./].*)="
+    r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
+    r"|hydra[./].*)="
 )
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # and rank 0 does
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)

@@ -19,6 +19,7 @@ from syncbn.training.loading import Loader
 from syncbn.training.metrics import build_metrics, evaluate
 from syncbn.training.parsing import apply_overrides, parse, to_dict
 from syncbn.training.place import Place
+from syncbn.training.pretrained import load_subnet
 from syncbn.training.redaction import redacted
 from syncbn.training.resuming import require_secrets
 from syncbn.training.sampling import Sampler
@@ -28,7 +29,7 @@ from syncbn.training.virtual import groups_per_rank, make_virtual
 DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Keys that a task reads from its own command line, not from the configuration of the training.
-OWN_KEYS = ("eval", "audit", "recalibrate", "export")
+OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Loaded:
 
     def describe(self) -> str:
         """The checkpoint in words, for the head of a table."""
-        return f"{self.path}, step {self.step}, {'averaged' if self.weights == 'ema' else 'raw'} weights"
+        others = "".join(f", {name} of {init.path}" for name, init in self.config.init.items())
+        return f"{self.path}, step {self.step}, {'averaged' if self.weights == 'ema' else 'raw'} weights{others}"
 
     def evaluate(self, *splits: str) -> dict[str, float]:
         """`<split>/accuracy` and `<split>/loss` of some of "train", "val" and "test", the same on every rank."""
@@ -73,24 +75,27 @@ class Loaded:
 
 
 def load(config: Config, run_dir: Path, place: Place) -> Loaded:
-    """What `load` names; every rank calls it.
+    """What `load` names, with the sub-networks of other runs that `init` names; every rank calls it.
 
     Raises:
-        ConfigError: on every rank: no checkpoint of a run there, no such weights in it, or `run_dir` is not a directory
-            of this task's own.
+        ConfigError: on every rank: no checkpoint of a run there, no such weights in it, a sub-network that does not
+            fit, or `run_dir` is not a directory of this task's own.
     """
     with failing_together():  # building the model may be a collective: a rank that has no file must not miss it
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine = to_dict(config)
         stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
-        require_secrets(stored, path, unused=("tracker", "init"))
+        require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored)
         trained.bn.virtual_ranks = None
         data = datasets.as_trained(datasets.load(trained.data), checkpoint)
     place = place_for(trained, place)
     model = build_model(trained, data, place)
     state.load_into(model, content, path, "load")
+    with failing_together():
+        for name, init in trained.init.items():
+            load_subnet(model, name, init)
     return Loaded(path, int(checkpoint["step"]), weights, trained, place, data, model)
 
 

@@ -25,6 +25,9 @@ def only_rank(monkeypatch):
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what the code under test puts there is taken back
+        monkeypatch.delenv(name)
     world.store.cache_clear()
     yield
     world.store.cache_clear()

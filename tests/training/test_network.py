@@ -27,7 +27,8 @@ class Store(dict):
 def node(monkeypatch):
     """One rank of two machines; the store, in which the other ranks have said what they are called."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", AGENT):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the code under test puts there is taken back
+        monkeypatch.delenv(name)
     for name, value in NODE.items():
         monkeypatch.setenv(name, value)
     store = Store()

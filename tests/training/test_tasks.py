@@ -126,6 +126,25 @@ def test_keys_of_a_task_come_from_its_own_command_line(job, averaged):
     assert "precise/val/loss" not in last_metrics(job("task=eval", f"load={recalibrated}", "run=e"))
 
 
+def test_a_task_takes_sub_networks_of_other_runs_and_forgets_those_of_the_training(job, averaged, capsys):
+    tuned = job(*TRAIN, f"init.backbone.path={averaged}", "freeze=backbone", "seed=1", "run=tuned")
+    first, other = job(*TRAIN, "run=first"), job(*TRAIN, "seed=1", "run=other")
+    own, mixed = (
+        read(job("task=recalibrate", f"load={first}", "recalibrate.batches=1", *init, f"run={run}") / "recalibrated.pt")
+        for run, init in (("own", ()), ("mixed", (f"init.backbone.path={other}",)))
+    )
+    weights = [key for key in own["model"] if "running" not in key and "tracked" not in key]
+    backbone = read(other / "checkpoints/best.pt")["model"]
+    assert all(torch.equal(mixed["model"][key], backbone[key]) for key in weights if key.startswith("backbone."))
+    assert all(torch.equal(mixed["model"][key], own["model"][key]) for key in weights if key.startswith("head."))
+    assert f"backbone of {other}" in capsys.readouterr().out.replace("\n", "")
+    again = job("task=eval", f"load={tuned}", "run=again")  # by what it is, not by where it came from
+    recorded = [record["val/loss"] for record in read_metrics(tuned) if "val/loss" in record]
+    assert last_metrics(again)["val/loss"] in [pytest.approx(value, abs=1e-12) for value in recorded]
+    with pytest.raises(ConfigError, match=r"init.backbone.path: .*nope"):
+        job("task=eval", f"load={first}", "init.backbone.path=nope", "run=x")
+
+
 # Recalibration
 
 
