@@ -85,10 +85,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     """Lines of markdown: mean and standard deviation over the seeds."""
 
     def cell(field: str, case: str | None) -> str:
-        values = [float(row[field]) for row in rows if case in (None, row["freeze"]) and row[field]]
+        values = [float(row[field]) for row in rows if case in (None, row["freeze"])]
         values = values if case else values[:: len(CASES)]  # what was before is the same in each case
-        if not values:
-            return "not measured"
         spread = statistics.stdev(values) if len(set(values)) > 1 else 0
         return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
