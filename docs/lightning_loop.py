@@ -58,6 +58,8 @@ def main() -> None:
         model.eval()
         accuracy = (model.net(images).argmax(1) == labels).float().mean().item()
         print(f"accuracy {accuracy:.2f}  running_mean {model.net[1].running_mean[:3].tolist()}")
+    if torch.distributed.is_initialized():  # Lightning leaves it; a process that ends with gloo's threads may abort
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
