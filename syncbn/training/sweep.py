@@ -42,7 +42,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def print_table(sweep_dir: Path) -> None:
-    """A row per job of a multirun: in what its overrides differ from the others', its final metrics, or why it failed."""
+    """A row per job of a multirun: its overrides but for those of all jobs, its final metrics, or why it failed."""
     from syncbn.training import console
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
@@ -56,17 +56,14 @@ def print_table(sweep_dir: Path) -> None:
     names += sorted(name for name in found if name.startswith("drift/"))
     given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]
     common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
-    own = {
-        job: [text for text in texts if text not in common] for (job, _), texts in zip(summaries, given, strict=True)
-    }
     rows = [
         (
             job,
-            " ".join(own[job]),
+            " ".join(text for text in texts if text not in common),
             *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names),
             s["failed"],
         )
-        for job, s in summaries
+        for (job, s), texts in zip(summaries, given, strict=True)
     ]
     headers = ("job", "overrides", *names, "failed")
     if not any(row[-1] for row in rows):
