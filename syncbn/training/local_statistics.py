@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 from syncbn.stats.pooling import pool_running_stats, unsynchronized_layers
+from syncbn.training.sampling import Sampler
 from syncbn.training.virtual import virtual_layers
 
 
@@ -16,20 +17,22 @@ class LocalStatistics:
 
     Args:
         models: may name one twice.
-        pooled: False leaves each rank its own (`bn.buffers=per_group`, or a single rank).
+        sampler: knows how many samples each (virtual) rank has seen, by which its statistics count.
+        keep_apart: leaves each rank its own (`bn.buffers=per_group`).
     """
 
-    def __init__(self, models: Iterable[nn.Module], *, pooled: bool) -> None:
-        self._models, self._pooled = list(dict.fromkeys(models)), pooled
+    def __init__(self, models: Iterable[nn.Module], sampler: Sampler, *, keep_apart: bool) -> None:
+        self._models, self._sampler = list(dict.fromkeys(models)), sampler
+        self._is_pooled = not keep_apart and sampler.world_size * sampler.groups_per_rank > 1
 
-    def pool(self, num_seen: Sequence[int]) -> None:
-        """One set for all ranks, for good.
+    def _layers(self) -> list[nn.Module]:
+        return [layer for model in self._models for layer in unsynchronized_layers(model)]
 
-        Args:
-            num_seen: the samples of each (virtual) rank of this process so far, by which its statistics count.
-        """
-        if not self._pooled:
+    def pool(self, step: int) -> None:
+        """One set for all ranks, for good, as of before `step`."""
+        if not self._is_pooled or not self._layers():  # counting samples goes through an epoch
             return
+        num_seen = self._sampler.num_seen(step)
         for model in self._models:
             for layer in virtual_layers(model):
                 layer.pool(num_seen)
@@ -38,15 +41,14 @@ class LocalStatistics:
                 layer.begin()
 
     @contextmanager
-    def pooled(self, num_seen: Sequence[int]) -> Iterator[None]:
-        """One set for all ranks, for evaluation and checkpoints.
+    def pooled(self, step: int) -> Iterator[None]:
+        """One set for all ranks, for evaluation and checkpoints before `step`.
 
         Afterwards each rank goes on with its own: how often a run is saved must not change it.
         """
-        layers = [layer for model in self._models for layer in unsynchronized_layers(model)]
-        buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        buffers = [buffer for layer in self._layers() for buffer in layer.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]
-        self.pool(num_seen)
+        self.pool(step)
         try:
             yield
         finally:

@@ -103,8 +103,7 @@ class Trainer:
             half=is_half, decay=config.ema, clip_norm=config.clip_norm,
         )  # fmt: skip
         self.local_statistics = LocalStatistics(
-            [model, self.update.evaluated],
-            pooled=place.world_size * sampler.groups_per_rank > 1 and config.bn.buffers == "pool",
+            [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
         )
         self.executed = switches.executed(model, config.compile)  # the same model, by another way through it
         self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
@@ -231,7 +230,7 @@ class Trainer:
         return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
 
     def _save(self, config_dict: dict[str, Any]) -> None:
-        with self.local_statistics.pooled(self._num_seen()):
+        with self.local_statistics.pooled(self.counters.step):
             if self.place.is_first:
                 self.checkpoints.save(self.counters.step, config_dict)
 
@@ -315,7 +314,9 @@ class Trainer:
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
         if step > 0:
-            self.local_statistics.pool(self._num_seen())  # what is frozen from here on has to be the same on all ranks
+            self.local_statistics.pool(
+                self.counters.step
+            )  # what is frozen from here on has to be the same on all ranks
         changes = self.plan.apply(self.model, step)
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
@@ -364,7 +365,7 @@ class Trainer:
     def _validate(self, config_dict: dict[str, Any]) -> None:
         step = self.counters.step
         with self.clock.paused():
-            with self.local_statistics.pooled(self._num_seen()):
+            with self.local_statistics.pooled(self.counters.step):
                 metrics = self._validate_model(config_dict)
             names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
@@ -381,9 +382,6 @@ class Trainer:
         if self.counters.is_best(values, *self.best) and self.place.is_first:
             self.checkpoints.save_best(step, config_dict, self.update.evaluated)
         return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
-
-    def _num_seen(self) -> list[int]:
-        return self.sampler.num_seen(self.counters.step)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
