@@ -1,5 +1,6 @@
 """The layer in a training loop of your own: torchrun --nproc-per-node 2 docs/own_loop.py, or plain python."""
 
+import gc
 import os
 
 import torch
@@ -48,6 +49,8 @@ def main() -> float:
     if rank == 0:
         print(f"accuracy {accuracy:.2f}  running_mean {model[1].running_mean[:3].tolist()}")
     if dist.is_initialized():
+        del wrapped, model, optimizer  # gloo can abort a process that ends with a DDP alive
+        gc.collect()
         dist.destroy_process_group()
     return accuracy
 
