@@ -1,13 +1,13 @@
 """What a step of the trainer costs next to a bare loop, and what logging costs.
 
-torchrun --nproc-per-node 2 benchmarks/loop.py [--overrides data=fashion_mnist batch_size=128] [--json FILE]
+torchrun --nproc-per-node 2 benchmarks/loop.py [--rounds 20] [--overrides data=fashion_mnist ...] [--json FILE]
 torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.fuse=true bn.fuse=false [--overrides ...] [--json FILE]
 
 The bare loop has the same model, data, augmentation, DDP, optimizer and schedule, and nothing else: no check whether
-the loss is finite, no totals over ranks, no logging. Variants take turns in random order, each in a loop made anew;
-five rounds. A round measures the steps 50 to 150 of each, which hold two logging steps (log_every=50). Printed are
-ratios to the bare loop of the same round: the median, and in brackets the smallest and the largest. "Bare again" is
-the noise.
+the loss is finite, no totals over ranks, no logging. All loops live in the same processes and take turns, 50 steps at a
+time and in random order: whatever else slows the machine slows neighbours alike. A turn of the trainer holds one
+logging step (log_every=50), in its middle. Printed are ratios to the bare loop of the same round: the median, and in
+brackets the middle half. "Bare again" is the noise.
 
 With --compare: the trainer with the first setting and with the second one, in the same way; ratios of samples per
 second to the second, which also runs twice. A setting may be several overrides in quotes, or "" for none.
@@ -16,21 +16,24 @@ second to the second, which also runs twice. A setting may be several overrides 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import os
 import platform
 import random
 import shlex
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import wandb
 from hydra import compose, initialize_config_dir
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,36 +46,75 @@ from syncbn.training.loop import Trainer
 from syncbn.training.parsing import parse
 from syncbn.training.place import Place
 from syncbn.training.sampling import Sampler
+from syncbn.training.stopping import StopRequest
 
 ROOT = Path(__file__).parents[1]
-FIRST, LAST = 50, 150  # the steps that are measured
-ROUNDS = 5
+TURN = 50  # steps, log_every's default: each turn of a trainer logs once
+WARM_UP = TURN // 2  # steps before the first turn; then the logging step is in the middle
 LOGGING = {
     "trainer": [],
-    "trainer, no logging": ["tracker=none", f"log_every={LAST}"],
+    "trainer, no logging": ["tracker=none", "log_every=1000000"],
     "trainer, logging every step": ["log_every=1"],
 }
 
 
-def configure(overrides: list[str]) -> Config:
-    """The configuration of train.py for 150 steps and no evaluation among them."""
+class Loop(threading.Thread):
+    """A loop that runs for one turn at a time, while nothing else runs."""
+
+    def __init__(self, train: Callable[[Loop], None]) -> None:
+        super().__init__(daemon=True)
+        self.seconds: list[float] = []  # of its turns
+        self._train = train
+        self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
+        self._began: float | None = None
+        self._failure: BaseException | None = None
+        self.start()
+
+    def take_turn(self) -> None:
+        """Returns after it; the first call goes on to the end of the warm-up, one after the last to the end."""
+        self._mine.release()
+        self._others.acquire()
+        if self._failure is not None:
+            raise self._failure
+
+    def at_step(self, step: int) -> None:
+        """Before each step, in the loop's own thread: the end of a turn is the beginning of another."""
+        if step < WARM_UP or (step - WARM_UP) % TURN != 0:
+            return
+        if self._began is not None:
+            self.seconds.append(time.perf_counter() - self._began)
+        self._others.release()
+        self._mine.acquire()
+        self._began = time.perf_counter()
+
+    def run(self) -> None:
+        """The thread."""
+        self._mine.acquire()
+        try:
+            self._train(self)
+        except BaseException as error:
+            self._failure = error
+        self._others.release()
+
+
+def configure(overrides: list[str], num_steps: int) -> Config:
+    """The configuration of train.py for these steps and no evaluation among them."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return parse(compose("train", [f"duration={LAST}", f"eval_every={LAST}", *overrides]))
+        return parse(compose("train", [f"duration={num_steps}", f"eval_every={num_steps}", *overrides]))
 
 
-def bare_loop(config: Config, place: Place) -> float:
-    """Seconds of the measured steps."""
+def bare_loop(loop: Loop, config: Config, place: Place, num_steps: int) -> None:
+    """What one would write by hand."""
     data = datasets.load(config.data)
     model = build_model(config, data, place)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, place.rank, place.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizer = optimizers.build(config.optimizer, model)
-    schedule = LambdaLR(optimizer, schedules.build(config.schedule, LAST, sampler.steps_per_epoch))
+    schedule = LambdaLR(optimizer, schedules.build(config.schedule, num_steps, sampler.steps_per_epoch))
     loss = losses.build(config.loss, data)
     model.train()
-    for step in range(LAST):
-        if step == FIRST:
-            began = time.perf_counter()
+    for step in range(num_steps):
+        loop.at_step(step)
         [shard] = sampler.shards(step)
         images, labels = data.train_batch(shard.index, config.seed, sampler.epoch_of(step), place.dtype)
         optimizer.zero_grad(set_to_none=True)
@@ -80,58 +122,71 @@ def bare_loop(config: Config, place: Place) -> float:
         (total * (place.world_size / shard.num_global)).backward()
         optimizer.step()
         schedule.step()
-    return time.perf_counter() - began
 
 
-def trainer_loop(config: Config, place: Place, directory: Path) -> float:
-    """Seconds of the measured steps, from the beginning of one step to that of another."""
-    began: list[float] = []
+def trainer_loop(_: Loop, config: Config, place: Place, directory: Path) -> None:
+    """What train.py runs."""
+    directory.mkdir(exist_ok=True)
+    with ExitStack() as tracking:
+        tasks.train(config, directory, place, [], tracking)
+
+
+def trainers_in_threads() -> ExitStack:
+    """Lets a trainer run in a thread of a `Loop`, where torch's main thread has signals and wandb its one run."""
     train_step = Trainer._train_step
 
-    def noting_the_time(trainer: Trainer, step: int) -> None:
-        began.append(time.perf_counter())
+    def in_turn(trainer: Trainer, step: int) -> None:
+        loop = threading.current_thread()
+        assert isinstance(loop, Loop)
+        loop.at_step(step)
         train_step(trainer, step)
 
-    with ExitStack() as tracking, mock.patch.object(Trainer, "_train_step", noting_the_time):
-        tasks.train(config, directory, place, [], tracking)
-    return (began[-1] - began[FIRST]) * (LAST - FIRST) / (LAST - 1 - FIRST)
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(Trainer, "_train_step", in_turn))
+    patches.enter_context(mock.patch.object(tasks, "deferred", nullcontext))
+    patches.enter_context(mock.patch.object(StopRequest, "listen", return_value=nullcontext()))
+    patches.enter_context(mock.patch.object(wandb, "init", partial(wandb.init, reinit="create_new")))
+    return patches
 
 
 def main() -> None:
-    """Measures all variants; rank 0 prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measures all loops; rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overrides", nargs="*", default=[])
     parser.add_argument("--compare", nargs=2, metavar="SETTING")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     launch.register_resolvers()
     dist.init_process_group("gloo")
     place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
-    plain = configure(arguments.overrides)
     scratch = [tempfile.mkdtemp() if place.is_first else ""]
     dist.broadcast_object_list(scratch)
-    os.chdir(scratch[0])
+    num_steps = WARM_UP + TURN * arguments.rounds + 1
+    plain = configure(arguments.overrides, num_steps)
 
     trained = LOGGING if arguments.compare is None else settings(*arguments.compare)
-    seconds: dict[str, list[float]] = {}
-    for round_ in range(ROUNDS):
-        variants: dict[str, Callable[[], float]] = {}
+    loops: dict[str, Loop] = {}
+    with trainers_in_threads():
         if arguments.compare is None:
-            variants = {name: lambda: bare_loop(plain, place) for name in ("bare", "bare again")}
+            for name in ("bare", "bare again"):
+                loops[name] = Loop(partial(bare_loop, config=plain, place=place, num_steps=num_steps))
         for number, (name, overrides) in enumerate(trained.items()):
-            directory = Path(scratch[0], f"{number}_{round_}")
-            directory.mkdir(exist_ok=True)
-            config = configure([*arguments.overrides, *overrides])
-            variants[name] = lambda config=config, directory=directory: trainer_loop(config, place, directory)
-        order = list(variants)
-        random.Random(round_).shuffle(order)
-        for name in order:
-            dist.barrier()
-            seconds.setdefault(name, []).append(variants[name]())
-    dist.barrier()
+            config = configure([*arguments.overrides, *overrides], num_steps)
+            loops[name] = Loop(
+                partial(trainer_loop, config=config, place=place, directory=Path(scratch[0], str(number)))
+            )
+        order = list(loops.values())
+        for round_ in range(1 + arguments.rounds + 1):  # the warm-up comes first, and what follows the last turn last
+            random.Random(round_).shuffle(order)  # the same on every rank
+            for loop in order:
+                dist.barrier()
+                loop.take_turn()
     if place.is_first:
+        seconds = {name: loop.seconds for name, loop in loops.items()}
         report(seconds, "bare" if arguments.compare is None else list(trained)[-2], plain, arguments.json)
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -152,10 +207,10 @@ def report(seconds: dict[str, list[float]], baseline: str, config: Config, path:
     for name in sorted(seconds, key=lambda name: (name != baseline, f"{baseline} again" != name)):
         pairs = zip(seconds[name], seconds[baseline], strict=True)
         ratios = sorted(mine / other if is_bare else other / mine for mine, other in pairs)
-        milliseconds = 1000 * statistics.median(seconds[name]) / (LAST - FIRST)
+        milliseconds = 1000 * statistics.median(seconds[name]) / TURN
         rows[name] = {"ms": milliseconds, "ratios": ratios}
-        middle = statistics.median(ratios)
-        print(f"| {name} | {milliseconds:.2f} | {middle:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |")
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} | {milliseconds:.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
     if path is not None:
         path.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -22,14 +22,13 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
@@ -54,7 +53,7 @@ from syncbn.training.state import BEST, Checkpoints, FrozenSwitches, read, whole
 from syncbn.training.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
 from syncbn.training.tracker import Tracker
 from syncbn.training.updating import Reports, Update
-from syncbn.training.wrapping import wrap
+from syncbn.training.wrapping import Wrapped
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class Trainer:
         self.model, self.loss, self.plan = model, loss, plan
         self.metrics, self.best = metrics, best
         self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
-        self.wrapped: nn.Module | None = None  # the model, in DDP where there are several ranks; see _apply_plan
+        self.wrapped: Wrapped | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
         self.stop_agreed = False  # some rank had been asked to stop before a step that is over
@@ -263,23 +262,24 @@ class Trainer:
         seed_generators(mix_key(self.config.seed, step, self.place.rank, _DROPOUT), self.place.device)
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
-        # Loss sum, count, asked to stop, and for each rank whether its loss is not finite: one all-reduce.
+        # Loss sum, count, asked to stop, and for each rank whether its loss is not finite.
         totals = torch.zeros(3 + self.place.world_size, dtype=torch.float64, device=self.place.device)
         totals[2] = float(self.stop.requested)
         # Running statistics move once per step, however many micro-batches it has.
         with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
             for number, batch in enumerate(self.loader.micro_batches(self.sampler, self.config.seed, step)):
                 is_last = number == len(shards) - 1
-                with nullcontext() if is_last else self._without_communication():
-                    assert self.wrapped is not None
+                assert self.wrapped is not None
+                with nullcontext() if is_last else self.wrapped.without_communication():
                     loss_sum, count = self._losses(self.wrapped, batch)
                     totals[0] += loss_sum.detach()
                     totals[1] += count
-                    if is_last:
-                        arriving = self._all_reduce(totals)
-                    self.update.scaler.scale(loss_sum * (self.place.world_size / nominal)).backward()
-        if arriving is not None:
-            arriving.wait()
+                    scaled = self.update.scaler.scale(loss_sum * (self.place.world_size / nominal))
+                    if not is_last:
+                        scaled.backward()
+                        continue
+                    totals[3 + self.place.rank] = ~totals[0].isfinite()
+                    totals = self.wrapped.backward(scaled, totals)
         # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples. Counts may be
         # weights, and less than 1; where nothing counts the gradient is 0 as it is.
         correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
@@ -289,16 +289,7 @@ class Trainer:
         self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict[:2]), totals[3:]]))
         self.clock.add(nominal)
 
-    def _without_communication(self) -> AbstractContextManager[None]:
-        """Gradients of a micro-batch that is not the last of its step stay local."""
-        return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else nullcontext()
-
-    def _all_reduce(self, totals: Tensor) -> dist.Work | None:
-        """Sums a step's totals over all ranks while the backward pass goes on; None: there is nothing to wait for."""
-        totals[3 + self.place.rank] = ~totals[0].isfinite()
-        return dist.all_reduce(totals, async_op=True) if self.place.world_size > 1 else None
-
-    def _losses(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, wrapped: Wrapped, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
         images, labels = batch
         with self.place.forward_context():
@@ -334,9 +325,10 @@ class Trainer:
         if changes or self.wrapped is None:
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
-            self.wrapped = wrap(
-                self.executed, self.place, self.wrapped is None, lambda wrapped: self._losses(wrapped, batch)[0]
-            )
+            self.wrapped = Wrapped(
+                self.executed, self.place, is_first=self.wrapped is None, num_totals=3 + self.place.world_size,
+                loss_of=lambda wrapped: self._losses(wrapped, batch)[0],
+            )  # fmt: skip
 
     def _log(self, show: console.ShowStep | None) -> None:
         step = self.counters.step

@@ -31,17 +31,15 @@ def count_sent(cwd, overrides):
 
 
 @pytest.mark.parametrize("log_every", [1, 3])
-def test_a_step_sends_twice_per_layer_and_once_more_whatever_is_logged(ranks, tmp_path, log_every):
+def test_a_step_sends_twice_per_layer_and_no_more_whatever_is_logged(ranks, tmp_path, log_every):
     [here, there] = ranks(2, count_sent, tmp_path, (*JOB, *STEPS, f"log_every={log_every}"))
-    assert [len(step) for step in here] == [2 * BN_LAYERS + 1] * 6
+    assert [len(step) for step in here] == [2 * BN_LAYERS] * 6
     assert here == there
-    # loss, count, asked to stop, and for each of two ranks whether its loss is finite
-    assert all(step.count((5, torch.float64)) == 1 for step in here)
 
 
-def test_without_synchronization_a_step_sends_once(ranks, tmp_path):
+def test_without_synchronization_a_step_sends_what_ddp_sends(ranks, tmp_path):
     for rank in ranks(2, count_sent, tmp_path, (*JOB, *STEPS, "bn.sync=false")):
-        assert rank == [[(5, torch.float64)]] * 6
+        assert rank == [[]] * 6
 
 
 class Reads(TorchDispatchMode):

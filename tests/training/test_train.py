@@ -13,7 +13,7 @@ from syncbn.training.config import ConfigError
 from syncbn.training.errors import RankError
 from syncbn.training.place import Place
 from syncbn.training.stopping import deferred
-from syncbn.training.wrapping import wrap
+from syncbn.training.wrapping import Wrapped
 from tests.training.jobs import ROOT, read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
 
@@ -404,15 +404,43 @@ def check_wrapping():
     place = Place(rank, dist.get_world_size(), torch.device("cpu"), torch.float32)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     model[1].running_mean.fill_(float(rank))
-    wrapped = wrap(model, place, False, lambda net: net(torch.randn(4, 2)).sum())
+    Wrapped(model, place, is_first=False, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
     assert torch.equal(model[1].running_mean, torch.full((3,), float(rank)))  # each its own
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model[1].num_batches_tracked == 0  # the warm-up has left no trace
-    assert wrapped.module is model
 
 
 def test_wrapping_anew_leaves_what_groups_of_ranks_have_gathered(ranks):
     ranks(2, check_wrapping)
+
+
+def check_totals(dtype):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    place = Place(rank, world_size, torch.device("cpu"), dtype)
+    torch.manual_seed(0)
+    model = nn.Linear(2, 3).to(dtype)
+    images = torch.randn(7, 2, dtype=dtype)
+
+    def loss_of(net):
+        return net(images.tensor_split(world_size)[rank]).square().sum()
+
+    wrapped = Wrapped(model, place, is_first=True, num_totals=3, loss_of=loss_of)
+    for step in range(2):  # a step leaves nothing to the next
+        model.zero_grad()
+        mine = torch.tensor([rank + 0.5, torch.nan if rank == 0 else 1.0, step], dtype=torch.float64)
+        sums = wrapped.backward(loss_of(wrapped) * world_size, mine)
+        expected = torch.tensor([sum(range(world_size)) + 0.5 * world_size, torch.nan, step * world_size])
+        torch.testing.assert_close(sums, expected.double(), equal_nan=True, rtol=1e-6, atol=0)
+        average = model.weight.grad.clone()
+        model.zero_grad()
+        model(images).square().sum().backward()
+        torch.testing.assert_close(average, model.weight.grad)  # no NaN in it
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_totals_of_a_step_travel_with_the_gradients_and_do_not_touch_them(ranks, num_ranks, dtype):
+    ranks(num_ranks, check_totals, dtype)
 
 
 def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_path):
