@@ -256,7 +256,8 @@ class Trainer:
                 temporary.replace(best)  # never a part of it
 
     def _train_step(self, step: int) -> None:
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
         seed_generators(mix_key(self.config.seed, step, self.place.rank, _DROPOUT), self.place.device)

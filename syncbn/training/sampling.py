@@ -53,8 +53,7 @@ class Sampler:
 
     def shards(self, step: int) -> list[Shard]:
         """This rank's part of each micro-batch of a step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self._cut(_epoch_order(self.num_samples, self.seed, epoch), position)
+        return list(_shards(self, step))
 
     def samples(self, step: int, rank: int) -> Tensor:
         """The samples of a step on any rank, int64."""
@@ -94,6 +93,12 @@ class Sampler:
         """Samples of the smallest micro-batch of an epoch, over all ranks."""
         last = self.num_samples - (self.steps_per_epoch - 1) * self.batch_size
         return last // min(self.accumulate, last)
+
+
+@lru_cache(maxsize=2)  # the trainer asks, and its loader does
+def _shards(sampler: Sampler, step: int) -> tuple[Shard, ...]:
+    epoch, position = divmod(step, sampler.steps_per_epoch)
+    return tuple(sampler._cut(_epoch_order(sampler.num_samples, sampler.seed, epoch), position))
 
 
 @lru_cache(maxsize=2)

@@ -34,7 +34,8 @@ class Update:
     """Optimizer, schedule, loss scaler and averaged weights of a model, moved together.
 
     Args:
-        optimizer: of torch, built with `fused=True`: those can leave a step out on the device.
+        model: whole, lazy layers included.
+        optimizer: of torch, over all parameters, built with `fused=True`: those can leave a step out on the device.
         half: scale the loss, as float16 gradients need it to stay above zero.
         decay: of the averaged weights; None for no average.
         clip_norm: a gradient whose Euclidean norm over all parameters is larger is scaled down to it.
@@ -56,6 +57,7 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.average = None if decay is None else Average(model, decay)
         self._buffers = Buffers(model)
+        self._trained: list[int] = []  # the parameters that had a gradient in the last step
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._one = torch.ones((), device=device)
 
@@ -77,7 +79,12 @@ class Update:
             factor: what the gradients are multiplied with first; no dimensions.
             halt: a step at fault stops all later ones as well, until `restart`.
         """
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        trained = [id(parameter) for parameter in parameters if parameter.grad is not None]
+        if trained != self._trained:
+            self._begin_momentum()
+            self._trained = trained
         # A loss that is not finite makes every gradient so: one test, with which the scaler's own then agrees.
         loss_counts = loss.isfinite() & ~self._halted
         factor = torch.where(loss_counts, factor, torch.nan)
@@ -112,13 +119,18 @@ class Update:
         self.schedule.last_epoch = step - 1
         self.schedule.step()
 
-    def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
-        # torch's fused SGD would leave the momentum of its first step uninitialized where that step is left out, and
-        # takes no parameter that joins later. From zero it does the same sums.
+    def _begin_momentum(self) -> None:
+        """Of parameters that have a gradient for the first time, or again.
+
+        torch's fused SGD would leave the momentum of its first step uninitialized where that step is left out, and
+        takes no parameter that joins later. From zero it does the same sums.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group.get("momentum") else ():
                 if parameter.grad is not None and "momentum_buffer" not in self.optimizer.state[parameter]:
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
         if self.scaler.is_enabled():
             before = [state.clone() for state in self._scale_and_age()]
             self.scaler.step(self.optimizer)
@@ -166,12 +178,14 @@ class Buffers:
     """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        # Asking the modules for them again each time takes longer than copying them.
+        self._places = [module._buffers for module in model.modules() if module._buffers]
         self._before: list[tuple[list[Tensor], Tensor]] = []
 
     def remember(self) -> None:
         """Copies them."""
-        self._before = [(group, _flat(group)) for group in by_type(self._model.buffers()).values()]
+        buffers = dict.fromkeys(buffer for place in self._places for buffer in place.values() if buffer is not None)
+        self._before = [(group, _flat(group)) for group in by_type(buffers).values()]
 
     def put_back(self, where: Tensor) -> None:
         """Restores them if `where`, a bool without dimensions, decided on the device."""
