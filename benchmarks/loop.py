@@ -6,8 +6,8 @@ torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.fuse=true bn.fuse=fa
 The bare loop has the same model, data, augmentation, DDP, optimizer and schedule, and nothing else: no check whether
 the loss is finite, no totals over ranks, no logging. All loops live in the same processes and take turns, 50 steps at a
 time and in random order: whatever else slows the machine slows neighbours alike. A turn of the trainer holds one
-logging step (log_every=50), in its middle. Printed are ratios to the bare loop of the same round: the median, and in
-brackets the middle half. "Bare again" is the noise.
+logging step (log_every=50), in its middle; what wandb's process makes of it may reach into a neighbour's turn. Printed
+are ratios to the bare loop of the same round: the median, and in brackets the middle half. "Bare again" is the noise.
 
 With --compare: the trainer with the first setting and with the second one, in the same way; ratios of samples per
 second to the second, which also runs twice. A setting may be several overrides in quotes, or "" for none.
@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: at least 2, for quartiles")
     torch.set_num_threads(1)
     launch.register_resolvers()
     dist.init_process_group("gloo")

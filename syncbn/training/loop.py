@@ -281,8 +281,8 @@ class Trainer:
                         continue
                     totals[3 + self.place.rank] = ~totals[0].isfinite()
                     totals = self.wrapped.backward(scaled, totals)
-        # From a mean over samples to a mean over what the loss counts; exactly 1 where it counts samples. Counts may be
-        # weights, and less than 1; where nothing counts the gradient is 0 as it is.
+        # From a mean over samples to a mean over what the loss counts; 1, to rounding, where it counts samples. Counts
+        # may be weights, and less than 1; where nothing counts the gradient is 0 as it is.
         correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
         verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
         kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])

@@ -179,7 +179,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         # Asking the modules for them again each time takes longer than copying them.
-        self._places = [module._buffers for module in model.modules() if module._buffers]
+        self._places = [module._buffers for module in model.modules()]
         self._before: list[tuple[list[Tensor], Tensor]] = []
 
     def remember(self) -> None:

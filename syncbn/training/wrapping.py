@@ -78,20 +78,25 @@ class Wrapped:
             totals: of this rank, `num_totals` of them.
 
         Returns:
-            The totals summed over all ranks, in float64. They have travelled in the type of the model's parameters.
+            The totals summed over all ranks, in float64, with the rounding of the model's parameters: they have
+            travelled as a gradient, which DDP divides by the ranks.
         """
         if self._ddp is None:
             loss.backward()
             return totals.double()
         carrier = self._carrying.totals
-        _Carry.apply(loss, carrier, totals).backward()
-        average, carrier.grad = carrier.grad, None
-        assert average is not None
-        return average.double() * self._world_size
+        # DDP averages; for two ranks, three, and most numbers of them, whole numbers come back exactly.
+        given = (totals * self._world_size).to(carrier.dtype)
+        torch.autograd.backward([loss, carrier], [None, given])
+        arrived, carrier.grad = carrier.grad, None
+        assert arrived is not None
+        return arrived.to(torch.float64, copy=True)  # not the bucket itself
 
 
 class _Carrying(nn.Module):
     """A model beside a parameter whose gradient carries totals."""
+
+    wrapped_child = "model"  # names of modules are those of the model
 
     def __init__(self, model: nn.Module, num_totals: int, device: torch.device) -> None:
         super().__init__()
@@ -102,16 +107,3 @@ class _Carrying(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.model(*args)
-
-
-class _Carry(torch.autograd.Function):
-    """The loss as it is; whatever its gradient, that of `carrier` is `totals`."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, carrier: Tensor, totals: Tensor) -> Tensor:
-        ctx.totals = totals.to(carrier.dtype)
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, ctx.totals, None

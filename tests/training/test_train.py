@@ -8,7 +8,11 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
+from syncbn import SyncBatchNorm
+from syncbn.nn import debugging
 from syncbn.training.config import ConfigError
 from syncbn.training.errors import RankError
 from syncbn.training.place import Place
@@ -430,17 +434,62 @@ def check_totals(dtype):
         mine = torch.tensor([rank + 0.5, torch.nan if rank == 0 else 1.0, step], dtype=torch.float64)
         sums = wrapped.backward(loss_of(wrapped) * world_size, mine)
         expected = torch.tensor([sum(range(world_size)) + 0.5 * world_size, torch.nan, step * world_size])
-        torch.testing.assert_close(sums, expected.double(), equal_nan=True, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sums, expected.double(), equal_nan=True, rtol=0, atol=0)
         average = model.weight.grad.clone()
         model.zero_grad()
         model(images).square().sum().backward()
         torch.testing.assert_close(average, model.weight.grad)  # no NaN in it
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):  # not a run that learns nothing
+        wrapped.backward(loss_of(wrapped), mine)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_totals_of_a_step_travel_with_the_gradients_and_do_not_touch_them(ranks, num_ranks, dtype):
     ranks(num_ranks, check_totals, dtype)
+
+
+def count_all_reduces(model, carries):
+    """What DDP sends in a backward pass."""
+    images = torch.randn(4, 2)
+    if carries:
+        place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
+        wrapped = Wrapped(model, place, is_first=True, num_totals=5, loss_of=lambda net: net(images).sum())
+    else:
+        wrapped = DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped(images).sum().backward()
+    loss = wrapped(images).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        _ = wrapped.backward(loss, torch.zeros(5)) if carries else loss.backward()
+    return sum(event.name == "gloo:all_reduce" for event in recorded.events())
+
+
+def build_large():
+    return nn.Sequential(nn.Linear(2, 5000), nn.Linear(5000, 300), nn.Linear(300, 5000), nn.Linear(5000, 2))
+
+
+def check_all_reduces():
+    small = [count_all_reduces(nn.Linear(2, 3), carries) for carries in (True, False)]
+    large = [count_all_reduces(build_large(), carries) for carries in (True, False)]
+    assert small == [1, 1]
+    assert large[0] == large[1] > 1
+
+
+def test_totals_cost_no_collective(ranks):
+    ranks(2, check_all_reduces)
+
+
+def check_names():
+    place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
+    model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3))
+    wrapped = Wrapped(model, place, is_first=True, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
+    assert debugging.name_of(wrapped.model[1]) == "1"
+
+
+def test_a_layer_keeps_its_name_in_the_wrapper(ranks):
+    ranks(2, check_names)
 
 
 def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_path):
