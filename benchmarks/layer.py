@@ -8,7 +8,7 @@ On CPU, both ranks run every row at the same time, one thread each, so that all 
 Rows take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and
 in brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its
 brackets means nothing. "fused / unfused" compares a layer that does the ReLU (and the addition) itself with one that is
-followed by them.
+followed by them; "lean / not" what memory="lean" takes.
 
 With --memory: what backward keeps of one convolution, normalization and activation, and the largest sum of all that is
 allocated during a step of a chain of eight of them; both counted, as multiples of one activation.
@@ -45,6 +45,13 @@ FUSED = {
     "ReLU, two ranks": ("ours, then ReLU, two ranks", "ours with ReLU, two ranks"),
     "add, ReLU, one rank": ("ours, then add, ReLU, one rank", "ours with add, ReLU, one rank"),
     "add, ReLU, two ranks": ("ours, then add, ReLU, two ranks", "ours with add, ReLU, two ranks"),
+}
+# The same for what memory="lean" takes in time: without an activation, and with one that it inverts.
+LEAN = {
+    "one rank": ("ours, one rank", "ours lean, one rank"),
+    "two ranks": ("ours, two ranks", "ours lean, two ranks"),
+    "leaky ReLU, one rank": ("ours with leaky ReLU, one rank", "ours lean with leaky ReLU, one rank"),
+    "leaky ReLU, two ranks": ("ours with leaky ReLU, two ranks", "ours lean with leaky ReLU, two ranks"),
 }
 RUNS = 5
 SECONDS = 0.25  # per row and run
@@ -99,6 +106,12 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
 
         return step
 
+    def inside_step(name: str) -> Callable[[], object]:
+        group = own_group if "one rank" in name else None
+        activation = "leaky_relu" if "leaky" in name else None
+        memory = "lean" if "lean" in name else "default"
+        return layer_step(SyncBatchNorm(channels, process_group=group, activation=activation, memory=memory))
+
     forward, backward = (torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels))
 
     def collectives() -> None:
@@ -117,6 +130,7 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
         "ours, one rank, collective forced": layer_step(SyncBatchNorm(channels, process_group=own_group), True),
         "ours, two ranks": layer_step(SyncBatchNorm(channels)),
         **{name: activated_step(name) for pair in FUSED.values() for name in pair},
+        **{name: inside_step(name) for pair in LEAN.values() for name in pair if "leaky" in name or "lean" in name},
         "composed, two ranks": layer_step(Composed(channels)),
         "bare collectives": collectives,
         "bare all-reduces": all_reduces,
@@ -288,9 +302,9 @@ def show(entry: dict) -> None:
         if name != "local":
             ratios = [value / local for value, local in zip(values, times["local"], strict=True)]
             print(f"  {name:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
-    for what, (unfused, fused) in FUSED.items():
-        ratios = [value / other for value, other in zip(times[fused], times[unfused], strict=True)]
-        text = f"fused / unfused: {what}"
+    pairs = {f"fused / unfused: {what}": pair for what, pair in FUSED.items()}
+    for text, (before, after) in (pairs | {f"lean / not: {what}": pair for what, pair in LEAN.items()}).items():
+        ratios = [value / other for value, other in zip(times[after], times[before], strict=True)]
         print(f"  {text:36s} {median(ratios):7.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
     floor = [a + b for a, b in zip(times["bare collectives"], times["local"], strict=True)]
     ratios = [ours / least for ours, least in zip(times["ours, two ranks"], floor, strict=True)]

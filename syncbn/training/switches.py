@@ -85,7 +85,8 @@ def lay_out(model: nn.Module) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in model.parameters():
         if parameter.dim() in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+            # `contiguous` would leave those of 1x1 kernels as they are, and DDP warn that their gradients are not.
+            parameter.data = parameter.data.to(memory_format=formats[parameter.dim()])
 
 
 def executed(model: nn.Module, compile: bool | str) -> nn.Module:

@@ -102,10 +102,11 @@ def test_switches_are_put_back_for_the_next_job():
 def test_channels_last_lays_out_weights_and_images_and_changes_no_result(ranks, tmp_path):
     runs = [ranks(2, run_rank, tmp_path, (*SHORT, f"channels_last={on}", f"run={on}"))[0] for on in ("false", "true")]
     check_equal(*map(last_model, runs))
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv3d(4, 8, 3), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv3d(4, 8, 3), nn.Linear(4, 4), nn.Conv2d(4, 8, 1))
     switches.lay_out(model)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert model[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert model[3].weight.stride() == (4, 1, 4, 4)  # as its gradient's under autocast: else DDP warns
 
 
 class Puts(nn.Module):
