@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from tests.deploy.hosts import Network
 from tests.deploy.test_nodes import JOB, check_same_bits
 from tests.training.jobs import ROOT, LiveJob, read_metrics, run_rank
 
+SHORT = [*(override for override in JOB if not override.startswith("run=")),
+         "model.width=4", "data.size=8", "duration=60"]  # fmt: skip
 SCONTROL = """#!/bin/sh
 case "$1" in
   show) echo a; echo b ;;
@@ -69,6 +72,53 @@ def test_a_run_of_its_own_name_keeps_it_and_a_failure_is_not_queued_again(tmp_pa
     assert done.stdout == "a:30111 run=mine freeze.a.match=x y\n"
     assert done.returncode == 3
     assert not (tmp_path / "requeued").exists()
+
+
+# Two of Slurm's commands for nodes that are hosts of ours, whose first processes $HOSTS names: srun starts the task on
+# each of them, and scancel's signal reaches all that the tasks have started.
+SRUN = """#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+node=0
+for host in $HOSTS; do
+  SLURM_NODEID=$node SLURM_NNODES=2 nsenter --target "$host" --net --uts --pid --mount --wd="$PWD" "$@" &
+  node=$((node + 1))
+done
+code=0
+for task in $(jobs -p); do wait "$task" || code=$?; done
+exit $code
+"""
+SCANCEL = """#!/bin/bash
+for host in $HOSTS; do nsenter --target "$host" --net --uts --pid --mount pkill "-${1#--signal=}" --full train.py; done
+"""
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_whose_time_is_over_saves_is_queued_again_and_goes_on(ranks, tmp_path):
+    for name in ("train.py", "configs"):  # the job runs where the project is
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = slurm(tmp_path)
+    for name, script in (("srun", SRUN), ("scancel", SCANCEL)):
+        (tmp_path / "tools" / name).write_text(script)
+        (tmp_path / "tools" / name).chmod(0o755)
+    expected = ranks(2, run_rank, tmp_path, (*SHORT, "run=expected"), timeout=200)[0]
+    launcher = ["bash", str(ROOT / "docker/cluster/slurm.sbatch")]
+    with Network() as network:
+        environment["HOSTS"] = " ".join(str(network.host(name).first_pid) for name in "ab")
+        with LiveJob(tmp_path, *SHORT, num_ranks=1, launcher=launcher, timeout=150, **environment) as batch:
+            batch.wait_for("step 30/")
+            batch.process.send_signal(signal.SIGUSR1)  # as Slurm does when the time is over
+            assert batch.finish() != 0
+        stopped = re.search(r"stopped after step (\d+)", batch.output)
+        assert stopped, batch.output
+        assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+        environment["SLURM_RESTART_COUNT"] = "1"
+        with LiveJob(tmp_path, *SHORT, num_ranks=1, launcher=launcher, timeout=150, **environment) as batch:
+            assert batch.finish() == 0, batch.output
+        assert f"at step {stopped.group(1)}" in batch.output
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"  # once
+    check_same_bits(tmp_path / "outputs/slurm-4711", expected)
 
 
 # A cluster as small as can be: nobody has to prove who he is, which is for hosts that this test alone can reach.
@@ -158,14 +208,8 @@ def cluster(tmp_path):
 )
 def test_a_slurm_of_two_nodes_runs_it_queues_it_again_and_runs_a_sweep(cluster, ranks, tmp_path):
     script = "docker/cluster/slurm.sbatch"
-    job = [
-        *(override for override in JOB if not override.startswith("run=")),
-        "model.width=4",
-        "data.size=8",
-        "duration=60",
-    ]
-    expected = ranks(2, run_rank, tmp_path, (*job, "run=expected"), timeout=200)[0]
-    with cluster.submit(script, *job) as batch:
+    expected = ranks(2, run_rank, tmp_path, (*SHORT, "run=expected"), timeout=200)[0]
+    with cluster.submit(script, *SHORT) as batch:
         batch.wait_for("Submitted batch job")
         number = batch.output.split()[-1]
         with cluster.follow("tail", "--follow=name", "--retry", "--lines=+1", f"slurm-{number}.out") as output:
@@ -181,7 +225,7 @@ def test_a_slurm_of_two_nodes_runs_it_queues_it_again_and_runs_a_sweep(cluster, 
     check_same_bits(tmp_path / f"outputs/slurm-{number}", expected)
 
     (tmp_path / "sweep.txt").write_text("optimizer.lr=0.1 seed=1\noptimizer.lr=0.2\n")
-    with cluster.submit("--array=0-1", script, *job, "duration=2", SWEEP="sweep.txt") as sweep:
+    with cluster.submit("--array=0-1", script, *SHORT, "duration=2", SWEEP="sweep.txt") as sweep:
         assert sweep.finish() == 0, sweep.output
     number = sweep.output.split()[-1]
     rates = [read_metrics(tmp_path / f"outputs/slurm-{number}/{task}")[0]["train/lr"] for task in (0, 1)]
