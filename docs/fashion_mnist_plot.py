@@ -55,6 +55,7 @@ def draw(source: Path, target: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss", ylim=(0.1, 0.6))
     right.set(xlabel="epoch", ylabel="accuracy, %", ylim=(84, 95))
     for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(target, dpi=110, metadata={"Software": None})
