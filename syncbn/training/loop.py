@@ -5,7 +5,7 @@ for step in range(start, num_steps):
     for micro_batch in the step's share of this rank: (may be shorter than other ranks', or empty)
         loss_sum, count = loss(model(images), labels)
         backward(loss_sum * world_size / nominal)     (DDP averages over ranks; only the last micro-batch
-        communicates)
+        communicates, and carries the totals of the step: loss, counts, who was asked to stop, whose loss is NaN)
     gradient *= nominal / (count over all ranks)      (so the loss is the mean over the global batch, exactly)
     optimizer.step(); schedule.step()                 (left out on the device where loss or gradient is not finite)
     every log_every:  metrics and BN statistics to the tracker
@@ -306,9 +306,7 @@ class Trainer:
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
         if step > 0:
-            self.local_statistics.pool(
-                self.counters.step
-            )  # what is frozen from here on has to be the same on all ranks
+            self.local_statistics.pool(step)  # what is frozen from here on has to be the same on all ranks
         changes = self.plan.apply(self.model, step)
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
