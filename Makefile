@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: train test test-all lint docs clean
 
 train: $(VENV)/.train
-	$(BIN)/torchrun --nproc-per-node $(NPROC) train.py $(ARGS)
+	$(BIN)/torchrun --local-addr localhost --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not root" -n $(JOBS) --dist worksteal $(ARGS)

@@ -43,6 +43,6 @@ VOLUME /app/outputs
 ENV TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
-CMD ["torchrun", "--nproc-per-node", "2", "train.py"]
+CMD ["torchrun", "--local-addr", "localhost", "--nproc-per-node", "2", "train.py"]
 # Healthy: at least one rank is there (torchrun gives each its LOCAL_RANK). Not so while a node waits for the others.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD grep -qsz ^LOCAL_RANK= /proc/[0-9]*/environ

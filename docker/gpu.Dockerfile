@@ -33,5 +33,5 @@ VOLUME /app/outputs
 ENV TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
-CMD ["torchrun", "--nproc-per-node", "gpu", "train.py"]
+CMD ["torchrun", "--local-addr", "localhost", "--nproc-per-node", "gpu", "train.py"]
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD grep -qsz ^LOCAL_RANK= /proc/[0-9]*/environ
