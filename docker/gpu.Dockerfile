@@ -1,16 +1,18 @@
 # docker build -f docker/gpu.Dockerfile -t syncbn:gpu .
 #
-# Written for a machine with GPUs and the NVIDIA container toolkit; it has never been built or run yet.
-# torch brings its own CUDA libraries (13.0), so the base is the smallest of NVIDIA's: it asks for a driver that is new
-# enough. pip's settings go in as a secret: --secret id=pip.conf,src=pip.conf.
-FROM docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04 AS base
+# For a machine with GPUs and the NVIDIA container toolkit, which brings the driver's libraries into the container; torch
+# brings all others, in packages from PyPI, so the base is that of the CPU image. pip's settings go in as a secret:
+# --secret id=pip.conf,src=pip.conf. Built and run without a GPU so far (docs/deploy.md).
+FROM docker.io/library/python:3.11.13-slim-bookworm AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
-# Triton and Inductor compile at run time: they need gcc, the C library's headers and Python's.
+# What the toolkit reads: which GPUs, which of the driver's parts, and the CUDA that the driver has to be new enough for.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility NVIDIA_REQUIRE_CUDA=cuda>=13.0
+# Triton and Inductor compile at run time: they need a compiler, the C library's headers (g++ depends on them, in the
+# version of the base) and Python's, which the base has.
 RUN apt-get update && \
-    apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc g++ libc6-dev tini && \
+    apt-get install -y --no-install-recommends gcc=4:12.2.0-3 g++=4:12.2.0-3 tini=0.19.0-1+b3 && \
     rm -rf /var/lib/apt/lists/*
-# The base has a user of this number already.
-RUN userdel --remove ubuntu && useradd --uid 1000 --create-home syncbn
+RUN useradd --uid 1000 --create-home syncbn
 WORKDIR /app
 
 FROM base AS packages

@@ -20,7 +20,7 @@ import pytest
 import syncbn
 from syncbn.training.config import Config, FreezeRuleConfig, InitConfig
 from syncbn.training.reporting import known_keys
-from tests.training.jobs import ROOT, TORCHRUN, compose_config
+from tests.training.jobs import ROOT, compose_config, torchrun
 
 README = ROOT / "README.md"  # its commands and its program: tests/test_readme.py
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -84,7 +84,7 @@ def test_the_program_of_a_page_runs_and_prints_what_the_page_says(page):
 def test_a_program_for_two_ranks_runs_on_two_ranks(page, tmp_path):
     for _, code, _ in blocks(page, "python", "two-ranks"):
         (tmp_path / "program.py").write_text(code)
-        run([TORCHRUN, "--nproc-per-node", "2", str(tmp_path / "program.py")])
+        run([*torchrun(2), str(tmp_path / "program.py")])
 
 
 def test_a_block_of_python_is_marked_as_one_of_three():
@@ -180,7 +180,7 @@ def test_a_loop_prints_the_same_at_one_and_two_ranks(program):
     pytest.importorskip(program.removesuffix("_loop") if program != "own_loop" else "torch")
     alone, pair = (
         run([sys.executable, f"docs/{program}.py"]),
-        run([TORCHRUN, "--nproc-per-node", "2", f"docs/{program}.py"]),
+        run([*torchrun(2), f"docs/{program}.py"]),
     )
     numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", text)] for text in (alone, pair)]
     assert len(numbers[0]) == 4

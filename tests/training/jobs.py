@@ -25,8 +25,6 @@ from syncbn.training.place import Place
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
-# torchrun waits for minutes on a machine whose own name leads nowhere, unless told where to listen.
-ONE_MACHINE = ("--local-addr", "localhost")
 
 
 def compose_config(*overrides: str) -> Config:
@@ -37,9 +35,15 @@ def compose_config(*overrides: str) -> Config:
         return parse(compose("train", [launch.open_override(override) for override in overrides]))
 
 
+def torchrun(num_ranks: int) -> list[str]:
+    """What starts a program on ranks of this machine."""
+    # Where a machine's own name leads nowhere torchrun waits for minutes, unless told where to listen.
+    return [TORCHRUN, "--local-addr", "localhost", "--nproc-per-node", str(num_ranks)]
+
+
 def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
     """Runs train.py in `cwd`: plain python for 0 ranks, else torchrun."""
-    launcher = [TORCHRUN, *ONE_MACHINE, "--nproc-per-node", str(num_ranks)] if num_ranks else [sys.executable]
+    launcher = torchrun(num_ranks) if num_ranks else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
@@ -80,9 +84,9 @@ class LiveJob:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1", **variables}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
-        place = () if prefix else ONE_MACHINE  # a host of its own has an address of its own
-        torchrun = [TORCHRUN, *place, "--nproc-per-node", str(num_ranks), *options, str(ROOT / "train.py")]
-        command = [*prefix, *(launcher or torchrun), *overrides]
+        # A host of its own has an address of its own.
+        on_host = [TORCHRUN, "--nproc-per-node", str(num_ranks)] if prefix else torchrun(num_ranks)
+        command = [*prefix, *(launcher or [*on_host, *options, str(ROOT / "train.py")]), *overrides]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
