@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.training.jobs import run_rank
+from tests.training.jobs import EXPERIMENTS, ROOT, run_rank
+from tests.training.test_data import fashion_files
 
 
 @pytest.fixture(scope="session")
@@ -11,6 +12,17 @@ def pretrained(_pool, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("experiments")
     _pool.run(2, run_rank, cwd, ("experiment=pretrain", "tracker=none"))
     return cwd
+
+
+@pytest.fixture(scope="session", params=EXPERIMENTS)
+def experiment(request, tmp_path_factory):
+    """The overrides for an experiment as it ships; where it wants Fashion-MNIST, on files of that format."""
+    name = request.param
+    if "/data: fashion_mnist" not in (ROOT / f"configs/experiment/{name}.yaml").read_text():
+        return (f"experiment={name}",)
+    files = tmp_path_factory.mktemp(name)
+    fashion_files(files, num_train=5200)
+    return (f"experiment={name}", f"data.path={files}", "model.width=2")
 
 
 @pytest.fixture

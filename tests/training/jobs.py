@@ -24,6 +24,7 @@ from syncbn.training.parsing import parse
 from syncbn.training.place import Place
 
 ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 

@@ -7,11 +7,10 @@ import torch
 
 from syncbn.__main__ import main
 from syncbn.training.config import ConfigError
-from tests.training.jobs import ROOT, read_metrics, start
+from tests.training.jobs import read_metrics, start
 
 SMALL = ["model.width=4", "tracker=none", "duration=2"]
 MISTAKE = ["freeze.a.match=backbone", "freeze.a.stats=false", "freeze.a.weights=true"]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 
 
 def findings(run_dir):
@@ -20,23 +19,14 @@ def findings(run_dir):
     return content["step"], {(one["rule"], one["severity"]) for one in content["findings"]}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, name, num_ranks):
-    options = ["tracker=none", "duration=20", f"run={name}_{num_ranks}"]
-    if "fashion" in name or name == "small_batch":
-        from tests.training.test_data import fashion_files
-
-        files = pretrained / "fashion"
-        if not files.exists():
-            files.mkdir()
-            fashion_files(files, num_train=5200)
-        options += [f"data.path={files}", "model.width=2"]
-    run = job(f"experiment={name}", *options, num_ranks=num_ranks, cwd=pretrained)
-    is_mistake = name == "finetune_mistake"
+def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, experiment, num_ranks):
+    name = f"{experiment[0].removeprefix('experiment=')}_{num_ranks}"
+    run = job(*experiment, "tracker=none", "duration=20", f"run={name}", num_ranks=num_ranks, cwd=pretrained)
+    is_mistake = experiment[0] == "experiment=finetune_mistake"
     expected = {("parameters-frozen-statistics-moving", "error")} if is_mistake else set()
     assert findings(run) == (0, expected)
-    audited = job("task=audit", f"load={run}", f"run=audit_{name}_{num_ranks}", num_ranks=num_ranks, cwd=pretrained)
+    audited = job("task=audit", f"load={run}", f"run=audit_{name}", num_ranks=num_ranks, cwd=pretrained)
     step, found = findings(audited)
     assert 0 < step <= 20  # the best
     assert found == expected
