@@ -79,7 +79,12 @@ def check_same_trajectory(run_dir, expected):
     for key, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][key], value, rtol=1e-6, atol=1e-8)
     for ours, theirs in zip(records_of(run_dir), records_of(expected), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-8)
+        assert of_any_world(ours) == pytest.approx(of_any_world(theirs), rel=1e-6, abs=1e-8)
+
+
+def of_any_world(record):
+    """Without what one rank alone does not have: differences between ranks."""
+    return {key: value for key, value in record.items() if not key.endswith("between_rank_share")}
 
 
 def check_little_lost(output, before):
