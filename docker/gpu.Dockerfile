@@ -4,7 +4,7 @@
 # brings all others, in packages from PyPI, so the base is that of the CPU image. pip's settings go in as a secret:
 # --secret id=pip.conf,src=pip.conf. Built and run without a GPU so far (docs/deploy.md).
 FROM docker.io/library/python:3.11.13-slim-bookworm AS base
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 # What the toolkit reads: which GPUs, which of the driver's parts, and the CUDA that the driver has to be new enough for.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility NVIDIA_REQUIRE_CUDA=cuda>=13.0
 # Triton and Inductor compile at run time: they need a compiler, the C library's headers (g++ depends on them, in the
