@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from syncbn.training import launch, reporting
-from syncbn.training.parsing import parse
+from syncbn.training.config.parsing import parse
+from syncbn.training.launch import explain as reporting
+from syncbn.training.launch import overrides as launch
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -24,7 +25,7 @@ def main(composed: DictConfig) -> None:
     alone = reporting.failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
     with reporting.clear_errors(), alone:
         config = parse(composed)
-        from syncbn.training import tasks  # imports torch, which composing a config should not wait for
+        from syncbn.training.tasks import train as tasks  # imports torch, which composing a config should not wait for
 
         tasks.run(config, run_dir, job=str(number), overrides=overrides)
 

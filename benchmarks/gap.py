@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from syncbn import SyncBatchNorm, audit, convert_sync_batchnorm, precise_bn
 from syncbn.nn.moments import Moments
-from syncbn.training import data as datasets
-from syncbn.training.data_config import FashionMnistConfig
-from syncbn.training.models import ResnetSmall
-from syncbn.training.sampling import Sampler
+from syncbn.training.config.data import FashionMnistConfig
+from syncbn.training.data import dataset as datasets
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.models.build import ResnetSmall
 
 SEEDS = (0, 1, 2)
 LR, REFERENCE_BATCH = 0.1, 64  # the learning rate goes with the batch, as in Goyal et al. 2017

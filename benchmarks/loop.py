@@ -38,15 +38,18 @@ from hydra import compose, initialize_config_dir
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from syncbn.training import data as datasets
-from syncbn.training import launch, losses, optimizers, schedules, tasks
-from syncbn.training.config import Config
-from syncbn.training.loaded import build_model
-from syncbn.training.loop import Trainer
-from syncbn.training.parsing import parse
-from syncbn.training.place import Place
-from syncbn.training.sampling import Sampler
-from syncbn.training.stopping import StopRequest
+from syncbn.training.config.parsing import parse
+from syncbn.training.config.schema import Config
+from syncbn.training.data import dataset as datasets
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.stopping import StopRequest
+from syncbn.training.launch import overrides as launch
+from syncbn.training.losses import losses
+from syncbn.training.optim import optimizers, schedules
+from syncbn.training.tasks import train as tasks
+from syncbn.training.tasks.loaded import build_model
+from syncbn.training.trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TURN = 50  # steps, log_every's default: each turn of a trainer logs once

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from syncbn.training import data as datasets
-from syncbn.training import state
-from syncbn.training.config import Config
-from syncbn.training.loaded import build_model
-from syncbn.training.parsing import parse
-from syncbn.training.place import Place
+from syncbn.training.checkpoint import state
+from syncbn.training.config.parsing import parse
+from syncbn.training.config.schema import Config
+from syncbn.training.data import dataset as datasets
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.tasks.loaded import build_model
 
 DATA = Path(__file__).parents[1] / "docs/data"
 CURVES, FINAL = DATA / "small_batch.csv", DATA / "small_batch_final.csv"

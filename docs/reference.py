@@ -16,7 +16,7 @@ MODULES = [
     "syncbn",
     "syncbn.nn.moments",
     "syncbn.stats.pooling",
-    "syncbn.surgery.converting",
+    "syncbn.surgery.convert",
     "syncbn.integrations.lightning",
 ]
 

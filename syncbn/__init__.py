@@ -9,38 +9,38 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "SyncBatchNorm": "syncbn.nn.batchnorm",
     "sync_batch_norm": "syncbn.nn.functional",
-    "even_steps": "syncbn.nn.stepping",
-    "accumulate_stats": "syncbn.nn.accumulating",
-    "convert_sync_batchnorm": "syncbn.surgery.converting",
+    "even_steps": "syncbn.nn.even_steps",
+    "accumulate_stats": "syncbn.nn.accumulate",
+    "convert_sync_batchnorm": "syncbn.surgery.convert",
     "new_bn_groups": "syncbn.nn.groups",
-    "revert_sync_batchnorm": "syncbn.surgery.converting",
-    "fuse": "syncbn.surgery.fusing",
-    "freeze": "syncbn.surgery.freezing",
-    "unfreeze": "syncbn.surgery.freezing",
-    "FreezePlan": "syncbn.surgery.plan",
+    "revert_sync_batchnorm": "syncbn.surgery.convert",
+    "fuse": "syncbn.surgery.fuse",
+    "freeze": "syncbn.surgery.freeze",
+    "unfreeze": "syncbn.surgery.freeze",
+    "FreezePlan": "syncbn.surgery.freeze_plan",
     "Monitor": "syncbn.stats.monitor",
-    "precise_bn": "syncbn.stats.population",
-    "audit": "syncbn.stats.auditing",
-    "Finding": "syncbn.stats.findings",
+    "precise_bn": "syncbn.stats.precise_bn",
+    "audit": "syncbn.auditing.audit",
+    "Finding": "syncbn.auditing.rules",
 }
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
-    from syncbn.nn.accumulating import accumulate_stats as accumulate_stats
+    from syncbn.auditing.audit import audit as audit
+    from syncbn.auditing.rules import Finding as Finding
+    from syncbn.nn.accumulate import accumulate_stats as accumulate_stats
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
+    from syncbn.nn.even_steps import even_steps as even_steps
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
     from syncbn.nn.groups import new_bn_groups as new_bn_groups
-    from syncbn.nn.stepping import even_steps as even_steps
-    from syncbn.stats.auditing import audit as audit
-    from syncbn.stats.findings import Finding as Finding
     from syncbn.stats.monitor import Monitor as Monitor
-    from syncbn.stats.population import precise_bn as precise_bn
-    from syncbn.surgery.converting import convert_sync_batchnorm as convert_sync_batchnorm
-    from syncbn.surgery.converting import revert_sync_batchnorm as revert_sync_batchnorm
-    from syncbn.surgery.freezing import freeze as freeze
-    from syncbn.surgery.freezing import unfreeze as unfreeze
-    from syncbn.surgery.fusing import fuse as fuse
-    from syncbn.surgery.plan import FreezePlan as FreezePlan
+    from syncbn.stats.precise_bn import precise_bn as precise_bn
+    from syncbn.surgery.convert import convert_sync_batchnorm as convert_sync_batchnorm
+    from syncbn.surgery.convert import revert_sync_batchnorm as revert_sync_batchnorm
+    from syncbn.surgery.freeze import freeze as freeze
+    from syncbn.surgery.freeze import unfreeze as unfreeze
+    from syncbn.surgery.freeze_plan import FreezePlan as FreezePlan
+    from syncbn.surgery.fuse import fuse as fuse
 
 
 def __getattr__(name: str) -> Any:

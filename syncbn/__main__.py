@@ -40,7 +40,7 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from syncbn.stats import report
+    from syncbn.report import write as report
 
     description = (
         "Writes one HTML file about a run, or several side by side; it needs no network. See docs/monitoring.md."
@@ -51,10 +51,10 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    from syncbn.stats.findings import table
-    from syncbn.stats.state_dicts import audit_state_dict, bn_layers
-    from syncbn.training.config import ConfigError
-    from syncbn.training.state import read_model_weights
+    from syncbn.auditing.rules import table
+    from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
+    from syncbn.training.checkpoint.state import read_model_weights
+    from syncbn.training.config.schema import ConfigError
 
     try:
         state = read_model_weights(options.path, "PATH")

@@ -18,8 +18,8 @@ from dataclasses import fields
 import pytest
 
 import syncbn
-from syncbn.training.config import Config, FreezeRuleConfig, InitConfig
-from syncbn.training.reporting import known_keys
+from syncbn.training.config.schema import Config, FreezeRuleConfig, InitConfig
+from syncbn.training.launch.explain import known_keys
 from tests.training.jobs import ROOT, compose_config, torchrun
 
 README = ROOT / "README.md"  # its commands and its program: tests/test_readme.py

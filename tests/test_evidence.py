@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
-from syncbn.training.data import Data, Split
-from syncbn.training.models import ResnetSmall
+from syncbn.training.data.dataset import Data, Split
+from syncbn.training.models.build import ResnetSmall
+from tests.training.data.test_data import fashion_files
 from tests.training.jobs import ROOT
-from tests.training.test_data import fashion_files
 
 DATA = ROOT / "docs/data"
 

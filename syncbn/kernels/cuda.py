@@ -1,4 +1,4 @@
-"""The operators on CUDA, by the Triton programs of `programs`.
+"""The operators on CUDA, by the Triton programs of `triton/`.
 
 Forward: one read for the moments and a small program that adds them up (left out where one program has a whole
 channel), one for the global statistics, one read and one write to normalize. Backward: two reads for the sums and a
@@ -281,7 +281,7 @@ def _programs(tensor: Tensor) -> ModuleType | None:
 @cache
 def _import_programs() -> ModuleType | None:
     try:
-        from syncbn.kernels import programs
+        from syncbn.kernels.triton import reductions as programs
     except ImportError as error:
         warnings.warn(
             f"syncbn: Triton cannot be imported ({error}); batch normalization on CUDA falls back to plain tensor code,"

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
-from syncbn.kernels.restoring import check_lean
+from syncbn.nn.frozen import hold, is_held, own_parameters, release
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
-from syncbn.nn.holding import hold, is_held, own_parameters, release
-from syncbn.nn.watching import record_local
-from syncbn.nn.wrappers import check_wrapper
+from syncbn.nn.lean import check_lean
+from syncbn.nn.recorder import record_local
+from syncbn.nn.stale_ddp import check_wrapper
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from syncbn.nn.accumulating import Pool
+    from syncbn.nn.accumulate import Pool
 
 # Functions that replace layers of any class derived from torch's _BatchNorm: those of torch (and with it Lightning's
 # sync_batchnorm=True), timm and mmengine, and of apex.
@@ -75,7 +75,7 @@ class SyncBatchNorm(_BatchNorm):
             the next layer keeps its input (a convolution does), that is one activation less. For `activation` None and
             "leaky_relu" alone; in training, and nothing else differs. The gradients are those of BatchNorm but for the
             rounding of the output, which counts |bias / weight| times; of channels where that is above 4 the input is
-            kept as well (on CUDA: of the worst eighth; see `kernels.restoring`). The output must not be changed in
+            kept as well (on CUDA: of the worst eighth; see `nn.lean`). The output must not be changed in
             place afterwards (autograd raises).
 
     `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
@@ -313,7 +313,7 @@ class SyncBatchNorm(_BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
         """Every batch normalization of `module` as a `SyncBatchNorm`, in place; see `syncbn.convert_sync_batchnorm`."""
-        from syncbn.surgery.converting import convert_sync_batchnorm
+        from syncbn.surgery.convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
 

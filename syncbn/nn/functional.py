@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.kernels import activations, operators, reference, restoring
-from syncbn.nn.debugging import reduce
+from syncbn.kernels import activations, operators, reference
+from syncbn.nn import lean as restoring
+from syncbn.nn.checkpointing import Rerun, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
-from syncbn.nn.recomputing import Rerun, refuse_checkpoint_around_compiled
-from syncbn.nn.watching import sum_and_record
+from syncbn.nn.rank_checks import reduce
+from syncbn.nn.recorder import sum_and_record
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -186,10 +187,10 @@ def normalize_by_batch(
             there, and its gradient, mean nothing.
         pool: adds the batch's packed moments to this instead of moving the running statistics.
         owner: the layer, for errors.
-        record: adds what the batch looks like to this (see `watching`); to be given on all ranks or on none.
+        record: adds what the batch looks like to this (see `recorder`); to be given on all ranks or on none.
         residual: of the shape and type of the input, added to what is normalized; not with a mask.
         activation: applied last; not with a mask.
-        is_lean: keeps the output instead of the input (see `kernels.restoring`).
+        is_lean: keeps the output instead of the input (see `nn.lean`).
 
     Raises:
         ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several

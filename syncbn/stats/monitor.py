@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.packing import unpack
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.frozen import is_held
 from syncbn.nn.groups import LostGroup, collective_group
-from syncbn.nn.holding import is_held
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
-from syncbn.nn.watching import new_record, split_record
+from syncbn.nn.recorder import new_record, split_record
 from syncbn.stats.calls import input_of
 
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
@@ -167,7 +167,7 @@ class Monitor:
 class _Seen:
     """What a layer is seen to do in watched passes, on its device."""
 
-    record: Tensor  # see `watching`
+    record: Tensor  # see `nn.recorder`
     running_mean: Tensor | None  # both from before the watched step
     running_var: Tensor | None
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.deploy.hosts import Network
 from tests.training.jobs import ROOT, LiveJob, read_metrics, start
-from tests.training.test_train import load_last
+from tests.training.trainer.test_train import load_last
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(240)]
 

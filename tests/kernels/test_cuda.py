@@ -233,8 +233,8 @@ def test_masks_take_the_reference_s_way():
 
 def test_without_triton_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "syncbn.kernels.programs", raising=False)
-    monkeypatch.delattr("syncbn.kernels.programs", raising=False)
+    monkeypatch.delitem(sys.modules, "syncbn.kernels.triton.reductions", raising=False)
+    monkeypatch.delattr("syncbn.kernels.triton.reductions", raising=False)
     cuda._import_programs.cache_clear()
     input, grad = make((4, 3, 5), torch.float32)
     with pytest.warns(RuntimeWarning, match="Triton cannot be imported .* falls back to plain tensor code") as caught:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, accumulate_stats
-from syncbn.kernels import cuda, operators, reference, restoring
+from syncbn.kernels import cuda, operators, reference
+from syncbn.nn import lean as restoring
 from tests.counting import collectives
 from tests.kernels.test_cpu import as_layout, saved_bytes
 from tests.reference import make_batch, max_error, set_affine

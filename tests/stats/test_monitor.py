@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import Monitor, SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze, new_bn_groups
-from syncbn.nn import debugging
+from syncbn.nn import rank_checks as debugging
 from tests.counting import collectives
 from tests.reference import make_batch
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.training.data.test_data import fashion_files
 from tests.training.jobs import EXPERIMENTS, ROOT, run_rank
-from tests.training.test_data import fashion_files
 
 
 @pytest.fixture(scope="session")

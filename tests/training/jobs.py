@@ -18,10 +18,11 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from syncbn.training import launch, tasks
-from syncbn.training.config import Config
-from syncbn.training.parsing import parse
-from syncbn.training.place import Place
+from syncbn.training.config.parsing import parse
+from syncbn.training.config.schema import Config
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.launch import overrides as launch
+from syncbn.training.tasks import train as tasks
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))

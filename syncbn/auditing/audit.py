@@ -1,0 +1,287 @@
+"""audit(): the classic mistakes with batch normalization, found in a model as it is.
+
+The rules are conservative: a finding means that something is wrong or very probably not meant. `docs/audit.md` lists
+them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from syncbn.auditing.dropout import MIN_DROPOUT, after_dropout
+from syncbn.auditing.probe import Seen, probe
+from syncbn.auditing.ranks import is_frozen, is_synchronized, members_of, on_all_ranks, world_size
+from syncbn.auditing.rules import Finding, found, ordered
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.patterns import select
+
+# Wu and He (2018), error of ResNet-50 on ImageNet by samples per device: 24.8 % at 8, 27.3 % at 4, 34.7 % at 2, where
+# 23.6 % is what large batches reach. The values of one sample are alike, so many pixels do not make up for it.
+FEW_SAMPLES = 4
+# Of a batch of n independent values the divergence is about 1/n by chance alone; 0.5 is a mean that is one standard
+# deviation off on the median channel, or a variance that is 3.1 times too large. Measured on healthy runs: at most 0.14
+# after the first 20 steps (docs/audit.md).
+GAP = 0.5
+GAP_SAMPLES = 8  # with fewer the chance part, up to 1/8, would not be small against GAP
+# |mean| / sqrt(var + eps), by the type of the input. float32: F.batch_norm is off by 5e-4 to 1e-3 from here on
+# (measured at mean/std of 1e4; our layer by less than 1e-6). Half types: the input itself, with unit roundoff u, is
+# off by u times this ratio in standard deviations; 0.1 of one for float16 (u = 2^-11) and bfloat16 (u = 2^-8).
+RANGE = {torch.float32: 1e4, torch.float16: 0.1 * 2**11, torch.bfloat16: 0.1 * 2**8}
+HALF_OVERFLOW = torch.finfo(torch.float16).max / 2  # half of what float16 holds: a factor of two from infinity
+
+
+def audit(
+    model: nn.Module,
+    *,
+    batch: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    batch_size: int | None = None,
+    trained: bool = False,
+) -> list[Finding]:
+    """Names the classic batch normalization mistakes of `model`, the worst first; empty if there are none.
+
+    Layers of any class take part, torch's too. The model is taken as it is: in training mode as one that is about to be
+    trained, in evaluation mode as one that is about to be evaluated. Nothing about it changes: parameters, gradients,
+    buffers, modes and torch's random numbers are afterwards what they were.
+
+    In a distributed job every rank has to call it. The ranks compare digests of their layers and exchange their
+    findings in one small gather, and all of them return the same list. A layer with a sub-group is compared within it.
+
+    Args:
+        model: with or without wrappers of DDP or torch.compile.
+        batch: this rank's part of a batch as in training, for the rules that need data: the model's input, or a tuple
+            or list that begins with it. The model runs once on it, in its present mode and without a backward pass.
+        optimizer: of the model, for the rules about parameters that it moves or misses.
+        batch_size: samples of a training forward over all ranks, if `batch` is not as large or not given.
+        trained: the model has been trained or loaded whole: statistics that never moved are then a mistake in training
+            mode too. A fresh model that is about to be trained has none of that.
+
+    Raises:
+        ValueError: `batch` with a model that has lazy layers, which would become others.
+
+    Example:
+        >>> from syncbn import SyncBatchNorm
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), SyncBatchNorm(4))
+        >>> audit(model)
+        []
+        >>> _ = model.requires_grad_(False)
+        >>> [(finding.layer, finding.rule) for finding in audit(model)]
+        [('1', 'parameters-frozen-statistics-moving')]
+    """
+    modules = select(model)
+    layers = {
+        name: layer
+        for name, layer in modules.items()
+        if isinstance(layer, _BatchNorm)
+        and not (isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params())
+    }
+    feeding = _feeding(modules)
+    seen = {} if batch is None else probe(model, layers, batch)
+    findings = [*after_dropout(modules)]
+    evaluated = trained or not next(iter(modules.values())).training
+    for name, layer in layers.items():
+        parent = modules.get(name.rpartition(".")[0]) if name else None
+        findings += _of_settings(name, layer, feeding[name], parent)
+        runs = batch is None or name in seen
+        findings += _of_statistics(name, layer, is_evaluated=evaluated, runs=runs)
+        findings += _of_world(name, layer)
+        findings += _of_size(name, layer, seen.get(name), batch_size)
+        findings += _of_data(name, layer, seen[name]) if name in seen else ()
+        findings += _of_checkpointing(name, layer, modules, seen.get(name))
+        findings += _of_optimizer(name, layer, optimizer) if optimizer is not None else ()
+    return ordered(on_all_ranks(findings, layers))
+
+
+def is_moving(layer: _BatchNorm) -> bool:
+    """Whether a forward of the present mode moves the running statistics."""
+    return _normalizes_by_batch(layer) and layer.running_mean is not None and layer.track_running_stats
+
+
+def of_values(
+    name: str, mean: Tensor | None, var: Tensor | None, counter: Tensor | None, *, rule_if_initial: str | None
+) -> Iterator[Finding]:
+    """What running statistics alone tell, of a layer or of a file.
+
+    Args:
+        rule_if_initial: what it is called that they have never moved; None where that is fine.
+    """
+    if mean is None or var is None or mean.is_meta:
+        return
+    faults = {
+        "a mean that is not finite": not bool(mean.isfinite().all()),
+        "a variance that is not finite": not bool(var.isfinite().all()),
+        "a negative variance": bool((var < 0).any()),
+    }
+    if any(faults.values()):
+        yield found(
+            "invalid-statistics", name, what=" and ".join(fault for fault, present in faults.items() if present)
+        )
+    elif rule_if_initial is not None and are_initial(mean, var, counter):
+        yield found(rule_if_initial, name)
+
+
+def are_initial(mean: Tensor, var: Tensor, counter: Tensor | None) -> bool:
+    """Whether statistics are those of a fresh layer. Without a counter nobody knows: folded models have such values."""
+    return counter is not None and not counter.any() and not mean.any() and bool((var == 1).all())
+
+
+def _normalizes_by_batch(layer: _BatchNorm) -> bool:
+    return layer.training and not is_frozen(layer)
+
+
+def _feeding(modules: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
+    """For each module the one with parameters before it that is no batch normalization, in the order of their names."""
+    before: dict[str, nn.Module | None] = {}
+    last: nn.Module | None = None
+    for name, module in modules.items():
+        before[name] = last
+        if not isinstance(module, _BatchNorm) and next(module.parameters(recurse=False), None) is not None:
+            last = module
+    return before
+
+
+def _of_settings(
+    name: str, layer: _BatchNorm, feeding: nn.Module | None, parent: nn.Module | None
+) -> Iterator[Finding]:
+    """What the switches of a layer contradict.
+
+    Args:
+        feeding: the layer with parameters in front of it; None without one.
+        parent: the module that it is a part of; None for the model itself.
+    """
+    if layer.running_mean is None:
+        yield found("no-running-statistics", name)
+    elif not layer.track_running_stats:
+        yield found("statistics-switched-off", name)
+    if not is_moving(layer):
+        return
+    own = list(layer.parameters(recurse=False))
+    if own and not any(parameter.requires_grad for parameter in own):
+        # Where what feeds it trains its statistics have to move: then it may be meant.
+        is_fed_by_frozen = feeding is None or not any(p.requires_grad for p in feeding.parameters(recurse=False))
+        severity = "error" if is_fed_by_frozen else "warning"
+        yield found("parameters-frozen-statistics-moving", name, severity=severity)
+    elif not own and parent is not None and _is_all_frozen(parent):  # not a probe on top of what is frozen
+        yield found("parameters-frozen-statistics-moving", name)
+    if layer.momentum is None:
+        yield found("momentum-cumulative", name)
+    elif layer.momentum == 0:
+        yield found("momentum-zero", name)
+
+
+def _is_all_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _of_statistics(name: str, layer: _BatchNorm, *, is_evaluated: bool, runs: bool) -> Iterator[Finding]:
+    rule = None
+    if not runs:
+        pass  # an auxiliary head, say, need not have been updated
+    elif is_frozen(layer) or (not layer.training and not is_evaluated):  # the latter: by hand, in a model that trains
+        rule = "frozen-at-initial-values"
+    elif is_evaluated:
+        rule = "never-updated"
+    yield from of_values(name, layer.running_mean, layer.running_var, layer.num_batches_tracked, rule_if_initial=rule)
+
+
+def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
+    if isinstance(layer, nn.SyncBatchNorm):
+        buffer = next(layer.buffers(), next(layer.parameters(), None))
+        on_cpu = buffer is not None and buffer.device.type == "cpu"
+        raises = on_cpu and layer.training and dist.is_available() and dist.is_initialized()
+        detail = (
+            "; its training forward raises on the CPU" if raises else ", which freezes nothing and fails on the CPU"
+        )
+        yield found("torch-syncbn", name, severity="error" if raises else None, detail=detail)
+    elif world_size() > 1 and not isinstance(layer, SyncBatchNorm) and _normalizes_by_batch(layer):
+        yield found("plain-bn-in-distributed-job", name)
+
+
+def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | None) -> Iterator[Finding]:
+    """Few samples, or a single value, behind the statistics of a training forward."""
+    if not _normalizes_by_batch(layer) or (seen is None and batch_size is None):
+        return
+    members = members_of(layer)
+    share = (1 if members is None else len(members)) / world_size()
+    samples = 0.0 if batch_size is None else batch_size * share
+    values: float | None = None
+    if seen is not None:
+        here, all_ranks = seen.rows_here, seen.rows * share
+        samples = max(samples, all_ranks if is_synchronized(layer) else here)
+        values = samples * seen.values_per_row
+    if samples == 0:  # this rank has none of the batch
+        return
+    if values is not None and round(values) <= 1:
+        yield found("few-values-per-channel", name, severity="error", found="a single value per channel")
+    elif samples <= FEW_SAMPLES:
+        yield found("few-values-per-channel", name, found=f"{samples:.3g} samples")
+
+
+def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
+    """What a batch tells."""
+    if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
+        yield found("dropout-before-bn", name)
+    if not seen.is_finite:
+        yield found("activation-range", name, severity="error", found="values that are not finite",
+                    cure="look for the first layer with this finding, and at what feeds it")  # fmt: skip
+        return
+    mean, var = layer.running_mean, layer.running_var
+    if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
+        gap = _divergence(seen, mean, var, layer.eps)
+        # After n batches (1 - momentum)^n of the initial 0 and 1 are left: early in a run that alone is no finding.
+        batches = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+        left = (1 - (layer.momentum or 1.0)) ** batches
+        if 0 < left < 1:
+            settled = ((var - left) / (1 - left)).clamp(min=0)
+            gap = min(gap, _divergence(seen, mean / (1 - left), settled, layer.eps))
+        if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
+            yield found("train-eval-gap", name, gap=gap)
+    # A tenth of the channels has to be so far off: single dead ones, a constant and hardly a variance, are common.
+    ratios = seen.mean.abs() / (seen.var + layer.eps).sqrt()
+    ratio = float(ratios.kthvalue(math.ceil(0.9 * ratios.numel())).values)
+    exact = isinstance(layer, SyncBatchNorm) and seen.dtype == torch.float32
+    if not exact and ratio > RANGE.get(seen.dtype, float("inf")):
+        yield found("activation-range", name, found=f"a mean of {ratio:.2g} standard deviations in {seen.dtype}: the"
+                    " digits that carry the signal are lost", cure="centre the input in front of it, or compute there"
+                    " in float32 with syncbn.SyncBatchNorm")  # fmt: skip
+    elif seen.dtype == torch.float16 and seen.max_abs > HALF_OVERFLOW:
+        yield found("activation-range", name, found=f"values up to {seen.max_abs:.3g}, near the largest of float16",
+                    cure="use bfloat16 or float32, or normalize earlier")  # fmt: skip
+
+
+def _divergence(seen: Seen, mean: Tensor, var: Tensor, eps: float) -> float:
+    """Kullback and Leibler's, of the batch's normal distribution from that of the running statistics; the median."""
+    mean, var = mean.detach().to(torch.float64), var.detach().to(torch.float64) + eps
+    ratio = (seen.var + eps) / var
+    return float((((seen.mean - mean) ** 2 / var + ratio - 1 - ratio.log()) / 2).median())
+
+
+def _of_checkpointing(
+    name: str, layer: _BatchNorm, modules: dict[str, nn.Module], seen: Seen | None
+) -> Iterator[Finding]:
+    if isinstance(layer, SyncBatchNorm) or not is_moving(layer):
+        return
+    parts = name.split(".")
+    above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
+    # torch's wrapper by its name: importing it would import torch.distributed's algorithms.
+    if (seen is not None and seen.under_checkpoint) or any(type(m).__name__ == "CheckpointWrapper" for m in above):
+        yield found("updated-twice", name)
+
+
+def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = list(layer.parameters(recurse=False))
+    # Without a gradient (None) torch's optimizers pass a parameter over; one that is frozen keeps what it had.
+    if any(id(p) in optimized and not p.requires_grad and p.grad is not None for p in own):
+        yield found("frozen-parameter-updated", name)
+    if any(id(p) not in optimized and p.requires_grad for p in own):
+        yield found("affine-not-optimized", name)

@@ -1,0 +1,92 @@
+"""Noticing a `DistributedDataParallel` that wrapped the model before parameters were frozen or unfrozen.
+
+DDP fixes the list of parameters that it reduces when it wraps. Unfrozen later, a parameter would train on each rank's
+own gradient without a word; frozen later, backward ends in an error about unfinished reductions. So every layer of ours
+looks whether the wrapper around a training forward still fits: an integer comparison, unless something was frozen or
+unfrozen since it last looked. What is compared is what `freeze` holds, not `requires_grad`: a GAN that switches its
+discriminator off and on by hand is nobody's mistake. A wrapped model without any layer of ours is not looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn.nn import frozen as holding
+
+_SEEN, _HELD = (
+    "_syncbn_seen",
+    "_syncbn_held",
+)  # on the wrapper: number of changes, and what was held at its first forward
+
+
+def check_wrapper() -> None:
+    """Raises on every rank, before any of them communicates, if the DDP around the present forward is stale.
+
+    Raises:
+        RuntimeError: the message names a parameter that has changed, and the remedy.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        _check()
+    elif _is_wrapped():
+        _check_while_tracing(holding.num_changes())
+
+
+@torch.compiler.assume_constant_result  # without a wrapper no freeze anywhere needs another graph
+def _is_wrapped() -> bool:
+    return DistributedDataParallel._active_ddp_module is not None
+
+
+@torch.compiler.assume_constant_result  # runs when a graph is made; a change since then makes another graph
+def _check_while_tracing(_: int) -> None:
+    _check()
+
+
+def _check() -> None:
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is None or wrapper.__dict__.get(_SEEN) == holding.num_changes():
+        return
+    # Under reentrant checkpointing gradients are off in a forward that is trained all the same.
+    if not torch.is_grad_enabled() and not wrapper.training:
+        return
+    held = _held_names(wrapper.module)
+    before = wrapper.__dict__.get(_HELD)
+    if before is None:
+        _check_count(wrapper, held)
+        wrapper.__dict__[_HELD] = held
+    elif before != held:
+        name = min(before ^ held)
+        _refuse(f"{name} has been {'frozen' if name in held else 'unfrozen'} since it wrapped the model")
+    wrapper.__dict__[_SEEN] = holding.num_changes()
+
+
+def _held_names(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if holding.is_held(module)
+        for name in holding.own_parameters(module)
+    }
+
+
+def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
+    """The first forward: DDP tells how many parameters it reduces, not which."""
+    reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
+    if reduced is None or holding.num_changes() == 0:
+        return
+    candidates = {
+        name: parameter
+        for name, parameter in wrapper.module.named_parameters()
+        if name not in wrapper.parameters_to_ignore
+    }
+    trained = sum(parameter.requires_grad for parameter in candidates.values())
+    if reduced not in (trained, len(candidates.keys() - held)):  # the latter: some switched off by hand since
+        _refuse(f"{reduced} parameters were trained when it wrapped the model, {trained} are now")
+
+
+def _refuse(reason: str) -> None:
+    raise RuntimeError(
+        f"this DistributedDataParallel is stale: {reason}; wrap again after freeze or unfreeze:"
+        " model = DistributedDataParallel(model.module, ...)"
+    )

@@ -1,0 +1,212 @@
+"""Synchronizing subclasses of torch's batch normalization without losing what they add.
+
+A subclass `Fused(nn.BatchNorm2d)` becomes `SyncFused(Fused, SyncBatchNorm)`, a class made for it. Python's method order
+then does most of the work: what `Fused` defines stays, and its `super().forward(...)` arrives at
+`SyncBatchNorm.forward`. A `forward` that calls `F.batch_norm` itself is run with that one function replaced, for the
+time of the call, by the synchronized one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+
+from syncbn.nn.batchnorm import SyncBatchNorm
+
+if TYPE_CHECKING:  # every class made here has SyncBatchNorm as a base of its own, after the original class
+    _Base = SyncBatchNorm
+else:
+    _Base = object
+
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+
+
+class _SynchronizedCalls(TorchFunctionMode):
+    """Replaces `F.batch_norm` by the layer's own statistics while the layer's original `forward` runs."""
+
+    def __init__(self, layer: SyncSubclass) -> None:
+        super().__init__()
+        self.layer = layer
+        self.tensors = {id(tensor) for tensor in (*layer._parameters.values(), *layer._buffers.values())}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _BATCH_NORMS and self._is_the_layers(*args, **(kwargs or {})):
+            return self.layer._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _is_the_layers(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> bool:
+        """Whether a call is the layer's, and not one of a batch normalization inside it."""
+        if running_mean is not None:
+            return id(running_mean) in self.tensors
+        return not isinstance(weight, nn.Parameter) or id(weight) in self.tensors
+
+
+class SyncSubclass(_Base):
+    """What the classes made here share; first in the method order, before the original class and `SyncBatchNorm`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, its statistics synchronized.
+
+        Raises:
+            RuntimeError: in a training forward in which nothing was normalized by a call that could be synchronized.
+        """
+        # No such attribute: a lazy layer has just become an ordinary one, inside this very call.
+        original_forward = getattr(type(self), "_original_forward", None)
+        if original_forward is None:  # not overridden: torch's own, so ours
+            return SyncBatchNorm.forward(self, *args, **kwargs)
+        self.__dict__["_num_normalized"] = 0
+        with self._scratch_counter(), _SynchronizedCalls(self):
+            output = original_forward(self, *args, **kwargs)
+        if self.__dict__.pop("_num_normalized") == 0 and self.training:
+            original = type(self).__dict__["_original_class"]
+            raise RuntimeError(
+                f"the forward of {original.__name__} normalized without super().forward or F.batch_norm: its statistics"
+                " were not synchronized; leave this layer out of the conversion"
+            )
+        return output
+
+    @contextmanager
+    def _scratch_counter(self) -> Iterator[None]:
+        """Hands the original forward a counter of its own: ours counts by the global batch, and not while frozen."""
+        counter = self._buffers["num_batches_tracked"]
+        if counter is None:
+            yield
+            return
+        self.__dict__["_true_counter"] = counter
+        self._buffers["num_batches_tracked"] = counter.clone()
+        try:
+            yield
+        finally:
+            self._buffers["num_batches_tracked"] = counter
+            self.__dict__.pop("_true_counter", None)
+
+    def _counter(self) -> Tensor | None:
+        counter: Tensor | None = self.__dict__.get("_true_counter", self.num_batches_tracked)
+        return counter if self.__dict__.get("_num_normalized", 0) == 0 else None  # one forward is one batch
+
+    def _activation_name(self) -> None:
+        """An `activation` of a subclass is its own affair."""
+
+    def _normalize_with(self, *args: Any) -> Tensor:
+        if "_num_normalized" in self.__dict__:  # inside the original forward
+            self.__dict__["_num_normalized"] += 1
+        return SyncBatchNorm._normalize_with(self, *args)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        """`F.batch_norm` with the arguments that the original forward chose, over all ranks."""
+        counter = self._counter()
+        rate = None if self._is_cumulative(momentum) and counter is not None else momentum
+        return self._normalize_with(input, running_mean, running_var, counter, weight, bias, training, rate, eps)
+
+    def _is_cumulative(self, momentum: float) -> bool:
+        """Whether the original forward asks for the cumulative average: 1 over the counter that it has just read."""
+        if self.momentum is not None or self.num_batches_tracked is None:
+            return False
+        counted = float(self.num_batches_tracked)  # waits, as the original's own reading of it did
+        return counted > 0 and abs(momentum * counted - 1.0) < 1e-6
+
+    def extra_repr(self) -> str:
+        """The original's, and the frozen switches, which it does not know."""
+        text, frozen = super().extra_repr(), self._frozen_text()
+        return text if frozen in text else f"{text}, {frozen}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists in this process alone: pickle by the original, which can be imported.
+        return _rebuild, (type(self).__dict__["_original_class"],), self.__getstate__()
+
+
+def _rebuild(original: type[_BatchNorm]) -> nn.Module:
+    cls = synchronized_class(original)
+    return cls.__new__(cls)
+
+
+_classes: dict[type, type[SyncBatchNorm]] = {}
+
+
+def synchronized_class(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
+    """The synchronized class of a subclass of torch's batch normalization; the same at every call."""
+    if original not in _classes:
+        _classes[original] = _make_class(original)
+    return _classes[original]
+
+
+def _make_class(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
+    forward = None if original.forward is _BatchNorm.forward else original.forward
+    members = {"_original_class": original, "_original_forward": forward, "__module__": original.__module__}
+    bases = (SyncSubclass, original, SyncBatchNorm)
+    if issubclass(original, LazyModuleMixin):
+        members["cls_to_become"] = SyncBatchNorm
+    return types.new_class(f"Sync{original.__name__}", bases, exec_body=lambda namespace: namespace.update(members))
+
+
+def why_not(layer: _BatchNorm) -> str | None:
+    """Why the behaviour of a layer of a subclass could not be kept; None where it can."""
+    original = type(layer)
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    if issubclass(original, nn.SyncBatchNorm):
+        return "it subclasses torch's SyncBatchNorm, which communicates by itself"
+    if original.forward is _BatchNorm.forward or _reaches_batch_norm(original, original.forward, set()):
+        return None
+    return "its forward neither calls super().forward nor F.batch_norm"
+
+
+def _reaches_batch_norm(cls: type, function: Any, seen: set[Any]) -> bool:
+    """Whether a function, or one of the class or its module that it calls, calls a batch normalization we can replace.
+
+    A look at the names in its code: the proof is the first training forward, which raises if nothing was replaced.
+    """
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen:
+        return False
+    seen.add(code)
+    names = set(_names_in(code))
+    if "batch_norm" in names or ("forward" in names and "super" in names):
+        return True
+    if "forward" in names and any(base.__name__ in names for base in cls.__mro__ if issubclass(base, _BatchNorm)):
+        return True  # nn.BatchNorm2d.forward(self, input), which calls F.batch_norm
+    closure = [cell.cell_contents for cell in function.__closure__ or () if cell.cell_contents is not None]
+    called = [*closure, *(getattr(cls, name, None) for name in names), *(function.__globals__.get(n) for n in names)]
+    if any(item is known for item in called for known in _BATCH_NORMS):
+        return True
+    return any(_reaches_batch_norm(cls, item, seen) for item in called if isinstance(item, types.FunctionType))
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that a code object uses, comprehensions and inner functions included."""
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)

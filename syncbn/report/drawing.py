@@ -1,0 +1,203 @@
+"""The figures of a report: Bokeh plots with a title and a text that says what healthy looks like."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from bokeh.models import (
+    BasicTickFormatter,
+    BoxZoomTool,
+    ColumnDataSource,
+    CustomJSHover,
+    FixedTicker,
+    GlyphRenderer,
+    HoverTool,
+    Legend,
+    LegendItem,
+    Range1d,
+    ResetTool,
+    SaveTool,
+)
+from bokeh.plotting import figure
+from numpy.typing import NDArray
+
+from syncbn.report.runs import Run, shorten, shorten_name
+
+WIDTH = 1280  # pixels that the plots of one row have together
+# Okabe and Ito's colours, without the yellow that white paper swallows.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NUM_POINTS = 1000  # of one curve; a longer one is drawn as means of neighbours
+_INK, _GRID = "#333333", "#e4e4e4"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure of the report; without plots its text says what is absent."""
+
+    title: str
+    text: str
+    plots: Sequence[figure] = field(default_factory=list)
+
+
+def color(index: int) -> str:
+    """The colour of a run, everywhere in the report."""
+    return COLORS[index % len(COLORS)]
+
+
+def plain(text: str, length: int = 60) -> str:
+    """Text from a file as Bokeh may draw it: never as TeX, which it would have to load."""
+    return re.sub(r"\$\$|\\[\[(]", lambda found: " ".join(found[0]), shorten(text, length))
+
+
+def plot(width: int, height: int, title: str = "", **options: object) -> figure:
+    """An empty plot in the style of the report; width and height are those of the frame, without axes."""
+    drawn = figure(
+        frame_width=width,
+        frame_height=height,
+        title=plain(title, width // 7),
+        tools=[BoxZoomTool(), ResetTool(), SaveTool()],
+        toolbar_location="above",
+        min_border=4,
+        outline_line_color=None,
+        **options,
+    )
+    drawn.toolbar.logo = None
+    drawn.toolbar.autohide = True
+    drawn.grid.grid_line_color = _GRID
+    drawn.axis.axis_line_color = drawn.axis.major_tick_line_color = _INK
+    drawn.axis.minor_tick_line_color = None
+    drawn.axis.axis_label_text_font_style = "normal"
+    drawn.axis.major_label_text_color = drawn.axis.axis_label_text_color = drawn.title.text_color = _INK
+    drawn.title.text_font_size = "12px"
+    drawn.title.visible = bool(title)
+    return drawn
+
+
+def name_rows(drawn: figure, names: Sequence[str], *, visible: bool = True) -> None:
+    """Labels row k, which lies between k and k + 1, with the k-th name, as far as there is room for it."""
+    every = max(1, math.ceil(len(names) * 10 / (drawn.frame_height or 1)))
+    drawn.yaxis.ticker = FixedTicker(ticks=[row + 0.5 for row in range(0, len(names), every)])
+    drawn.yaxis.major_label_overrides = {row + 0.5: plain(shorten_name(name)) for row, name in enumerate(names)}
+    drawn.yaxis.major_label_text_font_size = "10px"
+    drawn.yaxis.visible = visible
+    drawn.ygrid.visible = False
+
+
+def hover_names(names: Sequence[str]) -> CustomJSHover:
+    """Shows the name of the row that the pointer is in."""
+    # A data source, because a formatter's arguments have to be models.
+    source = ColumnDataSource({"name": list(names)})
+    code = "const row = Math.floor(special_vars.y); return source.data.name[row] ?? ''"
+    return CustomJSHover(args={"source": source}, code=code)
+
+
+def steps_axis(drawn: figure) -> None:
+    """Whole steps below."""
+    drawn.xaxis.axis_label = "step"
+    drawn.xaxis.ticker.desired_num_ticks = max(2, drawn.frame_width // 60)
+    drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
+
+
+def thinned(table: dict[int, float], most: int = NUM_POINTS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Steps and values of a curve, NaN where not finite (the line has a gap there); means of neighbours if there are
+    more than `most`.
+    """
+    steps, values = np.array(list(table), dtype=np.float64), np.array(list(table.values()), dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan
+    if len(steps) > most:
+        parts = np.array_split(np.arange(len(steps)), most)
+        steps = np.array([steps[part[-1]] for part in parts])
+        values = np.array([finite_mean(values[part]) for part in parts])
+    return steps.astype(np.float32), values.astype(np.float32)
+
+
+def finite_mean(values: NDArray[np.float64], axis: int | None = None) -> NDArray[np.float64]:
+    """The mean of what is finite; NaN where nothing is."""
+    finite = np.isfinite(values)
+    count = finite.sum(axis=axis)
+    total: NDArray[np.float64] = np.where(finite, values, 0.0).sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence[str], steps: Range1d) -> Panel:
+    """Metrics over steps, a colour per run; the first key is drawn solid, the second dashed with circles."""
+    recorded = [
+        (k, i, run.metrics[key]) for k, run in enumerate(runs) for i, key in enumerate(keys) if key in run.metrics
+    ]
+    tables = [entry for entry in recorded if any(math.isfinite(value) for value in entry[2].values())]
+    if not tables:
+        return Panel(title, f"No {'finite ' if recorded else ''}{' or '.join(keys)} was recorded.")
+    values = np.array([value for *_, table in tables for value in table.values() if math.isfinite(value)])
+    is_log = bool(values.min() > 0 and values.max() > 30 * values.min())
+    drawn = plot(WIDTH // 2 - 80, 240, x_range=steps, y_axis_type="log" if is_log else "linear")
+    drawn.yaxis.axis_label = plain(f"{unit} (log scale)" if is_log else unit, 40)
+    if is_log:
+        _label_decades(drawn, values.min(), values.max())
+    steps_axis(drawn)
+    lines: dict[str, list[GlyphRenderer]] = {}
+    for k, i, table in tables:
+        name = keys[i] if len(runs) == 1 else runs[k].label
+        lines.setdefault(name, []).extend(_curve(drawn, table, color(i if len(runs) == 1 else k), i > 0, name, unit))
+    if len(lines) > 1:
+        _add_legend(drawn, lines, is_rising=sum(_trend(table) for *_, table in tables) > 0)
+    notes = [text]
+    if any(len(table) > NUM_POINTS for *_, table in tables):
+        notes.append(f"A longer record is drawn as {NUM_POINTS} means of neighbouring values.")
+    for k, i, table in recorded:
+        bad = [step for step, value in table.items() if not math.isfinite(value)]
+        if bad:
+            more = f" and {len(bad) - 1} later step(s)" if len(bad) > 1 else ""
+            whose = "" if len(runs) == 1 else f"{runs[k].label}: "
+            notes.append(f"{whose}{keys[i]} was not finite at step {bad[0]}{more}.")
+    return Panel(title, " ".join(notes), [drawn])
+
+
+def _curve(
+    drawn: figure, table: dict[int, float], line_color: str, is_second: bool, name: str, unit: str
+) -> list[GlyphRenderer]:
+    x, y = thinned(table)
+    source = ColumnDataSource({"x": x, "y": y})
+    dash, fill = ("dashed", "white") if is_second else ("solid", line_color)
+    line = drawn.line("x", "y", source=source, color=line_color, line_width=1.5, line_dash=dash)
+    # Dots show where few values were recorded, and a value between two gaps, which has no line.
+    size = 5 if len(x) < 60 else 1.5
+    dots = drawn.scatter("x", "y", source=source, color=line_color, fill_color=fill, size=size)
+    hover = HoverTool(renderers=[dots], visible=False)
+    hover.tooltips = [("", escaped(name)), ("step", "@x{0}"), (escaped(unit), "@y{0.0000}")]
+    drawn.add_tools(hover)
+    return [line, dots]
+
+
+def _trend(table: dict[int, float]) -> int:
+    """1, 0 or -1: whether it ends above or below where it began."""
+    finite = [value for value in table.values() if math.isfinite(value)]
+    return (finite[-1] > finite[0]) - (finite[-1] < finite[0])
+
+
+def _add_legend(drawn: figure, lines: dict[str, list[GlyphRenderer]], *, is_rising: bool) -> None:
+    """In the corner that the curves leave free, or below if it would hide them."""
+    items = [LegendItem(label=plain(name, 40), renderers=renderers) for name, renderers in lines.items()]
+    legend = Legend(items=items, click_policy="hide", location="bottom_right" if is_rising else "top_right")
+    legend.label_text_font_size, legend.glyph_height, legend.spacing, legend.padding = "10px", 14, 0, 4
+    legend.background_fill_alpha, legend.border_line_color = 0.8, _GRID
+    if len(items) > 5:
+        legend.location, legend.ncols = "top_left", 2
+    drawn.add_layout(legend, "below" if len(items) > 5 else "center")
+
+
+def _label_decades(drawn: figure, low: float, high: float) -> None:
+    """Ticks at 1, 2, 5, 10, ... or, over many decades, at powers of ten."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in ((1, 2, 5) if len(decades) < 5 else (1,))]
+    ticks = ticks[:: max(1, len(ticks) // 10)]
+    drawn.yaxis.ticker = drawn.ygrid.ticker = FixedTicker(ticks=ticks)
+    drawn.yaxis.major_label_overrides = {tick: f"{tick:g}" for tick in ticks}
+
+
+def escaped(text: str) -> str:
+    """Text from a file inside a tooltip's template, where @, $ and { begin a placeholder."""
+    return plain(re.sub(r"[@$<>&{}]", " ", text))

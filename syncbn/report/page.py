@@ -1,0 +1,166 @@
+"""The page of a report: what it shows in which order, in one HTML file with Bokeh's script inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bokeh.document import Document
+from bokeh.models import Range1d
+from bokeh.resources import Resources
+
+from syncbn.report.drawing import Panel
+from syncbn.report.drawing import curves as draw_curves
+from syncbn.report.heatmaps import heatmap as draw_heatmap
+from syncbn.report.heatmaps import histograms as draw_histograms
+from syncbn.report.runs import Run
+from syncbn.report.tables import audit, config, differences, each, environment, layer_tables, overview, safe
+from syncbn.report.timeline import freeze_timeline
+
+_TEXTS = {
+    "loss": "Solid: training, mean over the samples since the record before; dashed, circles: validation. Healthy: "
+    "both fall. Validation that rises while training falls is overfitting, or running statistics that do not fit.",
+    "accuracy": "Share of the validation set that is right, evaluated with running statistics. Dips while the loss "
+    "falls point to running statistics that lag behind.",
+    "loaded": "How far a running mean moved since it was loaded, in running standard deviations; the largest over "
+    "layers and channels. Exactly 0 where statistics are frozen.",
+    "lr": "Of the first parameter group.",
+    "speed": "Evaluation and saving do not count. Healthy: flat.",
+    "drift": "|batch mean - running mean| in running standard deviations, mean over channels. Healthy: high in the "
+    "first steps, then low and even. A layer that stays bright is evaluated with statistics that are not those of its "
+    "data. Blank: not recorded.",
+    "share": "The part of the variance that lies between the ranks. Near 0 every rank sees the same distribution; "
+    "where it is large, batch normalization without synchronization normalizes each rank differently. "
+    "Blank: not recorded.",
+    "gamma": "Mean |gamma| over channels. Healthy: slow changes. A layer that fades towards 0 is being switched off.",
+    "dead": "Share of channels with |gamma| < 1e-3 or a variance < 1e-8: their output hardly depends on their input. "
+    "Healthy: 0.",
+}
+
+_ABSENT = {
+    "drift": "It needs a logging step (log_every) and layers with running statistics.",
+    "between_rank_share": "It needs several ranks and layers that synchronize (bn.sync=true).",
+    "weight_abs": "It needs layers with gamma.",
+    "dead_channels": "It needs layers with gamma or running statistics.",
+}
+
+_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; width: 1320px;
+  margin: 24px auto; }
+h1 { font-size: 22px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; border-bottom: 1px solid #ccc; margin: 32px 0 8px; }
+h3 { font-size: 14px; margin: 12px 0 4px; }
+figure { margin: 0 0 20px; break-inside: avoid; }
+figcaption { max-width: 1100px; margin: 6px 0; overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: 4px; }
+.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 8px 24px; }
+.absent { color: #666; font-style: italic; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin: 6px 0; font-variant-numeric: tabular-nums; }
+th, td { border: 1px solid #ddd; padding: 3px 8px; text-align: left; vertical-align: top;
+  overflow-wrap: break-word; max-width: 420px; }
+th { background: #f4f4f4; } pre { background: #f7f7f7; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; padding: 2px 0; }
+.swatch { display: inline-block; width: 12px; height: 12px; margin-right: 6px; vertical-align: -1px; }
+@media print { body { width: auto; } details { display: block; } }
+"""
+
+
+def page(runs: Sequence[Run]) -> str:
+    layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
+    # One range for all plots over steps: zooming into one zooms all.
+    steps = Range1d(0, max(1, *(run.last_step for run in runs)))
+
+    def curves(title: str, text: str, unit: str, *keys: str) -> Panel:
+        return draw_curves(runs, title, text, unit, keys, steps)
+
+    def heatmap(key: str, title: str, text: str, unit: str) -> Panel:
+        return draw_heatmap(runs, layers, key, title, text, _ABSENT[key], unit, steps)
+
+    def histogram(kind: str, title: str, text: str) -> Panel:
+        return draw_histograms(runs, layers, kind, title, text)
+
+    others = sorted(
+        {key for run in runs for key in run.metrics if key.startswith("val/")} - {"val/loss", "val/accuracy"}
+    )
+    drifts = sorted({key for run in runs for key in run.metrics if key.startswith("drift/")})
+    curve_panels = [
+        curves("Loss", _TEXTS["loss"], "loss", "train/loss", "val/loss"),
+        curves("Accuracy", _TEXTS["accuracy"], "share right", "val/accuracy"),
+        *(curves(key, "On the validation set.", key.removeprefix("val/"), key) for key in others),
+        *(curves(f"Drift of {key.removeprefix('drift/')}", _TEXTS["loaded"], "running std", key) for key in drifts),
+        curves("Learning rate", _TEXTS["lr"], "learning rate", "train/lr"),
+    ]
+    heat_panels = [
+        heatmap("drift", "Drift", _TEXTS["drift"], "running std"),
+        heatmap("between_rank_share", "Between-rank share", _TEXTS["share"], "share of variance"),
+        heatmap("weight_abs", "Gamma", _TEXTS["gamma"], "mean |gamma|"),
+        heatmap("dead_channels", "Dead channels", _TEXTS["dead"], "share of channels"),
+    ]
+    histogram_panels = [
+        histogram("weight", "gamma", "Healthy: around one hump; a spike at 0 is dead channels."),
+        histogram("bias", "beta", "Healthy: around 0, without far outliers."),
+        histogram("running_mean", "running mean", "Healthy: the last batch lies where the running mean does."),
+        histogram("running_var", "running variance", "Healthy: above 1e-8, and the last batch lies there too."),
+    ]
+    speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", "train/samples_per_second")
+    document = Document()
+    targets: list[str] = []
+
+    def figures(panels: Iterable[Panel], style: str) -> str:
+        parts = []
+        for panel in panels:
+            places = []
+            for drawn in panel.plots:
+                document.add_root(drawn)
+                targets.append(f"plot-{len(targets) + 1}")
+                places.append(f'<div id="{targets[-1]}"></div>')
+            row = f'<div class="row">{"".join(places)}</div>' if places else ""
+            kind = "absent" if not places else ""
+            text = f"<figcaption><b>{safe(panel.title)}.</b> {safe(panel.text)}</figcaption>"
+            parts.append(f'<figure class="{kind}">{text}{row}</figure>')
+        return f'<div class="{style}">{"".join(parts)}</div>'
+
+    sections = [
+        ("Overview", overview(runs)),
+        ("Curves", figures(curve_panels, "pairs")),
+        ("Layers over time", figures(heat_panels, "")),
+        ("Freezing", figures([freeze_timeline(runs, steps)], "")),
+        ("Layers at the end", layer_tables(runs) + figures(histogram_panels, "pairs")),
+        ("Audit", each(runs, audit)),
+        ("Throughput", figures([speed], "")),
+        ("Configuration", differences(runs) + each(runs, config, "config.yaml")),
+        ("Environment", each(runs, environment, "environment.json")),
+    ]
+    content = _renumbered(document.to_json(deferred=False))
+    roots = {root["id"]: target for root, target in zip(content["roots"], targets, strict=True)}
+    embedded = json.dumps(content).replace("<", "\\u003c")  # no text of a file can end the script
+    items = json.dumps([{"docid": "report", "roots": roots, "root_ids": list(roots)}])
+    title = safe(f"syncbn report: {', '.join(run.label for run in runs)}")
+    body = "".join(
+        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{text}</section>' for name, text in sections
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
+        f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n"
+        f"<script>Bokeh.embed.embed_items({{report: {embedded}}}, {items})</script>\n</body>\n</html>\n"
+    )
+
+
+def _renumbered(content: Any) -> Any:
+    """A document whose ids count from 1: Bokeh's own depend on what the process has drawn before."""
+    numbers: dict[str, str] = {}
+
+    def renumber(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: numbers.setdefault(item, f"m{len(numbers) + 1}")
+                if key == "id" and isinstance(item, str)
+                else renumber(item)
+                for key, item in value.items()
+            }
+        return [renumber(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return renumber(content)

@@ -1,0 +1,147 @@
+"""The tables of a report, as HTML; all text that comes from files is escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from syncbn.report.drawing import color
+from syncbn.report.runs import Run
+
+_SEVERITIES = ("error", "warning", "info")
+
+
+def overview(runs: Sequence[Run]) -> str:
+    finals = [_finals(run) for run in runs]
+    names = sorted({name for final in finals for name in final}, key=lambda name: (_order(name), name))
+    rows = []
+    for k, (run, final) in enumerate(zip(runs, finals, strict=True)):
+        numbers = [_number(final[name]) if name in final else "" for name in names]
+        epoch = run.last("epoch")
+        where = f"{run.last_step}" + ("" if epoch is None else f" (epoch {epoch:.4g})")
+        swatch = f'<span class="swatch" style="background:{color(k)}"></span>' if len(runs) > 1 else ""
+        rows.append([f"{swatch}{safe(run.label)}", safe(_state(run)), where, *numbers])
+    headers = ["run", "state", "last step", *map(safe, names)]
+    remarks = [f"{run.label}: {remark}" for run in runs for remark in run.remarks]
+    text = (
+        "Numbers that a run gave at its end (of the weights that it kept) or, where it did not come to its end, the "
+        "last on record. Rates lie between 0 and 1. Dragging a box in a plot over steps zooms all of them; "
+        "the symbol above a plot that turns back resets."
+    )
+    return f"<p>{text}</p>{table(headers, rows)}" + "".join(f'<p class="absent">{safe(line)}</p>' for line in remarks)
+
+
+def _finals(run: Run) -> dict[str, float]:
+    """The numbers that stand for a run."""
+    given = (run.summary or {}).get("metrics")
+    if isinstance(given, dict) and given:
+        return {str(name): float(value) for name, value in given.items() if isinstance(value, (int, float, str))}
+    wanted = ("val/", "test/", "drift/", "train/loss", "train/samples_per_second")
+    return {name: table[max(table)] for name, table in run.metrics.items() if name.startswith(wanted)}
+
+
+def _order(name: str) -> int:
+    groups = ("test/", "val/", "drift/", "train/")
+    return next((k for k, group in enumerate(groups) if name.startswith(group)), len(groups))
+
+
+def _state(run: Run) -> str:
+    if run.summary is None:
+        return "no end on record: it goes on, was killed, or failed"
+    if run.summary.get("failed"):
+        return f"failed: {run.summary['failed']}"
+    return "stopped early" if run.summary.get("stopped") else "finished"
+
+
+def layer_tables(runs: Sequence[Run]) -> str:
+    """The last record of every layer in numbers."""
+    columns = {
+        "values_per_channel": "values per channel", "drift": "drift", "between_rank_share": "between-rank share",
+        "weight_abs": "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
+        "running_var": "mean running variance", "dead_channels": "dead channels", "stats_frozen": "stats frozen",
+        "affine_frozen": "affine frozen",
+    }  # fmt: skip
+
+    def numbers(run: Run) -> str:
+        present = [key for key in columns if any(key in keys for keys in run.by_layer.values())]
+        if not present:
+            return '<p class="absent">No numbers of layers (bn/...) were recorded.</p>'
+        rows = [
+            [safe(layer), *(_last(run.by_layer[layer].get(key)) for key in present)]
+            for layer in run.layers
+            if layer in run.by_layer
+        ]
+        return table(["layer", *(columns[key] for key in present)], rows)
+
+    return each(runs, numbers, "numbers of the last record")
+
+
+def _last(table: dict[int, float] | None) -> str:
+    return _number(table[max(table)]) if table else ""
+
+
+def audit(run: Run) -> str:
+    if run.audit is None:
+        return '<p class="absent">No audit was recorded (audit.json).</p>'
+    if not run.audit:
+        return "<p>The audit found nothing.</p>"
+
+    def rank(finding: dict[str, str]) -> int:
+        severity = finding.get("severity", "").lower()
+        return _SEVERITIES.index(severity) if severity in _SEVERITIES else len(_SEVERITIES)
+
+    columns = ("severity", "layer", "rule", "why", "remedy")
+    return table(columns, [[safe(f.get(key, "")) for key in columns] for f in sorted(run.audit, key=rank)])
+
+
+def differences(runs: Sequence[Run]) -> str:
+    configs = [run.flat_config() for run in runs]
+    keys = sorted({key for config in configs for key in config})
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    if len(runs) == 1 or not any(configs):
+        return ""
+    if not differing:
+        return "<p>All configurations are the same.</p>"
+    rows = [[safe(key), *(safe(config.get(key, "")) for config in configs)] for key in differing]
+    return f"<p>Keys in which the runs differ:</p>{table(['key', *(safe(run.label) for run in runs)], rows)}"
+
+
+def config(run: Run) -> str:
+    if not run.config:
+        return '<p class="absent">No configuration was recorded (config.yaml).</p>'
+    return f"<pre>{safe(run.config)}</pre>"
+
+
+def environment(run: Run) -> str:
+    if not run.environment:
+        return '<p class="absent">No environment was recorded (environment.json).</p>'
+    return table(("what", "value"), [[safe(key), safe(value)] for key, value in run.environment.items()])
+
+
+def each(runs: Sequence[Run], content: Callable[[Run], str], folded: str = "") -> str:
+    """The content of every run under its name; folded into a line that opens, if that line is given."""
+    parts = []
+    for run in runs:
+        name = safe(run.label) if len(runs) > 1 else ""
+        if folded:
+            summary = f"{name}: {folded}" if name else folded
+            parts.append(f"<details><summary>{summary}</summary>{content(run)}</details>")
+        else:
+            parts.append((f"<h3>{name}</h3>" if name else "") + content(run))
+    return "".join(parts)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML."""
+    head = "".join(f"<th>{header}</th>" for header in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def safe(text: str) -> str:
+    return html.escape(text)

@@ -1,0 +1,113 @@
+"""The freeze timeline: what was frozen from when to when, as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bokeh.models import ColumnDataSource, HoverTool, Legend, LegendItem, Range1d
+
+from syncbn.report.drawing import COLORS, WIDTH, Panel, escaped, name_rows, plot, steps_axis
+from syncbn.report.runs import Run
+
+SWITCHES = {"stats": COLORS[0], "affine": COLORS[4], "weights": COLORS[3]}
+_Bars = tuple[tuple[float, float], ...]  # from a step to a step
+
+
+def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
+    """A row per module that is frozen at some time, a bar per switch; modules that share their times share a row."""
+    title = "Freeze timeline"
+    plots, without = [], []
+    for run in runs:
+        rows = _rolled_up(_bars(run), run.layers)
+        if not rows:
+            without.append(run.label)
+            continue
+        names = [name for name, _ in reversed(rows.items())]
+        height = max(50, min(len(names) * 24, max(600, len(names) * 12)))
+        drawn = plot(
+            WIDTH - 320, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
+        )
+        drawn.min_border_left = 210  # the same for every run, so that steps stand below each other
+        items = []
+        for lane, (switch, color) in enumerate(SWITCHES.items()):
+            bars = [(row, name, bar) for row, name in enumerate(names) for bar in rows[name].get(switch, ())]
+            data = {
+                "left": [start for _, _, (start, _) in bars],
+                "right": [end for _, _, (_, end) in bars],
+                "top": [row + 0.9 - 0.27 * lane for row, _, _ in bars],
+                "bottom": [row + 0.65 - 0.27 * lane for row, _, _ in bars],
+                "module": [escaped(name) for _, name, _ in bars],
+            }
+            if not bars:
+                continue
+            quads = drawn.quad("left", "right", "top", "bottom", source=ColumnDataSource(data), color=color)
+            items.append(LegendItem(label=switch, renderers=[quads]))
+            hover = HoverTool(renderers=[quads], visible=False)
+            hover.tooltips = [("module", "@module"), ("frozen", f"{switch}, step @left to @right")]
+            drawn.add_tools(hover)
+        drawn.add_layout(Legend(items=items, click_policy="hide", border_line_color=None), "right")
+        name_rows(drawn, names)
+        steps_axis(drawn)
+        plots.append(drawn)
+    if not plots:
+        return Panel(title, "No freeze switch was recorded: nothing was frozen by a rule.")
+    text = (
+        "A bar means frozen: stats holds running mean and variance, affine gamma and beta, weights all other "
+        "parameters. Modules below one prefix that share their times share a row, which tells how many they are. "
+        "Affine and weights without stats is the classic mistake: the parameters rest, the running statistics move on."
+    )
+    nothing = f" Nothing was frozen by a rule in {', '.join(without)}." if without else ""
+    return Panel(title, text + nothing, plots)
+
+
+def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
+    """Per module and switch the spans in which it was frozen; what is never thawed ends with the run."""
+    found: dict[str, dict[str, _Bars]] = {}
+    for key, table in run.metrics.items():
+        module, _, switch = key.removeprefix("freeze/").rpartition("/")
+        if not key.startswith("freeze/") or switch not in SWITCHES:
+            continue
+        spans, since = [], None
+        for step, value in table.items():
+            if value and since is None:
+                since = step
+            elif not value and since is not None:
+                spans.append((float(since), float(step)))
+                since = None
+        if since is not None:
+            spans.append((float(since), float(max(run.last_step, since + 1))))
+        if spans:
+            found.setdefault(module, {})[switch] = tuple(spans)
+    return found
+
+
+def _rolled_up(modules: dict[str, dict[str, _Bars]], layers: Sequence[str]) -> dict[str, dict[str, _Bars]]:
+    """Rows by name: modules below one prefix become one row where no two of them disagree about a switch.
+
+    Args:
+        layers: the batch normalization layers that are known to be there, frozen or not.
+    """
+    rows: dict[str, dict[str, _Bars]] = {}
+    members: dict[str, int] = {}
+    for module, switches in modules.items():
+        parts = module.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        row = next(prefix for prefix in prefixes if prefix == module or _agree(prefix, modules, layers))
+        rows.setdefault(row, {}).update(switches)
+        members[row] = members.get(row, 0) + 1
+    return {name if members[name] == 1 else f"{name} ({members[name]} modules)": rows[name] for name in rows}
+
+
+def _agree(prefix: str, modules: dict[str, dict[str, _Bars]], layers: Sequence[str]) -> bool:
+    def is_below(name: str) -> bool:
+        return name == prefix or name.startswith(f"{prefix}.")
+
+    for switch in SWITCHES:
+        times = {switches[switch] for name, switches in modules.items() if is_below(name) and switch in switches}
+        # A layer whose statistics or affine are never frozen is on no record, yet it is below the prefix.
+        is_partial = switch != "weights" and any(
+            is_below(layer) and switch not in modules.get(layer, {}) for layer in layers
+        )
+        if len(times) > 1 or (times and is_partial):
+            return False
+    return True

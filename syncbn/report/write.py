@@ -1,0 +1,74 @@
+"""The report: one HTML file about one run or several, which needs no network.
+
+It reads files of run directories alone, so it works for a run that failed, was killed, or still goes on. The same files
+give the same report, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from syncbn.report.runs import read_runs, run_directories
+
+
+def write_report(runs: Sequence[Path], path: Path) -> None:
+    """Writes the report of these runs to `path`, whole or not at all.
+
+    Args:
+        runs: run directories, or those of multiruns, which stand for their jobs. Several are shown side by side.
+
+    Raises:
+        ValueError: a directory is not that of a run.
+        ImportError: Bokeh, which draws, is not installed.
+        OSError: the file cannot be written.
+    """
+    directories = list(dict.fromkeys(job for run in runs for job in run_directories(run)))
+    if not directories:
+        raise ValueError("a report needs at least one run")
+    try:
+        importlib.import_module("bokeh.plotting")
+    except ImportError as error:
+        raise ImportError(f"the report is drawn by Bokeh: pip install 'syncbn[report]' ({error})") from error
+    from syncbn.report.page import page
+
+    content = page(read_runs(directories))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `python -m syncbn report`."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run directory, or that of a multirun; several: side by side",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="default: report.html in the directory of the run, here for several"
+    )
+
+
+def command(args: argparse.Namespace) -> int:
+    """Writes the report and says where; the exit code is 2 if it cannot be written."""
+    output = args.output or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
+    try:
+        write_report(args.runs, output)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --output: {output} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0

@@ -1,0 +1,134 @@
+"""Precise batch normalization: running statistics that are those of many batches, not a moving average of the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn.kernels import operators
+from syncbn.nn.accumulate import pooling
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.even_steps import even_steps
+from syncbn.nn.groups import collective_group, spans_world, sum_over_ranks
+from syncbn.nn.moments import Moments
+from syncbn.stats.calls import has_lazy_layers, input_of
+
+
+@torch.no_grad()
+def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | None = None) -> None:
+    """Replaces the running statistics by those of the population: all samples of `batches`, of all ranks together.
+
+    Each layer normalizes every batch with that (global) batch's statistics, as in training, while everything else is in
+    evaluation mode: dropout does not disturb what evaluation will see. The moments of all batches are pooled by their
+    numbers of samples, the spread of the means included, and written to the buffers in place, the variance unbiased.
+    (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm".) Weights, counters, momentum and modes are as before; after
+    an exception the buffers are, too. Layers with frozen statistics, or without running ones, are passed over; plain
+    `nn.BatchNorm` takes part, normalizing by this rank's batch.
+
+    Every rank has to call it. Ranks may have different numbers of batches: those that run out go on with empty ones
+    (see `even_steps`), so the model has to take zero rows then. All ranks end up with the same bits.
+
+    Args:
+        model: with or without DDP around it.
+        batches: this rank's shard; each batch is the model's input, or a tuple or list that begins with it.
+        num_batches: stop after so many on each rank; None for all.
+
+    Raises:
+        ValueError: no batch on any rank; no layer that could take part; lazy layers that have not seen their width;
+            num_batches below 1.
+
+    Example:
+        >>> layer = SyncBatchNorm(3)
+        >>> x = torch.randn(8, 3, 4, 4)
+        >>> precise_bn(layer, x.split(2))
+        >>> torch.allclose(layer.running_mean, x.mean((0, 2, 3)), atol=1e-6)
+        True
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches: expected None or 1 or more, got {num_batches}")
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if has_lazy_layers(model):
+        raise ValueError("model: has lazy layers that have not seen their width; run it once before")
+    with ExitStack() as stack:
+        synchronized = stack.enter_context(pooling(model, "precise_bn"))
+        plain = stack.enter_context(_watching(model))
+        if not synchronized and not plain:
+            raise ValueError("model: has no batch normalization with running statistics that are not frozen")
+        stack.enter_context(_training_alone(model, [*synchronized, *plain]))
+        seen = 0
+        for batch in even_steps(islice(batches, num_batches)):
+            model(batch[0] if isinstance(batch, tuple | list) else batch)
+            seen += 1
+        if seen == 0:
+            raise ValueError("batches: expected at least one, got none")
+        found: list[tuple[_BatchNorm, Tensor]] = []
+        for layer in synchronized:
+            assert layer._pool is not None
+            found.append((layer, _over_all_groups(layer, layer._pool.packed)))
+        found += [(other, moments.all_reduce().packed) for other, moments in plain.items() if moments is not None]
+    for one, packed in found:  # in place; without samples nothing moves
+        operators.finish(packed, one.running_mean, one.running_var, None, 1.0, 0.0, torch.float64)
+
+
+def _over_all_groups(layer: SyncBatchNorm, packed: Tensor) -> Tensor:
+    """Sums of all ranks, where a layer with a sub-group has those of the group on each of its ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or spans_world(layer.process_group):
+        return packed
+    group = collective_group(layer.process_group)
+    total = packed / (1 if group is None else dist.get_world_size(group))
+    assert dist.group.WORLD is not None
+    sum_over_ranks(total, dist.group.WORLD)
+    return total
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[dict[_BatchNorm, Moments | None]]:
+    """The moments of what torch's own layers are given on this rank. Meanwhile they move copies of their buffers."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm) and layer.running_mean is not None
+    ]
+    seen: dict[_BatchNorm, Moments | None] = dict.fromkeys(layers)
+
+    def look(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        input = input_of(arguments, keywords)
+        if input is not None:
+            before, new = seen[layer], Moments.of(input)
+            seen[layer] = new if before is None else before + new
+
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    buffers = {layer: dict(layer._buffers) for layer in layers}
+    for layer, own in buffers.items():
+        layer._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in own.items()})
+    try:
+        yield seen
+    finally:
+        for layer, own in buffers.items():
+            layer._buffers.update(own)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _training_alone(model: nn.Module, layers: list[Any]) -> Iterator[None]:
+    """These layers in training mode, all others in evaluation mode; every mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

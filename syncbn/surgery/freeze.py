@@ -1,0 +1,138 @@
+"""Freezing and unfreezing parts of a model by name.
+
+Freezing is a state of a layer, not a mode and not a class: it survives `train()`, `eval()` and `deepcopy`, it shows in
+the repr, and parameters, buffers and keys stay what they were.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.frozen import hold, is_held, own_parameters, release
+from syncbn.nn.patterns import Patterns, select
+
+
+def freeze(
+    module: nn.Module,
+    match: Patterns = "*",
+    *,
+    exclude: Patterns | None = (),
+    stats: bool = True,
+    affine: bool = True,
+    weights: bool = False,
+) -> list[str]:
+    """Freezes what the patterns select, until `unfreeze`.
+
+    Args:
+        module: a model; wrap it in `DistributedDataParallel` after freezing, not before.
+        match: patterns of module names; a plain name selects the module and all below it.
+        exclude: patterns of modules to leave.
+        stats: running statistics of `SyncBatchNorm` layers: they normalize in training too and do not move by a bit.
+        affine: weight and bias of batch normalization layers: no gradient and no update.
+        weights: the parameters of every other selected module (convolutions, linear layers, ...).
+
+    Returns:
+        The names of the modules it touched.
+
+    Raises:
+        ValueError: a pattern that selects nothing; nothing to freeze in what is selected; `stats` on a layer without
+            running statistics.
+        TypeError: `stats` on a batch normalization that is not a `SyncBatchNorm`. Nothing has been frozen in any of
+            these cases.
+    """
+    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
+    apply_switches(module, [(target, switch, True) for target, switches in targets.values() for switch in switches])
+    return list(targets)
+
+
+def unfreeze(
+    module: nn.Module,
+    match: Patterns = "*",
+    *,
+    exclude: Patterns | None = (),
+    stats: bool = True,
+    affine: bool = True,
+    weights: bool = False,
+) -> list[str]:
+    """Undoes `freeze` on what the patterns select: `requires_grad` is again what it was before. Arguments and errors as
+    there.
+    """
+    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
+    apply_switches(module, [(target, switch, False) for target, switches in targets.values() for switch in switches])
+    return list(targets)
+
+
+def frozen_switches(module: nn.Module) -> set[str]:
+    """Which of "stats", "affine" and "weights" are frozen on this one module."""
+    switches = set()
+    if isinstance(module, SyncBatchNorm) and module.stats_frozen:
+        switches.add("stats")
+    if is_held(module):
+        switches.add("affine" if isinstance(module, _BatchNorm) else "weights")
+    return switches
+
+
+def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool]]) -> None:
+    """Freezes (True) or frees (False) "stats", "affine" or "weights" of modules of `root`, all at once.
+
+    At once, because parameters may be tied: one that two modules share is held until both let it go.
+    """
+    parameters: dict[bool, list[nn.Module]] = {True: [], False: []}
+    for module, switch, frozen in changes:
+        if switch == "stats":
+            assert isinstance(module, SyncBatchNorm)
+            change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may have its own
+            change(module, stats=True, affine=False)
+        else:
+            parameters[frozen].append(module)
+    release(parameters[False], root)
+    hold(parameters[True], root)
+
+
+def freezable(
+    module: nn.Module, match: Patterns, exclude: Patterns | None, *, stats: bool, affine: bool, weights: bool
+) -> dict[str, tuple[nn.Module, list[str]]]:
+    """The selected modules on which one of the asked switches exists, by name, each with those switches.
+
+    Raises: as `freeze`.
+    """
+    selected = select(module, match, exclude)
+    found: dict[str, tuple[nn.Module, list[str]]] = {}
+    for name, candidate in selected.items():
+        switches = []
+        has_parameters = bool(own_parameters(candidate))
+        if isinstance(candidate, LazyModuleMixin) and candidate.has_uninitialized_params():
+            raise ValueError(f"{name or 'the module'} is lazy and has not seen its width; run a batch through it first")
+        if isinstance(candidate, _BatchNorm):
+            if stats:
+                _check_can_freeze_stats(name, candidate)
+                switches.append("stats")
+            if affine and has_parameters:
+                switches.append("affine")
+        elif weights and has_parameters:
+            switches.append("weights")
+        if switches:
+            found[name] = (candidate, switches)
+    if not found:
+        asked = [name for name, on in (("stats", stats), ("affine", affine), ("weights", weights)) if on]
+        raise ValueError(
+            f"match={match!r} selects nothing that has {' or '.join(asked) or 'anything'} to freeze, in"
+            f" {len(selected)} modules; choose others, or weights=True for layers that are no batch normalization"
+        )
+    return found
+
+
+def _check_can_freeze_stats(name: str, layer: _BatchNorm) -> None:
+    if not isinstance(layer, SyncBatchNorm):
+        raise TypeError(
+            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be frozen, because they move"
+            " whenever it is in training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a"
+            " single process too)"
+        )
+    if layer.running_mean is None:
+        raise ValueError(
+            f"{name or 'the module'} keeps no running statistics (track_running_stats=False): nothing to freeze"
+        )

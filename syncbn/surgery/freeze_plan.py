@@ -1,0 +1,138 @@
+"""FreezePlan: what is frozen at which step, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from syncbn.nn.patterns import Patterns
+from syncbn.surgery.freeze import apply_switches, freezable, frozen_switches
+
+SWITCHES = ("stats", "affine", "weights")
+
+
+@dataclass(frozen=True)
+class FreezeRule:
+    """Freezes `stats`, `affine` and `weights` of the selected modules in steps start <= t < until."""
+
+    match: Patterns
+    exclude: Patterns | None = ()
+    stats: bool = True
+    affine: bool = True
+    weights: bool = False
+    start: int | None = None
+    until: int | None = None
+
+    def is_active(self, step: int) -> bool:
+        """Whether the rule freezes anything at this step."""
+        return (self.start or 0) <= step and (self.until is None or step < self.until)
+
+    def targets(self, model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
+        """The modules that the rule touches, by name, each with its switches."""
+        return freezable(model, self.match, self.exclude, stats=self.stats, affine=self.affine, weights=self.weights)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One change of state: `switch` ("stats", "affine" or "weights") of `module` is now frozen, or free again."""
+
+    module: str
+    switch: str
+    frozen: bool
+
+
+class FreezePlan:
+    """Named rules, each of which only freezes: a switch is frozen at step t when any rule active at t selects it.
+
+    The order of rules does not matter. Modules that no rule selects are never touched.
+
+    Example:
+        >>> from syncbn import SyncBatchNorm
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), SyncBatchNorm(4))
+        >>> plan = FreezePlan({"warm": FreezeRule("1", until=100)})
+        >>> [switch.module for switch in plan.apply(model, step=0)]
+        ['1', '1']
+        >>> model[1].stats_frozen, plan.apply(model, step=50)
+        (True, [])
+    """
+
+    def __init__(self, rules: Mapping[str, FreezeRule]) -> None:
+        self.rules = dict(rules)
+
+    @property
+    def boundaries(self) -> set[int]:
+        """The steps at which a rule begins or ends; between them `apply` has nothing to do."""
+        return {time for rule in self.rules.values() for time in (rule.start, rule.until) if time is not None}
+
+    def check(self, model: nn.Module, num_steps: int | None = None) -> list[str]:
+        """Proves the plan on the model before training; returns warnings.
+
+        Raises:
+            ValueError, TypeError: a rule that selects or freezes nothing, or ends before it starts; the message names
+                the rule.
+        """
+        warnings = []
+        for name, rule in self.rules.items():
+            if rule.until is not None and rule.until <= (rule.start or 0):
+                raise ValueError(
+                    f"{name}.until: expected a time after its start ({rule.start or 0}), got {rule.until} (in steps)"
+                )
+            try:
+                rule.targets(model)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            if num_steps is not None and (rule.start or 0) >= num_steps:
+                warnings.append(
+                    f"{name}: starts at step {rule.start}, after the last step {num_steps - 1}; it has no effect"
+                )
+            elif self._is_covered(name, model):
+                warnings.append(f"{name}: other rules freeze all of it from beginning to end; it has no effect")
+        return warnings
+
+    def frozen_at(self, model: nn.Module, step: int) -> dict[str, set[str]]:
+        """For every module that some rule selects, by name: which of its switches are frozen at this step."""
+        frozen: dict[str, set[str]] = {}
+        for rule in self.rules.values():
+            for name, (_, switches) in rule.targets(model).items():
+                frozen.setdefault(name, set()).update(switches if rule.is_active(step) else ())
+        return frozen
+
+    def apply(self, model: nn.Module, step: int) -> list[Switch]:
+        """Brings the model to the state of this step; returns what changed. A change calls for wrapping in DDP anew.
+
+        Touches only switches that some rule names: what you froze otherwise stays frozen.
+        """
+        frozen = self.frozen_at(model, step)
+        governed: dict[str, tuple[nn.Module, set[str]]] = {}
+        for rule in self.rules.values():
+            for name, (module, switches) in rule.targets(model).items():
+                governed.setdefault(name, (module, set()))[1].update(switches)
+        changes = [
+            (module, Switch(name, switch, switch in frozen[name]))
+            for name, (module, switches) in governed.items()
+            for switch in sorted(switches)
+            if (switch in frozen[name]) != (switch in frozen_switches(module))
+        ]
+        apply_switches(model, [(module, change.switch, change.frozen) for module, change in changes])
+        return [change for _, change in changes]
+
+    def table(self, model: nn.Module) -> list[tuple[str, str, str, str]]:
+        """The plan in words: a row (rule, module, switches, steps) for every module that a rule touches."""
+        rows = []
+        for name, rule in self.rules.items():
+            span = f"{rule.start or 0} to {'the end' if rule.until is None else rule.until}"
+            rows += [(name, module, ", ".join(switches), span) for module, (_, switches) in rule.targets(model).items()]
+        return rows
+
+    def _is_covered(self, name: str, model: nn.Module) -> bool:
+        """Whether rules without a time span already freeze everything that this rule freezes."""
+        permanent = [
+            rule for key, rule in self.rules.items() if key != name and rule.start is None and rule.until is None
+        ]
+        frozen = FreezePlan({str(i): rule for i, rule in enumerate(permanent)}).frozen_at(model, 0)
+        return all(
+            set(switches) <= frozen.get(target, set())
+            for target, (_, switches) in self.rules[name].targets(model).items()
+        )

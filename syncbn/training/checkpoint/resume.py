@@ -1,0 +1,134 @@
+"""Going on with a run: which checkpoint, and which configuration.
+
+The stored configuration is the run's. What the command line says again is compared with it: a few keys may change
+between attempts, for any other a difference is an error, because the run would silently be another one from there on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from syncbn.training.checkpoint.state import newest, read
+from syncbn.training.config.parsing import flatten, parse, to_dict
+from syncbn.training.config.redaction import is_redacted, redacted
+from syncbn.training.config.schema import SCHEMAS, Config, ConfigError
+from syncbn.training.distributed import world
+
+log = logging.getLogger(__name__)
+
+# What may differ from one attempt to the next: where and how long it runs, and how it is watched.
+MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "profile", "save",
+              "tracker", "on_nonfinite", "collective_timeout", "bn.debug", "audit", "data.path", "data.workers",
+              "data.prefetch", "data.cache", "eval", "recalibrate", "export")  # fmt: skip
+# What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
+_UNUSED = ("init",)
+_GROUPS = (*SCHEMAS, "freeze", "tracker")
+_ANYTHING = ("experiment", "debug")  # choices that may set any key
+
+
+def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
+    """The checkpoint that this run goes on from; None for a new run.
+
+    A path is where a run begins. Once the run has checkpoints of its own it goes on from those, unless the path is one
+    of them.
+
+    Raises:
+        ConfigError: `resume=none` in a directory that holds a run already; no checkpoint where one was named.
+    """
+    present = newest(run_dir)
+    if config.resume == "auto" or (present is not None and world.attempt() != "0"):
+        return present  # whatever the first attempt started from, after a restart the run goes on
+    if present is not None and config.resume == "none":
+        raise ConfigError(f"resume: {run_dir} holds a run already; choose another name with run=..., or resume=auto")
+    if config.resume == "none":
+        return None
+    path = Path(config.resume)
+    if present is not None and run_dir.resolve() not in path.resolve().parents:
+        log.info("%s holds checkpoints of its own and goes on from them; resume=%s was its beginning", run_dir, path)
+        return present
+    if path.is_dir():
+        found = newest(path)
+        if found is None:
+            raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
+        return found
+    return path
+
+
+def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of the run that `path` belongs to, with what the command line may change.
+
+    Raises:
+        ConfigError: a key given on the command line differs from the stored one and may not change.
+    """
+    stored, current = read(path, "resume")["config"], to_dict(config)
+    before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
+    merged = OmegaConf.create(stored)
+    for key, value in before.items():
+        if is_redacted(value) and redacted(now.get(key), key.split(".")[-1]) == value:
+            OmegaConf.update(merged, key, now[key])  # a secret is not stored: it has been given anew
+            before[key] = now[key]
+    for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
+        if key.split(".")[0] in _UNUSED:
+            continue
+        if any(key == prefix or key.startswith(f"{prefix}.") for prefix in MAY_CHANGE):
+            OmegaConf.update(merged, key, now.get(key), force_add=True)
+        elif before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: the run that {path} belongs to has {before.get(key)!r}, got {now.get(key)!r}; leave it as it"
+                " was, or start another run with run=..."
+            )
+    container = OmegaConf.to_container(merged)
+    assert isinstance(container, dict)
+    require_secrets(container, path)
+    return parse({str(key): value for key, value in container.items()})
+
+
+def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:
+    """Raises a ConfigError for a value that a checkpoint does not store and nobody has given.
+
+    Args:
+        unused: groups that nothing will read.
+    """
+    for key, value in flatten(config):
+        if is_redacted(value) and key.split(".")[0] not in unused:
+            raise ConfigError(f"{key}: is a secret, which {path} does not hold; give it on the command line")
+
+
+def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
+    """The keys that the command line sets, one by one or by choosing a group."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if name in _ANYTHING:
+            return keys
+        below = {key for key in keys if key.startswith(f"{name}.")}
+        given |= below | ({name} if name in keys or (not below and name not in _GROUPS) else set())
+    return given & keys
+
+
+def cut_back(metrics: Path, step: int | None) -> None:
+    """Removes what a run that goes on from `step` records again: later records, test results, and what is frozen from
+    this step on. None: everything.
+    """
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, left by a kill
+        again = {"test"} | ({"freeze"} if record["step"] == step else set())
+        if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
+            kept.append(line + "\n")
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(metrics)

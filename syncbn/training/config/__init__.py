@@ -1,0 +1,1 @@
+"""The configuration: schemas, parsing, errors that name the key. Never imports torch."""

@@ -1,0 +1,198 @@
+"""From what Hydra composed to checked dataclasses, and errors that name the key.
+
+Hydra composes plain dictionaries; `parse` merges the result once more into the schema, so that a key that nobody reads
+is an error even where Hydra's `+` let it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import reduce
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from syncbn.training.config.schema import (
+    SCHEMAS,
+    AuditConfig,
+    BnConfig,
+    Config,
+    ConfigError,
+    EvalConfig,
+    ExportConfig,
+    FreezeRuleConfig,
+    InitConfig,
+    OpenData,
+    RecalibrateConfig,
+    SaveConfig,
+    TrackerConfig,
+    parse_duration,
+    require,
+    require_choice,
+)
+
+OPEN_GROUPS = ("model", "data", "loss")
+_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
+NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
+
+
+def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
+    """The composed configuration as checked dataclasses.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, a missing value.
+    """
+    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
+    assert isinstance(plain, dict)
+    config = _typed(Config, plain, "")
+    for group, schemas in SCHEMAS.items():
+        setattr(config, group, _parse_group(group, schemas, getattr(config, group)))
+    for group, schema in (("freeze", FreezeRuleConfig), ("init", InitConfig)):
+        entries = getattr(config, group) or {}
+        setattr(config, group, {name: _typed(schema, entry, f"{group}.{name}") for name, entry in entries.items()
+                                if entry is not None})  # fmt: skip
+    config.metrics = {name: _parse_metric(f"metrics.{name}", node) for name, node in (config.metrics or {}).items()
+                      if node is not None}  # fmt: skip
+    for name, rule in config.freeze.items():
+        _check_rule(f"freeze.{name}", rule)
+    return config
+
+
+def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A stored configuration with what was given on the command line on top.
+
+    Raises:
+        ConfigError: an override that chooses a config group, which a stored configuration has no room for, or a sweep.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    node = OmegaConf.create(stored)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group in (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug"):
+            raise ConfigError(
+                f"{override.key_or_group}: comes from load here; override single keys, not the whole group"
+            )
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.key_or_group}: belongs to the configuration that load holds, over which no sweep goes;"
+                " start a job for each value"
+            )
+        OmegaConf.update(node, override.key_or_group, override.value(), force_add=True)
+    container = OmegaConf.to_container(node)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain containers, for YAML, trackers and checkpoints."""
+    container = OmegaConf.to_container(OmegaConf.create(_plain(config)))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _parse_group(group: str, schemas: dict[str, type], node: Any) -> Any:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{group}: expected one of {', '.join(schemas)}, got {node!r}")
+    if "_target_" in node:
+        if group not in OPEN_GROUPS:
+            raise ConfigError(f"{group}._target_: not supported here; choose one of {', '.join(schemas)}")
+        if node["_target_"] in (None, "???"):
+            raise ConfigError(f"{group}._target_: required; give a class or function, {group}._target_=my_package.Name")
+        return OpenData(dict(node)) if group == "data" else dict(node)
+    require_choice(f"{group}.name", node.get("name"), tuple(schemas))
+    return _typed(schemas[node["name"]], node, group)
+
+
+def _parse_metric(key: str, node: Any) -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(
+            f"{key}._target_: required; give a metric, {key}._target_=torchmetrics.classification.MulticlassF1Score"
+        )
+    return dict(node)
+
+
+Schema = TypeVar("Schema")
+
+
+def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
+    """`node` as an instance of the schema; errors carry the full key."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{prefix}: expected the keys {', '.join(f.name for f in fields(schema))}, got {node!r}")  # type: ignore[arg-type]
+    _check_keys(schema, node, prefix)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(node))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{_join(prefix, error.full_key)}: required, and not given") from None
+    except ValidationError as error:
+        expected = _expected_type(schema, str(error.full_key).split("."))
+        value = reduce(lambda part, key: part.get(key, {}), str(error.full_key).split("."), dict(node))
+        raise ConfigError(f"{_join(prefix, error.full_key)}: expected {expected}, got {value!r}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
+
+
+def _expected_type(schema: type, path: list[str]) -> str:
+    """How the schema spells the type of a key, such as `int | None`."""
+    spelled = next((str(field.type) for field in fields(schema) if field.name == path[0]), "another type")
+    return _expected_type(NESTED[spelled], path[1:]) if len(path) > 1 and spelled in NESTED else spelled
+
+
+def _check_keys(schema: type, node: Mapping[str, Any], prefix: str) -> None:
+    known = {field.name: field.type for field in fields(schema)}
+    for key, value in node.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {_join(prefix, near[0])}?" if near else f"known here: {', '.join(known)}"
+            raise ConfigError(f"{_join(prefix, str(key))}: no such key; {hint}")
+        nested = NESTED.get(str(known[key]))
+        if nested is not None and isinstance(value, Mapping):
+            _check_keys(nested, value, _join(prefix, str(key)))
+
+
+def _check_rule(key: str, rule: FreezeRuleConfig) -> None:
+    for name in ("match", "exclude"):
+        value = getattr(rule, name)
+        empty_is_fine = name == "exclude"
+        strings = [value] if isinstance(value, str) else value
+        valid = (value is None and empty_is_fine) or (
+            isinstance(strings, list) and all(isinstance(item, str) for item in strings) and (strings or empty_is_fine)
+        )
+        require(bool(valid), f"{key}.{name}", "a pattern or a list of patterns", value)
+    for name in ("start", "until"):
+        if getattr(rule, name) is not None:
+            parse_duration(f"{key}.{name}", getattr(rule, name))
+    require(rule.stats or rule.affine or rule.weights, key, "at least one of stats, affine, weights to be true", "none")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _join(prefix: str, key: str | None) -> str:
+    return ".".join(part for part in (prefix, key) if part)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

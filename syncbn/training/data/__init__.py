@@ -1,0 +1,1 @@
+"""From disk to a batch: data sets, decoding, augmentation, sampling, loading."""

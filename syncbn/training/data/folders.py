@@ -1,0 +1,204 @@
+"""Data sets of your own: a directory of images per class, or images beside masks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncbn.training.config.data import DecodedConfig
+from syncbn.training.config.schema import ConfigError, ImageFolderConfig, MaskFolderConfig
+from syncbn.training.data.dataset import IGNORE, Data, Split, hold_out, stratified_indices
+from syncbn.training.data.decoding import Decoded, Files, keep_decoded
+from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_LISTED = 5  # names in a message
+
+
+def load_classes(config: ImageFolderConfig) -> Data:
+    """`data=image_folder`: `train/`, `val/` and `test/` that each hold a directory per class, or those directories.
+
+    Without `val/` a tenth of `train/` validates.
+    """
+    root, others = _root(config), Counter[str]()
+    splits = _splits(root, optional="val")
+    names = _class_names(root / splits[0] if splits else root)
+    for split in splits[1:]:
+        _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
+    parts = [_labelled(root / split, names, others) for split in splits] or [_labelled(root, names, others)]
+    if len(parts) < len(SPLITS):
+        paths, labels = parts[0]
+        cut = split_labels(labels, names, with_test=len(parts) == 1)
+        parts = [*(([paths[i] for i in index.tolist()], labels[index]) for index in cut), *parts[1:]]
+    _show_others(root, others)
+    data = [Split(Decoded(Files(paths), config.size, config.channels), labels) for paths, labels in parts]
+    return finish(data, config, len(names), names)
+
+
+def load_masks(config: MaskFolderConfig) -> Data:
+    """`data=mask_folder`: `train/`, `val/` and `test/` that each hold `images/` and `masks/`, with equal names."""
+    root, others = _root(config), Counter[str]()
+    if not _splits(root):
+        raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
+                          f" {_listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
+    values = [value if value < config.num_classes else -1 for value in range(256)]
+    if config.ignore is not None:
+        values[config.ignore] = IGNORE
+    splits = []
+    for split in SPLITS:
+        images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
+        _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
+        stems = sorted(images)
+        sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
+        decoded = Decoded(sources[0], config.size, config.channels)
+        splits.append(Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0])))
+    _show_others(root, others)
+    return finish(splits, config, config.num_classes, ())
+
+
+def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> Data:
+    """Data of images that are decoded when asked for, with a cache if they fit."""
+    for name, split in zip(SPLITS, splits, strict=True):
+        if len(split) == 0:
+            raise ConfigError(f"data.path: no image for {name} in {config.path!r}; expected at least one")
+    rows = [rows for split in splits for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
+    keep_decoded(rows, config)
+    sizes = ", ".join(f"{len(split)} {name}" for name, split in zip(SPLITS, splits, strict=True))
+    log.info("%s: %s, %d classes", config.path, sizes, num_classes)
+    train, val, test = splits
+    return Data(train, val, test, num_classes, config.shift, config.flip, tuple(names))
+
+
+def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:
+    """Indices of train, val and test, 80/10/10 per class; or of train and val alone, 90/10.
+
+    Raises:
+        ConfigError: a class with fewer than ten images.
+    """
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    few = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < 10]
+    if few:
+        shares = "80/10/10" if with_test else "train 90/10"
+        raise ConfigError(f"data.path: splitting {shares} needs 10 images of every class, got fewer of {_listed(few)};"
+                          " or divide them yourself into train, val and test")  # fmt: skip
+    return stratified_indices(labels) if with_test else hold_out(labels)
+
+
+def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
+    """Keeps which class has which number in `classes.json` of the run.
+
+    Raises:
+        ConfigError: the run that goes on began with other classes.
+    """
+    path = run_dir / "classes.json"
+    here = json.loads(path.read_text(encoding="utf-8")) if place.is_first and path.exists() else None
+    stored = world.on_all_ranks(here)[0]
+    if stored not in (None, list(names)):
+        raise ConfigError(f"data.path: this run began with the classes {_listed(stored)}, the data has"
+                          f" {_listed(names)}; start another run with run=...")  # fmt: skip
+    if stored is None and names and place.is_first:
+        path.write_text(json.dumps(list(names)) + "\n", encoding="utf-8")
+
+
+def _root(config: DecodedConfig) -> Path:
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data.path: expected a directory, found none at {config.path!r}")
+    return root
+
+
+def _splits(root: Path, optional: str | None = None) -> list[str]:
+    """The parts into which the data set is divided already; none where it is not.
+
+    Args:
+        optional: a part that may be missing.
+
+    Raises:
+        ConfigError: it is divided, but into other parts than train, val and test. (A lone `train` may be a class.)
+    """
+    found = [split for split in SPLITS if split in _directories(root)]
+    if "train" not in found or len(found) == 1:
+        return []
+    missing = [split for split in SPLITS if split not in found and split != optional]
+    if missing:
+        remedy = "; what is measured on val alone goes by the name test" if missing == ["test"] and optional else ""
+        raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found no"
+                          f" {missing[0]}{remedy}")  # fmt: skip
+    return found
+
+
+def _directories(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_names(root: Path) -> list[str]:
+    names = _directories(root)
+    if len(names) < 2:
+        raise ConfigError(f"data.path: expected a directory per class in {str(root)!r}, two or more, found"
+                          f" {_listed(names) or 'none'}")  # fmt: skip
+    return names
+
+
+def _labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
+    """The images below the class directories, in the order of their names, and their labels."""
+    found = [_images(root / name, others) for name in names]
+    sizes = torch.tensor([len(paths) for paths in found])
+    return [str(path) for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
+
+
+def _images(directory: Path, others: Counter[str]) -> list[Path]:
+    """Images at any depth, sorted; links are followed, each directory once. Files of other types are counted."""
+    paths, seen = [], set()
+    for parent, below, files in os.walk(directory, followlinks=True):
+        real = os.path.realpath(parent)
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
+        for name in () if real in seen else files:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in EXTENSIONS and not name.startswith("."):
+                paths.append(Path(parent, name))
+            else:
+                others[extension or name] += 1
+        seen.add(real)
+    return sorted(paths)
+
+
+def _by_stem(directory: Path, others: Counter[str]) -> dict[str, Path]:
+    """Images by their path without directory and extension."""
+    if not directory.is_dir():
+        raise ConfigError(f"data.path: expected the directory {str(directory)!r}, found none")
+    paths: dict[str, Path] = {}
+    for path in _images(directory, others):
+        stem = str(path.relative_to(directory).with_suffix(""))
+        if stem in paths:
+            raise ConfigError(f"data.path: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
+        paths[stem] = path
+    return paths
+
+
+def _require_same(what: str, expected: Sequence[str], found: Sequence[str], where: Path) -> None:
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        differences = [f"{word} {_listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
+        raise ConfigError(f"data.path: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
+
+
+def _show_others(root: Path, others: Counter[str]) -> None:
+    if others:
+        kinds = _listed([f"{count} {kind}" for kind, count in sorted(others.items())])
+        log.info("%s: %d files that are no images are left out (%s)", root, sum(others.values()), kinds)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

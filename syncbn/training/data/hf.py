@@ -1,0 +1,112 @@
+"""Data sets of Hugging Face's `datasets` library, from disk; imported only where one is asked for."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from syncbn.training.config.schema import ConfigError, HfConfig
+from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.decoding import Decoded
+from syncbn.training.data.folders import finish, split_labels
+
+_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of images as a source (see `decoding.Source`)."""
+
+    dataset: Any
+    column: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, position: int) -> Path | bytes:
+        """Encoded as it is stored; arrays of pixels (H, W) or (H, W, 3) become an image first."""
+        value = self.dataset[position][self.column]
+        if isinstance(value, dict):
+            return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
+        pixels, encoded = np.asarray(value), io.BytesIO()
+        if pixels.dtype.kind not in "ui" or not 0 <= pixels.min() <= pixels.max() <= 255:
+            raise ValueError(f"an array of {pixels.dtype}; expected integers from 0 to 255")
+        Image.fromarray(pixels.astype(np.uint8)).save(encoded, "PNG")
+        return encoded.getvalue()
+
+    def name(self, position: int) -> str:
+        """Its row."""
+        return f"row {position} of {self.split}"
+
+
+def load(config: HfConfig) -> Data:
+    """`data=hf`: what `save_to_disk` wrote, with the splits train, validation (or val) and test, or a single one.
+
+    Without validation a tenth of train is held out for it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(f"data=hf: needs Hugging Face's library ({error}); pip install 'syncbn[hf]'") from None
+    try:
+        loaded = datasets.load_from_disk(str(Path(config.path).expanduser()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.path: {config.path!r} is not a data set that save_to_disk wrote ({error})") from None
+    loaded = loaded.with_format(None)
+    if isinstance(loaded, datasets.DatasetDict):
+        parts = {split: _part(loaded, split) for split in _NAMES if split != "val" or _has_val(loaded)}
+        if "val" not in parts:
+            names, labels = _labels(parts["train"], config)
+            train, val = split_labels(labels, names, with_test=False)
+            parts = {"train": parts["train"].select(train.tolist()), "val": parts["train"].select(val.tolist()),
+                     "test": parts["test"]}  # fmt: skip
+    else:
+        names, labels = _labels(loaded, config)
+        indices = split_labels(labels, names)
+        parts = {split: loaded.select(index.tolist()) for split, index in zip(_NAMES, indices, strict=True)}
+    names, _ = _labels(parts["train"], config)
+    splits = []
+    for split, part in parts.items():
+        found, labels = _labels(part, config)
+        if part.features[config.label] != parts["train"].features[config.label] or len(found) > len(names):
+            raise ConfigError(f"data.label: {split} has other classes in {config.label!r} than train")
+        if isinstance(part.features[config.image], datasets.Image):
+            part = part.cast_column(config.image, datasets.Image(decode=False))
+        images = Decoded(Column(part.select_columns(config.image), config.image, split), config.size, config.channels)
+        splits.append(Split(images, labels))
+    return finish(splits, config, len(names), names)
+
+
+def _has_val(loaded: Any) -> bool:
+    return any(name in loaded for name in _NAMES["val"])
+
+
+def _part(loaded: Any, split: str) -> Any:
+    for name in _NAMES[split]:
+        if name in loaded:
+            return loaded[name]
+    raise ConfigError(f"data.path: expected a split {' or '.join(_NAMES[split])}, found {', '.join(loaded)}; make one"
+                      " with train_test_split, or save a single split, which is then cut 80/10/10")  # fmt: skip
+
+
+def _labels(part: Any, config: HfConfig) -> tuple[list[str], Tensor]:
+    """Names of the classes and label of each row."""
+    for key, column in (("image", config.image), ("label", config.label)):
+        if column not in part.column_names:
+            raise ConfigError(f"data.{key}: no column {column!r}; found {', '.join(part.column_names)}")
+    values = part[config.label][:]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise ConfigError(
+            f"data.label: expected labels 0, 1, ... in {config.label!r}; where it holds names, class_encode_column"
+            " numbers them"
+        )
+    names = getattr(part.features[config.label], "names", None)
+    return names or [str(label) for label in range(max(values, default=0) + 1)], torch.tensor(values)

@@ -1,0 +1,107 @@
+"""Which samples make up a step: a function of (seed, epoch, step), cut over however many ranks there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from syncbn.training.data.randomness import mix_key
+
+_SHUFFLE = 1  # purpose of the draw, part of its key
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of one micro-batch."""
+
+    index: Tensor
+    """int64, the samples of this rank; may be empty."""
+    num_global: int
+    """Samples of the micro-batch over all ranks."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Cuts an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads, never drops.
+
+    Every sample of an epoch is visited once. The last step of an epoch takes what is left, so it may leave a rank with
+    fewer samples than the others, or with none. Shards differ by at most one sample (those of virtual ranks do).
+    """
+
+    num_samples: int
+    batch_size: int
+    """Samples per step over all ranks."""
+    accumulate: int
+    seed: int
+    rank: int
+    world_size: int
+    groups_per_rank: int = 1
+    """Virtual ranks that each rank stands for: it has the samples of all of them, one after the other."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every sample once."""
+        return -(-self.num_samples // self.batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that a step belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def shards(self, step: int) -> list[Shard]:
+        """This rank's part of each micro-batch of a step."""
+        return list(_shards(self, step))
+
+    def samples(self, step: int, rank: int) -> Tensor:
+        """The samples of a step on any rank, int64."""
+        return torch.cat([shard.index for shard in replace(self, rank=rank).shards(step)])
+
+    def num_seen(self, step: int) -> list[int]:
+        """Samples that this rank has seen before a step, from the beginning of the run: of each of its groups."""
+        epochs, position = divmod(step, self.steps_per_epoch)
+        order = torch.arange(self.num_samples)
+        sizes = torch.tensor(
+            [
+                [sum(len(group) for group in groups) for groups in zip(*self._groups(order, at), strict=True)]
+                for at in range(self.steps_per_epoch)
+            ]
+        )
+        return (epochs * sizes.sum(0) + sizes[:position].sum(0)).tolist()
+
+    def _cut(self, order: Tensor, position: int) -> list[Shard]:
+        """This rank's part of each micro-batch of the step at `position` of an epoch."""
+        micro_batches = self._micro_batches(order, position)
+        groups = self._groups(order, position)
+        return [Shard(torch.cat(mine), len(part)) for mine, part in zip(groups, micro_batches, strict=True)]
+
+    def _micro_batches(self, order: Tensor, position: int) -> Sequence[Tensor]:
+        batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+        return batch.tensor_split(min(self.accumulate, len(batch)))
+
+    def _groups(self, order: Tensor, position: int) -> list[list[Tensor]]:
+        """For each micro-batch the samples of each of this rank's groups."""
+        num_groups, first = self.world_size * self.groups_per_rank, self.rank * self.groups_per_rank
+        return [
+            list(part.tensor_split(num_groups)[first : first + self.groups_per_rank])
+            for part in self._micro_batches(order, position)
+        ]
+
+    def smallest_micro_batch(self) -> int:
+        """Samples of the smallest micro-batch of an epoch, over all ranks."""
+        last = self.num_samples - (self.steps_per_epoch - 1) * self.batch_size
+        return last // min(self.accumulate, last)
+
+
+@lru_cache(maxsize=2)  # the trainer asks, and its loader does
+def _shards(sampler: Sampler, step: int) -> tuple[Shard, ...]:
+    epoch, position = divmod(step, sampler.steps_per_epoch)
+    return tuple(sampler._cut(_epoch_order(sampler.num_samples, sampler.seed, epoch), position))
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(mix_key(seed, epoch, _SHUFFLE))
+    return torch.randperm(num_samples, generator=generator)

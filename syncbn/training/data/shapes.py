@@ -1,0 +1,61 @@
+"""A data set for segmentation without files: coloured shapes on a background, and masks of which parts are ignored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncbn.training.config.schema import ShapesConfig
+from syncbn.training.data.dataset import IGNORE, Data, Split
+from syncbn.training.data.randomness import mix_key
+
+NAMES = ("background", "square", "disk", "triangle")
+MAX_SHAPES = 4  # in an image
+
+
+def make(config: ShapesConfig) -> Data:
+    """`data=shapes`: uint8 images (N, 3, size, size) and masks; a sample depends on the data's seed and itself alone.
+
+    Colours are random, so that the shape decides. From each mask a band of random height is ignored, so that the
+    number of pixels that count differs from sample to sample, and with it from rank to rank.
+    """
+    samples = [_sample(config, position) for position in range(config.num_samples)]
+    images, masks = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    cuts = [config.num_samples * 8 // 10, config.num_samples * 9 // 10]
+    parts = zip(images.tensor_split(cuts), masks.tensor_split(cuts), strict=True)
+    train, val, test = (Split(*part) for part in parts)
+    return Data(train, val, test, config.num_classes, config.shift, config.flip, NAMES[: config.num_classes])
+
+
+def _sample(config: ShapesConfig, position: int) -> tuple[Tensor, Tensor]:
+    size, generator = config.size, torch.Generator().manual_seed(mix_key(config.seed, position))
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    def pick(low: int, high: int) -> int:  # low <= value < high
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    image = draw(0.0, 1.0, 3, 1, 1).expand(3, size, size)
+    mask = torch.zeros(size, size, dtype=torch.uint8)
+    for _ in range(pick(1, MAX_SHAPES + 1)):
+        kind = pick(1, config.num_classes)
+        centre_y, centre_x, radius = draw(0, size), draw(0, size), draw(size / 10, size / 4)
+        inside = _inside(kind, rows - centre_y, columns - centre_x, radius)
+        image = torch.where(inside, draw(0.0, 1.0, 3, 1, 1), image)
+        mask[inside] = kind
+    image = image + config.noise * torch.randn(3, size, size, generator=generator)
+    height = pick(0, int(config.ragged * size) + 1)
+    top = pick(0, size - height + 1)
+    mask[top : top + height] = IGNORE
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), mask
+
+
+def _inside(kind: int, y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+    """Pixels of a shape by their distance from its centre."""
+    if NAMES[kind] == "square":
+        return (y.abs() <= radius) & (x.abs() <= radius)
+    if NAMES[kind] == "disk":
+        return y.square() + x.square() <= radius.square()
+    return (y.abs() <= radius) & (x.abs() <= (y + radius) / 2)  # a triangle with its tip on top

@@ -1,0 +1,1 @@
+"""This rank among the others: the world, DDP, stopping together, failing together."""

@@ -1,0 +1,229 @@
+"""Errors that read well: one message, once, that names the key or the step and what to do; and the exit code."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.training.config.errors import RankError
+from syncbn.training.config.redaction import redact
+from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, world_size
+from syncbn.training.tracking.summary import write_summary
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turns mistakes in the configuration into one message and exit code 2, printed by the first rank that meets it."""
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            shown = "".join(traceback.format_exception(error))
+            if redact(shown) == shown:
+                raise
+            print(redact(shown), end="", file=sys.stderr, flush=True)
+            sys.exit(1)
+        if _is_first_to_report():
+            print(f"error: {redact(message)}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            _discard_run_directory()
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
+
+
+_failed_jobs: list[int] = []
+
+
+@contextmanager
+def failing_alone(run_dir: Path, number: int, overrides: Sequence[str]) -> Iterator[None]:
+    """Around one job of a multirun: the other jobs go on after a mistake or failure that all ranks know of.
+
+    It is printed and gets its row in the table; the exit code comes at the end, from `exit_code_of_jobs`.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if _is_first_to_report(f"job{number}"):
+            print(f"error in job {number}: {redact(message)}", file=sys.stderr, flush=True)
+        if rank() == 0:
+            write_summary(run_dir, -1, {}, [redact(override) for override in overrides], failed=redact(message))
+        _failed_jobs.append(1 if isinstance(error, TrainingError) else 2)
+
+
+def exit_code_of_jobs() -> int:
+    """0, or that of the first job of a multirun that failed."""
+    return _failed_jobs[0] if _failed_jobs else 0
+
+
+def _discard_run_directory() -> None:
+    """Removes the directory of a run that has not begun: nothing in it but what Hydra wrote."""
+    if "run_name" in agreed:
+        directory = Path("outputs", agreed["run_name"])
+        if directory.is_dir() and all(path.name == ".hydra" for path in directory.iterdir()):
+            shutil.rmtree(directory)
+
+
+def explain_one_value(error: ValueError, step: int) -> RankError | None:
+    """What torch says of a batch that has one value per channel, as an error with a remedy; None for another error."""
+    if "more than 1 value per channel" not in str(error):
+        return None
+    return RankError(
+        f"step {step}: one value per channel has no variance, and batch normalization is local to each rank here; set"
+        f" bn.sync=true, or a batch_size that leaves no rank with one sample ({error})"
+    )
+
+
+def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
+    """A collective that waited in vain, as an error that says where, and for which ranks; None for another error.
+
+    Ranks that gave up say so in the store; who has not come there soon after is what the others have waited for.
+    """
+    if not is_distributed() or not re.search(r"[Tt]imed out", str(error)):
+        return None
+    missing = []
+    with suppress(Exception):  # a store that is gone must not hide the message
+        prefix = f"syncbn/timed_out/{attempt()}/"
+        store().set(f"{prefix}{rank()}", "")
+        for other in range(world_size()):
+            try:
+                store().wait([f"{prefix}{other}"], timedelta(seconds=1))
+            except Exception:
+                missing.append(other)
+    for_whom = f" for rank {', '.join(map(str, missing))}" if missing else ""
+    return RuntimeError(
+        f"{where}: rank {rank()} waited{for_whom} in a collective for longer than collective_timeout allows"
+    )
+
+
+def report_failure(error: Exception) -> None:
+    """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
+    if world_size() > 1:
+        if _is_first_to_report():
+            if isinstance(error, RankError):
+                print(f"error: rank {rank()}: {redact(str(error))}", file=sys.stderr)
+            else:
+                print(f"rank {rank()} failed:", file=sys.stderr)
+                print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        sys.stderr.flush()
+        raise SystemExit(1) from error
+
+
+class Report:
+    """At the end of a run, also of one that fails: `report.html`, and in `summary.json` why it failed.
+
+    A run that stops on request goes on later, and has its report then.
+    """
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
+        self.run_dir, self.overrides = run_dir, overrides
+
+    def end(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """To be pushed on an `ExitStack`."""
+        from syncbn.training.distributed.stopping import Stopped
+
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            return
+        if error is not None:
+            cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ is not None else error
+            reason = explain(cause) or f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            shown = [redact(override) for override in self.overrides]
+            write_summary(self.run_dir, -1, {}, shown, failed=redact(reason))
+        try:
+            from syncbn.report.write import write_report
+
+            write_report([self.run_dir], self.run_dir / "report.html")
+        except Exception as error:  # nothing of the run depends on it
+            log.warning("no report.html: %s; python -m syncbn report %s writes it later", error, self.run_dir)
+
+
+def _is_first_to_report(what: str = "") -> bool:
+    if not is_distributed() or world_size() == 1:
+        return True
+    with suppress(Exception):  # a store that is gone must not hide the message
+        return store().compare_set(f"syncbn/reported/{attempt()}/{what}", "", str(rank())).decode() == str(rank())
+    return True
+
+
+def explain(error: BaseException) -> str | None:
+    """What a user should read about a mistake in the configuration, or training at its end; None for another error."""
+    cause: BaseException | None = error
+    while cause is not None:  # OmegaConf wraps what a resolver raises
+        if isinstance(cause, ConfigError | TrainingError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such choice; choose one of {', '.join(error.options)}"
+    if isinstance(error, ConfigCompositionException):
+        return _explain_override(error)
+    if isinstance(error, OverrideParseException):
+        reason = printable(" ".join(error.message.split()))
+        return f"{printable(str(error.override))}: not a valid override, {reason}; quote it for Hydra and for the shell"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return " ".join(str(error).split())
+    return None
+
+
+def printable(text: str) -> str:
+    """The text on one line that no terminal takes for commands."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _explain_override(error: ConfigCompositionException) -> str:
+    text = " ".join(str(error).split())
+    if forced := re.search(r"force-add of config groups is not supported: '\++([^=@]+)", text):
+        return f"{forced[1]}: is a group; use {forced[1]}=... without the ++"
+    found = re.search(
+        r"(?:Could not (override|delete from config\.)|An item is already at|No match for) '([^']*)'", text
+    )
+    if found is None:
+        return text
+    verb, key, keys = found.group(1), found.group(2), known_keys()
+    if "already at" in text:
+        return f"{key}: there is one already; use {key}=... without the +"
+    if key in keys and verb != "override":
+        return f"{key}: is not there to be removed; leave out ~{key}"
+    if key in keys:  # of another choice of the group, since this one does not have it
+        group = key.split(".")[0]
+        return (
+            f"{key}: the chosen {group} has no such key; choose another {group}=..., or see python train.py --cfg job"
+        )
+    if key.startswith("model."):
+        return f"{key}: no such key; an argument of a model of your own needs a +, as in +{key}=..."
+    near = get_close_matches(key, keys, n=1, cutoff=0.6)
+    near += [known for known in keys if known.endswith(f".{key}")]
+    return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema, to suggest from."""
+    from dataclasses import fields
+
+    from syncbn.training.config.parsing import NESTED
+    from syncbn.training.config.schema import SCHEMAS, Config
+
+    groups: dict[str, list[type[Any]]] = {name: list(choices.values()) for name, choices in SCHEMAS.items()}
+    groups |= {field.name: [NESTED[str(field.type)]] for field in fields(Config) if str(field.type) in NESTED}
+    keys = [field.name for field in fields(Config)]
+    return keys + sorted(
+        {f"{group}.{f.name}" for group, kinds in groups.items() for kind in kinds for f in fields(kind)}
+    )

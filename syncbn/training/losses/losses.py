@@ -1,0 +1,76 @@
+"""Losses: a sum and what it is to be divided by, so that the mean over all ranks is exact."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncbn.training.config.instantiate import build_target
+from syncbn.training.config.schema import ConfigError, CrossEntropyConfig
+from syncbn.training.data.dataset import IGNORE, Data
+
+
+class Loss(Protocol):
+    """A loss returns the sum over what it counts, and the count, both tensors without dimensions.
+
+    The service divides by the count of the *global* batch. For no rows the sum is 0 and still depends on the outputs,
+    so that a rank without samples takes part in the backward pass.
+    """
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class CrossEntropy:
+    """Cross entropy of logits (N, num_classes, ...) and labels (N, ...), counted per label.
+
+    Args:
+        ignore_index: labels of this value are left out, of the count too.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, ignore_index: int | None = None) -> None:
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over labels, and their number."""
+        if self.ignore_index is None:
+            total = F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
+            return total, torch.full((), float(targets.numel()), dtype=torch.float64, device=outputs.device)
+        total = F.cross_entropy(
+            outputs, targets, reduction="sum", label_smoothing=self.label_smoothing, ignore_index=self.ignore_index
+        )
+        return total, (targets != self.ignore_index).sum(dtype=torch.float64)
+
+
+def build(config: Any, data: Data) -> Loss:
+    """The loss of the configuration; in masks what is to be ignored needs no mention."""
+    if isinstance(config, CrossEntropyConfig):
+        if data.num_classes is None:
+            raise ConfigError(f"loss: {config.name} is for classes, which this data has not; choose loss=custom")
+        ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
+        return CrossEntropy(config.label_smoothing, ignore)
+    loss: Loss = build_target("loss", config)
+    if not callable(loss):
+        raise ConfigError(f"loss._target_={config['_target_']}: expected something to call, got {type(loss).__name__}")
+    return loss
+
+
+def check_loss(loss: Loss, outputs: object, targets: Tensor) -> None:
+    """Calls the loss once.
+
+    Raises:
+        ConfigError: it cannot take these, or does not return a sum and a count.
+    """
+    try:
+        returned = loss(outputs, targets)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ConfigError(f"loss: cannot take the model's outputs: {' '.join(str(error).split())}") from None
+    pair = returned if isinstance(returned, tuple) else (returned,)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) and part.dim() == 0 for part in pair):
+        got = [f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in pair]
+        raise ConfigError(
+            f"loss: expected a sum and a count, two tensors without dimensions, got {', '.join(got)}; return the sum"
+            " over what it counts (not the mean), and how many these are"
+        )

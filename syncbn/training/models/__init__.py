@@ -1,0 +1,1 @@
+"""From the configuration to a model, its normalization and its pretrained parts."""

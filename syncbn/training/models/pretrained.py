@@ -1,0 +1,154 @@
+"""Pretrained sub-networks: loading them, saying what was loaded, and measuring how far their statistics drift."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.training.checkpoint.state import read_model_weights
+from syncbn.training.config.schema import ConfigError, InitConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What became of every key of a file and of a sub-network; keys are those of the sub-network."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+    @property
+    def missing_statistics(self) -> list[str]:
+        """Missing running statistics: what they stand for would be normalized with mean 0 and variance 1."""
+        return [key for key in self.missing if key.endswith(("running_mean", "running_var"))]
+
+    def problems(self) -> list[str]:
+        """In words, a line for each kind that is not empty."""
+        kinds = {
+            "lacks": self.missing,
+            "has besides": self.unexpected,
+            "has in another shape": self.mismatched,
+        }
+        return [f"{kind} {_some(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
+    """Loads a pretrained state into the sub-network `name` of the model.
+
+    Args:
+        config: `path` is a checkpoint of ours, a run directory (its best checkpoint), or a state dict saved by torch or
+            safetensors. `prefix` is what its keys have in front of the sub-network's own; None takes `name.` where
+            there are such keys, else nothing. With `strict` everything has to fit, key for key and shape for shape;
+            without, what fits is loaded.
+
+    Raises:
+        ConfigError: no such sub-network or file; a state that does not fit; nothing that fits.
+    """
+    key = f"init.{name}"
+    try:
+        subnet = model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise ConfigError(f"{key}: the model has no sub-network {name!r}; its top-level ones are {children}") from None
+    own = subnet.state_dict()
+    state = _below_prefix(read_model_weights(Path(config.path), f"{key}.path"), name, key, config, own)
+    fitting = [k for k in own if k in state and own[k].shape == state[k].shape]
+    report = InitReport(
+        loaded=fitting,
+        # Files from before torch counted batches have no counter; torch's strict loading takes them too.
+        missing=[k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        unexpected=[k for k in state if k not in own],
+        mismatched=[k for k in own if k in state and own[k].shape != state[k].shape],
+    )
+    if all(k.endswith("num_batches_tracked") for k in fitting):
+        raise ConfigError(f"{key}.path: nothing in {config.path} fits {name}: it {'; it '.join(report.problems())}")
+    if config.strict and report.problems():
+        raise ConfigError(
+            f"{key}.path: {config.path} {'; it '.join(report.problems())}; expected the state of {name}, or set"
+            f" {key}.strict=false to load what fits"
+        )
+    subnet.load_state_dict({**own, **{k: state[k] for k in fitting}})
+    log.info("loaded %d of %d tensors into %s from %s", len(fitting), len(own), name, config.path)
+    for problem in report.problems():
+        log.warning("%s: %s %s", key, config.path, problem)
+    if report.missing_statistics:
+        log.warning("%s: running statistics are missing, these layers normalize with mean 0 and variance 1: %s", key,
+                    _some(report.missing_statistics))  # fmt: skip
+    return report
+
+
+def _below_prefix(
+    weights: dict[str, Tensor], name: str, key: str, config: InitConfig, own: Collection[str]
+) -> dict[str, Tensor]:
+    """The sub-network's part of a file, its keys without what they have in front."""
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): value for k, value in weights.items() if k.startswith(prefix)}
+
+    if config.prefix is None:  # a whole model, or the sub-network alone: whichever has more of its keys
+        return max(weights, below(f"{name}."), key=lambda state: len(state.keys() & set(own)))
+    found = below(config.prefix if config.prefix.endswith(".") or not config.prefix else f"{config.prefix}.")
+    if not found:
+        heads = sorted({k.split(".")[0] + "." for k in weights})
+        raise ConfigError(
+            f"{key}.prefix: no key of {config.path} begins with {config.prefix!r}; they begin with {_some(heads)}"
+        )
+    return found
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+class Drift:
+    """How far the running means of pretrained sub-networks have moved since they were loaded, in running std.
+
+    The largest over layers and channels; exactly 0 where statistics are frozen.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, dict[str, list[Tensor]]] = {}
+
+    def remember(self, model: nn.Module, subnet: str) -> None:
+        """Takes the present statistics of a sub-network as its loaded ones."""
+        self._loaded[subnet] = {
+            name: [layer.running_mean.clone(), layer.running_var.clone()]
+            for name, layer in model.get_submodule(subnet).named_modules()
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        }
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """`drift/<subnet>` for every sub-network that was loaded."""
+        drifts = {}
+        for subnet, layers in self._loaded.items():
+            modules = dict(model.get_submodule(subnet).named_modules())
+            moved = [
+                ((_mean_of(modules[name]) - mean).abs() / (var + modules[name].eps).sqrt()).max()
+                for name, (mean, var) in layers.items()
+            ]
+            drifts[f"drift/{subnet}"] = float(torch.stack(moved).max()) if moved else 0.0  # waits; evaluation only
+        return drifts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was loaded, so that a resumed run measures from there."""
+        return self._loaded
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Takes it over."""
+        self._loaded = state_dict
+
+
+def _mean_of(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, _BatchNorm)
+    assert layer.running_mean is not None
+    return layer.running_mean

@@ -1,0 +1,1 @@
+"""How weights move: optimizers, schedules, updates that can be left out, averages."""

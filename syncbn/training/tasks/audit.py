@@ -1,0 +1,85 @@
+"""The audit in the service: at the start of a run, and of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+from torch import nn
+
+from syncbn.auditing.audit import audit
+from syncbn.auditing.rules import SEVERITIES, Finding, table
+from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.config.schema import AuditConfig, Config, ConfigError
+from syncbn.training.data.dataset import Data
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.tasks.loaded import load, sampler_for, shown
+from syncbn.training.tracking import console
+from syncbn.training.trainer.checks import build_freeze_plan
+
+
+def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """`task=audit`: the mistakes that what `load` names shows, by the configuration of its training and one batch."""
+    loaded = load(config, run_dir, place)
+    sampler = sampler_for(loaded.config, loaded.data, loaded.place)
+    plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
+    findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.place)
+    record(findings, loaded.step, run_dir, place, SEVERITIES)
+    if place.is_first:
+        counts = [(severity, str(sum(f.severity == severity for f in findings))) for severity in SEVERITIES]
+        console.print_table(loaded.describe(), [*counts, ("run directory", shown(run_dir))])
+    stop_at_errors(findings, config.audit, run_dir)
+    return {}
+
+
+def audit_at(model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int) -> list[Finding]:
+    """The model as it is about to train in this step, frozen as the plan says then; the same on every rank."""
+    return audit(_as_in(model, plan, step), batch_size=_samples_per_forward(sampler))
+
+
+def audit_trained(
+    model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int, data: Data, place: Place
+) -> list[Finding]:
+    """The model as it was in the last of `step` steps, with the first batch of training; the same on every rank."""
+    shard = sampler.shards(0)[0]
+    images, _ = data.train_batch(shard.index, sampler.seed, 0, place.dtype)
+    trained = _as_in(model, plan, max(step - 1, 0))
+    with place.forward_context():
+        return audit(trained, batch=place.put(images), batch_size=_samples_per_forward(sampler), trained=True)
+
+
+def record(findings: list[Finding], step: int, run_dir: Path, place: Place, severities: tuple[str, ...]) -> None:
+    """Writes `audit.json`, and prints the findings of these severities if there are any."""
+    if not place.is_first:
+        return
+    content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
+    (run_dir / "audit.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    to_show = [finding for finding in findings if finding.severity in severities]
+    if to_show:
+        console.CONSOLE.print(f"audit at step {step} (docs/audit.md)\n{table(to_show)}", markup=False)
+
+
+def stop_at_errors(findings: list[Finding], config: AuditConfig, run_dir: Path) -> None:
+    """Raises a ConfigError for findings of severity error where `audit.level=error` asks for it."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors and config.level == "error":
+        first, more = errors[0], f" ({len(errors)} such findings)" if len(errors) > 1 else ""
+        raise ConfigError(
+            f"audit.level=error: {first.rule} in {first.layer or 'the model'}{more}: {first.why}; {first.remedy}; see"
+            f" {os.path.relpath(run_dir / 'audit.json')}, or go on with audit.level=warning"
+        )
+
+
+def _as_in(model: nn.Module, plan: FreezePlan, step: int) -> nn.Module:
+    """A copy of the model in training mode, with the frozen switches of a step."""
+    copied = copy.deepcopy(model)
+    plan.apply(copied, step)
+    return copied.train()
+
+
+def _samples_per_forward(sampler: Sampler) -> int:
+    """Over all ranks; of virtual ranks one for each rank that there is."""
+    return max(1, min(sampler.batch_size, sampler.num_samples) // sampler.accumulate // sampler.groups_per_rank)

@@ -1,0 +1,27 @@
+"""`task=eval`: validation and test metrics of a run or checkpoint, by the configuration of its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from syncbn.training.config.schema import Config
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.tasks.loaded import load, shown
+from syncbn.training.tasks.recalibrate import recalibrate
+from syncbn.training.tracking import console
+
+
+def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """Evaluates what `load` names, with `eval.precise_bn` once more with population statistics (`precise/val/...`)."""
+    loaded = load(config, run_dir, place)
+    metrics = loaded.evaluate("val", "test")
+    rows = []
+    if config.eval.precise_bn is not None:
+        found = recalibrate(loaded, config.eval.precise_bn)
+        metrics |= {f"precise/{name}": value for name, value in loaded.evaluate("val", "test").items()}
+        rows.append(("precise statistics of", found.describe()))
+    loaded.record(run_dir, metrics)
+    if place.is_first:
+        rows = [*((name, f"{value:.4f}") for name, value in metrics.items()), *rows]
+        console.print_table(loaded.describe(), [*rows, ("run directory", shown(run_dir))])
+    return metrics

@@ -1,0 +1,279 @@
+"""`task=export`: the evaluated model as files that need nothing of this package, each checked on real samples.
+
+Every `SyncBatchNorm` becomes the plain layer that it was. In a directory `export/` of the run directory:
+
+    model.safetensors   the state dict, key for key that of the plain model
+    model.pt2           a program of torch.export, for any batch size
+    model.onnx          the same for other runtimes (the extra `export`)
+    export.json         input and output, pixel normalization, labels, and by how much each file was off
+
+All or nothing: files are written beside, reloaded, and compared with the evaluated model; only then the directory takes
+its place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.surgery.convert import revert_sync_batchnorm
+from syncbn.training.config.schema import EXPORT_FORMATS, Config, ConfigError
+from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.tasks.loaded import Loaded, build_model, failing_together, load, shown
+from syncbn.training.tracking import console
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "export"
+_NUM_SAMPLES = 64  # of validation
+# Of the largest output, in units of rounding. Other runtimes fold batch normalization into convolutions and sum in
+# another order, which costs a few units per layer; a wrong constant (another eps, say) costs far more.
+_TOLERANCE = 1000
+_INPUT, _OUTPUT = "images", "logits"
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by dimensions of the input
+
+Runs = Callable[[Tensor], Tensor]
+
+
+def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """Exports what `load` names, on rank 0; returns `export/<format>`, by how much each file is off, on every rank.
+
+    Raises:
+        ConfigError: on every rank: a format that cannot be written here, a model that cannot be exported, or a file
+            that does not compute what the model does. Nothing is left behind then.
+    """
+    loaded = load(config, run_dir, replace(place, device=torch.device("cpu")))
+    differences: dict[str, float] = {}
+    with failing_together(), torch.no_grad():
+        if place.is_first:
+            differences = _export(loaded, _formats(config, loaded.place.dtype), run_dir / DIRECTORY)
+    return {f"export/{name}": value for name, value in world.on_all_ranks(differences)[0].items()}
+
+
+def _formats(config: Config, dtype: torch.dtype) -> list[str]:
+    """The formats to write, in one order whatever the configuration's."""
+    wanted = config.export.formats if config.export.formats is not None else EXPORT_FORMATS
+    reason = _why_no_onnx(dtype) if "onnx" in wanted else None
+    if reason is not None and config.export.formats is not None:
+        raise ConfigError(f"export.formats: onnx cannot be written: {reason}")
+    if reason is not None:
+        log.info("no model.onnx: %s", reason)
+    return [name for name in EXPORT_FORMATS if name in wanted and (name != "onnx" or reason is None)]
+
+
+def _why_no_onnx(dtype: torch.dtype) -> str | None:
+    missing = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
+    if missing:
+        return f"it needs {', '.join(missing)}; pip install 'syncbn[export]'"
+    if dtype == torch.float64:
+        return "onnxruntime has no float64 convolution to check it with; add precision=fp32"
+    return None
+
+
+def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, float]:
+    """Writes and checks the files; returns by how much each is off."""
+    images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
+    expected = model(images)
+    if not isinstance(expected, Tensor):
+        raise ConfigError(f"model: expected one tensor as its output to export, got {type(expected).__name__}")
+    if not expected.isfinite().all():
+        raise ConfigError(f"load: the outputs of {loaded.path} on validation samples are not finite")
+    _revert(model, images)
+    largest = float(expected.abs().max())
+    tolerance = _TOLERANCE * torch.finfo(images.dtype).eps * max(1.0, largest)
+    differences: dict[str, float] = {}
+    with _taking_its_place(directory) as temporary:
+        for name in formats:
+            path = temporary / f"model.{name}"
+            with _as_config_error(name):
+                differences[name] = _difference(_WRITERS[name](model, images, path, loaded), images, expected)
+            if not differences[name] <= tolerance:  # NaN is no agreement either
+                raise ConfigError(
+                    f"export.formats: {path.name} differs from the evaluated model by {differences[name]:.3g} on real"
+                    f" samples, more than rounding explains ({tolerance:.3g}); leave {name} out, or use precision=fp64"
+                )
+        description = _describe(loaded, images, expected) | {
+            "largest_difference": {f"model.{name}": value for name, value in differences.items()},
+            "tolerance": tolerance,
+        }
+        (temporary / "export.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        (f"model.{name}", f"{(directory / f'model.{name}').stat().st_size} bytes", f"{difference:.2g}")
+        for name, difference in differences.items()
+    ]
+    console.print_rows(loaded.describe(), ("file", "size", f"largest difference, {len(images)} samples"), rows)
+    limit = f"a difference of {tolerance:.2g}, where outputs go up to {largest:.3g}"
+    console.print_table("export", [("allowed", limit), ("written", shown(directory)),
+                                   ("run directory", shown(directory.parent))])  # fmt: skip
+    return differences
+
+
+def _samples(loaded: Loaded) -> Tensor:
+    """Validation images as evaluation sees them; at least two, as a program that is traced with one fits only one."""
+    index = torch.arange(min(_NUM_SAMPLES, len(loaded.data.val)))
+    if len(index) == 0:
+        raise ConfigError("data: expected validation samples to check an export with, got none")
+    index = index.repeat(2) if len(index) == 1 else index
+    return loaded.data.eval_batch(loaded.data.val, index, loaded.place.dtype)[0]
+
+
+def _revert(model: nn.Module, images: Tensor) -> None:
+    """Plain layers throughout: those that were built as `SyncBatchNorm` become what fits the input that they get."""
+    try:
+        revert_sync_batchnorm(model)
+        built: dict[nn.Module, str] = {
+            layer: name for name, layer in model.named_modules() if isinstance(layer, SyncBatchNorm)
+        }
+        for layer, num_dims in _input_dims(model, built, images).items():
+            if num_dims not in _PLAIN:
+                raise ValueError(f"{built[layer]}: no plain batch normalization takes {num_dims} dimensions")
+            revert_sync_batchnorm(layer, default=_PLAIN[num_dims])
+    except ValueError as error:
+        raise ConfigError(f"model: cannot be exported: {error}") from None
+
+
+def _input_dims(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> dict[nn.Module, int]:
+    """The number of dimensions of what each of the layers is given; 2 for those that are given nothing."""
+    dims: dict[nn.Module, int] = dict.fromkeys(layers, 2)
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        dims[layer] = inputs[0].dim()
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    model(images[:1])
+    for handle in handles:
+        handle.remove()
+    return dims
+
+
+def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+    from safetensors.torch import load_file, save
+
+    # Copies: the format has no tensor under two keys, as tied weights have.
+    path.write_bytes(save({key: value.contiguous().clone() for key, value in model.state_dict().items()}))
+    plain = replace(loaded.config, bn=replace(loaded.config.bn, sync=False, group="world"))
+    fresh = build_model(plain, loaded.data, loaded.place)
+    fresh.load_state_dict(load_file(path))
+    return fresh.eval()
+
+
+def _write_pt2(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_any_batch_size()), path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+    import onnxruntime
+
+    with _quiet():
+        torch.onnx.export(
+            model,
+            (images,),
+            path,
+            input_names=[_INPUT],
+            output_names=[_OUTPUT],
+            dynamic_shapes=_any_batch_size(),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda some: torch.from_numpy(session.run([_OUTPUT], {_INPUT: some.numpy()})[0])
+
+
+_WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, Loaded], Runs]] = {
+    "safetensors": _write_safetensors,
+    "pt2": _write_pt2,
+    "onnx": _write_onnx,
+}
+
+
+def _any_batch_size() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+def _difference(reloaded: Runs, images: Tensor, expected: Tensor) -> float:
+    """The largest one of any output, for all samples at once and for one alone: the batch size is the consumer's."""
+    pairs = [(reloaded(images[:number]), expected[:number]) for number in (len(images), 1)]
+    return max((actual - right).abs().max().nan_to_num(torch.inf).item() for actual, right in pairs)
+
+
+@contextmanager
+def _taking_its_place(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` that takes its place at the end; after an exception it is gone."""
+    temporary, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if directory.exists():
+            directory.rename(old)
+        temporary.rename(directory)
+    finally:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+@contextmanager
+def _as_config_error(name: str) -> Iterator[None]:
+    """What exporters raise about a model, as one message; a full disk stays what it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"export.formats: {name} fails for this model ({type(error).__name__}: {reason}); leave it out"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's exporter tells of each pass, of packages that it does not find, and of its own deprecated calls."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any]:
+    """What a consumer needs to give the model its input and to read its output."""
+    mean, std = loaded.data.pixel_stats
+    numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
+    labels = loaded.data.class_names or numbers
+    init = {name: init.path for name, init in loaded.config.init.items()}
+    return {
+        "input": {
+            "name": _INPUT,
+            "shape": ["batch", *images.shape[1:]],
+            "dtype": str(images.dtype).removeprefix("torch."),
+            "pixels": "numbers from 0 to 1, whatever the files hold (synthetic data: as drawn)",
+            "normalization": "(pixels - mean) / std, by channel",
+            "mean": mean.flatten().tolist(),
+            "std": std.flatten().tolist(),
+        },
+        "output": {"name": _OUTPUT, "shape": ["batch", *expected.shape[1:]], "labels": [str(name) for name in labels]},
+        "source": {"checkpoint": str(loaded.path), "step": loaded.step, "weights": loaded.weights, "init": init},
+    }

@@ -1,0 +1,190 @@
+"""What the tasks with `load` begin with: a checkpoint, and data and model by the configuration of its training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint.resume import require_secrets
+from syncbn.training.config.parsing import apply_overrides, parse, to_dict
+from syncbn.training.config.redaction import redacted
+from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.data import dataset as datasets
+from syncbn.training.data.loader import Loader
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.evaluation.metrics import build_metrics, evaluate
+from syncbn.training.launch import overrides as launch
+from syncbn.training.losses import losses
+from syncbn.training.models import build as models
+from syncbn.training.models.pretrained import load_subnet
+from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
+from syncbn.training.tracking.tracker import Tracker
+from syncbn.training.trainer import execution as switches
+
+DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Keys that a task reads from its own command line, not from the configuration of the training.
+OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as some training left it, and what it takes to go on with it."""
+
+    path: Path
+    step: int
+    weights: str
+    """Which of the checkpoint's weights the model has: "raw", or "ema" for the averaged ones."""
+    config: Config
+    """That of the training, with what the command line says on top; without `bn.virtual_ranks`, which only train."""
+    place: Place
+    data: datasets.Data
+    model: nn.Module
+
+    def describe(self) -> str:
+        """The checkpoint in words, for the head of a table."""
+        others = "".join(f", {name} of {init.path}" for name, init in self.config.init.items())
+        return f"{self.path}, step {self.step}, {'averaged' if self.weights == 'ema' else 'raw'} weights{others}"
+
+    def evaluate(self, *splits: str) -> dict[str, float]:
+        """`<split>/accuracy` and `<split>/loss` of some of "train", "val" and "test", the same on every rank."""
+        loss, own = losses.build(self.config.loss, self.data), build_metrics(self.config.metrics, self.data.num_classes)
+        metrics: dict[str, float] = {}
+        with self.loader() as loader:
+            for name in splits:
+                split = getattr(self.data, name)
+                values = evaluate(self.model, self.data, split, loss, self.place, metrics=own, loader=loader)
+                metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        return metrics
+
+    def loader(self) -> Loader:
+        """Batches by `data.workers`; a context."""
+        return Loader(self.data, self.place, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
+
+    def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
+        """Adds numbers to the metrics of a run directory, at the checkpoint's step."""
+        tracker = replace(self.config.tracker, mode="disabled")
+        with Tracker(tracker, run_dir, redacted(to_dict(self.config)), active=self.place.is_first) as records:
+            records.start()
+            records.log(self.step, metrics)
+
+
+def load(config: Config, run_dir: Path, place: Place) -> Loaded:
+    """What `load` names, with the sub-networks of other runs that `init` names; every rank calls it.
+
+    Raises:
+        ConfigError: on every rank: no checkpoint of a run there, no such weights in it, a sub-network that does not
+            fit, or `run_dir` is not a directory of this task's own.
+    """
+    with failing_together():  # building the model may be a collective: a rank that has no file must not miss it
+        path, checkpoint = _read(config, run_dir)
+        weights, content = _choose_weights(checkpoint, config.eval.weights, path)
+        mine = to_dict(config)
+        stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
+        require_secrets(stored, path, unused=("tracker",))
+        trained = parse(stored)
+        trained.bn.virtual_ranks = None
+        data = datasets.as_trained(datasets.load(trained.data), checkpoint)
+    place = place_for(trained, place)
+    model = build_model(trained, data, place)
+    state.load_into(model, content, path, "load")
+    with failing_together():
+        for name, init in trained.init.items():
+            load_subnet(model, name, init)
+    return Loaded(path, int(checkpoint["step"]), weights, trained, place, data, model)
+
+
+def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    if state.newest(run_dir) is not None:
+        raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
+    assert config.load is not None
+    path = Path(config.load)
+    path = state.best_or_newest(path, "load") if path.is_dir() else path
+    if run_dir.resolve() in path.resolve().parents:
+        raise ConfigError(f"run: {shown(run_dir)} holds what load names, which is never changed; choose another name")
+    checkpoint = state.read(path, "load")
+    if "config" not in checkpoint or "model" not in checkpoint:
+        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
+    return path, checkpoint
+
+
+def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """ "raw" or "ema", and that state of the model."""
+    if "average" in checkpoint:
+        weights = "raw" if choice == "raw" else "ema"
+        return weights, checkpoint["average" if weights == "ema" else "model"]
+    # One state alone: the best model, or a recalibrated one, which says what it is.
+    averaged = checkpoint["config"].get("ema") is not None
+    weights = checkpoint.get("weights", "ema" if averaged else "raw")
+    if choice == "ema" and weights == "raw":
+        raise ConfigError(f"eval.weights=ema: {path} holds no averaged weights; use eval.weights=auto or raw")
+    if choice == "raw" and weights == "ema":
+        raise ConfigError(
+            f"eval.weights=raw: {path} holds the averaged weights alone; load a checkpoint of some step instead,"
+            " load=.../checkpoints/step_....pt"
+        )
+    return weights, checkpoint["model"]
+
+
+def build_model(config: Config, data: datasets.Data, place: Place) -> nn.Module:
+    """The model with its initial weights, the same on every rank.
+
+    Raises:
+        ConfigError: see `models.build`, `groups_per_rank` and `make_virtual`.
+    """
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
+    if config.bn.virtual_ranks is not None:
+        make_virtual(model, groups_per_rank(config.bn, place.world_size))
+    if place.channels_last:
+        switches.lay_out(model)
+    return model
+
+
+def sampler_for(config: Config, data: datasets.Data, place: Place) -> Sampler:
+    """Which samples this rank trains on."""
+    groups = groups_per_rank(config.bn, place.world_size)
+    return Sampler(
+        len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size, groups
+    )
+
+
+def place_for(config: Config, place: Place) -> Place:
+    """`place` with the precision of this configuration."""
+    return replace(
+        place,
+        dtype=DTYPES.get(config.precision, torch.float32),
+        autocast=AUTOCAST.get(config.precision),
+        channels_last=config.channels_last,
+    )
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Around what one rank does, or each for itself: a ConfigError of any rank is raised on all, not only there."""
+    mine: ConfigError | None = None
+    try:
+        yield
+    except ConfigError as error:
+        mine = error
+    problems = world.on_all_ranks(None if mine is None else str(mine))
+    if mine is not None:
+        raise mine
+    for problem in problems:
+        if problem is not None:
+            raise ConfigError(problem)
+
+
+def shown(path: Path) -> str:
+    """A path as a person wants to read it, and to copy it into the next command."""
+    return os.path.relpath(path)

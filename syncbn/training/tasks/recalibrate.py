@@ -1,0 +1,156 @@
+"""`task=recalibrate`: population statistics instead of moving averages, in a checkpoint of their own.
+
+The global batches of a training epoch, cut over however many ranks there are: the order of epoch 0, micro-batches as
+in training, images as evaluation sees them, without augmentation. Each layer normalizes a micro-batch with the
+statistics of all its samples on all ranks, whatever `bn.sync` and `bn.group` say, so the result is a function of the
+checkpoint and the data alone. Layers whose statistics the freeze plan holds at the checkpoint's step keep them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.patterns import named_modules
+from syncbn.stats.precise_bn import precise_bn
+from syncbn.surgery.convert import convert_sync_batchnorm
+from syncbn.training.checkpoint import state
+from syncbn.training.config.parsing import to_dict
+from syncbn.training.config.redaction import redacted
+from syncbn.training.config.schema import Config, ConfigError, TrainingError
+from syncbn.training.data.dataset import describe_data
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.losses import losses
+from syncbn.training.tasks.loaded import Loaded, load, sampler_for, shown
+from syncbn.training.tracking import console
+from syncbn.training.trainer.checks import build_freeze_plan, check_model
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far one layer's statistics have moved."""
+
+    mean: float
+    """The largest move of a channel's mean, in standard deviations of before."""
+    std: tuple[float, float]
+    """The smallest and the largest quotient of a channel's new and old standard deviation."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """What statistics were made of, and how far they are from those before."""
+
+    num_batches: int
+    num_samples: int
+    layers: dict[str, Moved]
+    """By name, in the order of the model."""
+
+    def describe(self) -> str:
+        """What they were made of, in words."""
+        return f"{self.num_batches} global batches, {self.num_samples} samples"
+
+
+def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+    """Recalibrates what `load` names and writes `recalibrated.pt`, which `load` and `init.*.path` take.
+
+    What is better is for validation to say: the test set is not used.
+    """
+    loaded = load(config, run_dir, place)
+    before = loaded.evaluate("val")
+    found = recalibrate(loaded, config.recalibrate.batches)
+    after = loaded.evaluate("val")
+    drift = {f"drift/{name}": moved.mean for name, moved in found.layers.items()}
+    metrics = before | {f"precise/{name}": value for name, value in after.items()} | drift
+    if place.is_first:
+        content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
+        content |= describe_data(loaded.data)
+        state.write_atomically(run_dir / state.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
+    loaded.record(run_dir, metrics)
+    if place.is_first:
+        rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]
+        console.print_rows(loaded.describe(), ("metric", "before", "after"), rows)
+        moves = [(name, f"{m.mean:.4f}", f"{m.std[0]:.3f} to {m.std[1]:.3f}") for name, m in found.layers.items()]
+        console.print_rows("how far statistics moved", ("layer", "mean, in std", "std, times"), moves)
+        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / state.RECALIBRATED))]
+        console.print_table("population statistics", [*made_of, ("run directory", shown(run_dir))])
+    return metrics
+
+
+def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
+    """Gives the model the statistics of so many global batches (None, or more than there are: of the training set).
+
+    Every rank calls it and ends up with the same bits.
+
+    Raises:
+        ConfigError: no layer has statistics that may move; a layer that cannot be synchronized, on several ranks; a
+            model that cannot take zero rows, where a rank has no sample.
+        TrainingError: statistics that are not finite.
+    """
+    config, place, model = loaded.config, loaded.place, loaded.model
+    num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, place)
+    num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
+    worker = _synchronized_copy(loaded, sampler)
+    check_model(worker, loaded.data, sampler, place, losses.build(config.loss, loaded.data))
+    before = _statistics(model)
+    with loaded.loader() as loader, place.forward_context():
+        shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))
+        precise_bn(worker, (images for images, _ in loader.eval_batches(loaded.data.train, shards)))
+    after = _statistics(worker)
+    for name, statistics in after.items():
+        if not all(statistic.isfinite().all() for statistic in statistics):
+            raise TrainingError(f"the statistics of {name or 'the model'} are not finite; nothing was written")
+    model.load_state_dict(worker.state_dict())
+    layers = {name: _compare(before[name], after[name], layer.eps) for name, layer in _layers(worker).items()}
+    return Population(num_batches, min(num_batches * config.batch_size, num_train), layers)
+
+
+def _synchronized_copy(loaded: Loaded, sampler: Sampler) -> nn.Module:
+    """A copy to recalibrate: every layer sums over all ranks, and is frozen as in the last step of the checkpoint."""
+    copied = copy.deepcopy(loaded.model)
+    plan = build_freeze_plan(loaded.config, copied, sampler.steps_per_epoch)
+    plan.apply(copied, max(loaded.step - 1, 0))
+    try:
+        convert_sync_batchnorm(copied)
+    except TypeError as error:
+        if loaded.place.world_size > 1:
+            reason = str(error).partition("; leave it out")[0]
+            raise ConfigError(f"task: {reason}, which statistics over several ranks would need; use one rank") from None
+    for layer in copied.modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer.process_group = None
+    if not any(not (isinstance(layer, SyncBatchNorm) and layer.stats_frozen) for layer in _layers(copied).values()):
+        raise ConfigError("load: the model has no batch normalization with running statistics that are not frozen")
+    return copied
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalizations that have running statistics, by name, each once."""
+    found: dict[str, _BatchNorm] = {}
+    for name, layer in named_modules(model):
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer not in found.values():
+            found[name] = layer
+    return found
+
+
+def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Copies of each layer's running mean and variance, float64."""
+    statistics: dict[str, tuple[Tensor, ...]] = {}
+    for name, layer in _layers(model).items():
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        pair = (layer.running_mean, layer.running_var)
+        statistics[name] = tuple(statistic.to(torch.float64, copy=True) for statistic in pair)
+    return statistics
+
+
+def _compare(before: tuple[Tensor, ...], after: tuple[Tensor, ...], eps: float) -> Moved:
+    (mean, std), (new_mean, new_std) = ((mean, (var + eps).sqrt()) for mean, var in (before, after))
+    ratio = new_std / std
+    return Moved(float(((new_mean - mean).abs() / std).max()), (float(ratio.min()), float(ratio.max())))

@@ -1,0 +1,225 @@
+"""What `train.py` does with a checked configuration: build everything, run the task, close everything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from syncbn.nn import rank_checks as debugging
+from syncbn.nn.groups import treat_as_world_of_one
+from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint.resume import checkpoint_to_resume, cut_back, merge_with_stored
+from syncbn.training.config.parsing import to_dict
+from syncbn.training.config.redaction import redact, redacted
+from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.data import dataset as datasets
+from syncbn.training.data.folders import record_classes
+from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.stopping import StopRequest, deferred
+from syncbn.training.evaluation.metrics import build_metrics, choose_best
+from syncbn.training.launch import explain as reporting
+from syncbn.training.launch import overrides as launch
+from syncbn.training.losses import losses
+from syncbn.training.models.pretrained import Drift, load_subnet
+from syncbn.training.tasks import audit as auditing
+from syncbn.training.tasks import evaluate as evaluating
+from syncbn.training.tasks import export as exporting
+from syncbn.training.tasks import recalibrate as recalibrating
+from syncbn.training.tasks.loaded import build_model, place_for, sampler_for, shown
+from syncbn.training.tasks.measure_data import measure_loading
+from syncbn.training.tracking import console
+from syncbn.training.tracking.environment import describe
+from syncbn.training.tracking.summary import read_summary, write_summary
+from syncbn.training.tracking.tracker import Tracker
+from syncbn.training.trainer import execution as switches
+from syncbn.training.trainer import overfit as overfitting
+from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
+from syncbn.training.trainer.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+# The tasks that take a run or checkpoint from `load`.
+WITH_LOAD = {
+    "eval": evaluating.run,
+    "audit": auditing.run,
+    "recalibrate": recalibrating.run,
+    "export": exporting.run,
+}
+
+
+def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Runs the task on this rank; returns its metrics (the same on every rank).
+
+    Args:
+        job: a name that differs between the jobs of one multirun.
+        overrides: what was given on the command line; a resumed run compares it with its stored configuration.
+
+    Raises:
+        ConfigError: a mistake in the configuration, found before training starts.
+    """
+    if not world.is_distributed():
+        treat_as_world_of_one()
+    device = _device(config)
+    place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
+    debugging.enabled |= config.bn.debug
+    # The tracker ends after the group: the other ranks need not wait for an upload.
+    with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
+        if config.task in WITH_LOAD:
+            metrics = WITH_LOAD[config.task](config, run_dir, place)
+            if place.is_first and metrics:
+                given = [redact(override) for override in (*overrides, *launch.held_back())]
+                write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
+            return metrics
+        if config.task == "data":
+            return measure_loading(config, place, datasets.load(config.data))
+        switches.check(config, device)
+        with switches.applied(config):
+            return train(config, run_dir, place, overrides, tracking)
+
+
+def train(
+    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack
+) -> dict[str, float]:
+    """`task=train`; `tracking` closes the tracker."""
+    tracking.enter_context(deferred())
+    stop = StopRequest()
+    with stop.listen():
+        return _train(config, run_dir, place, overrides, tracking, stop)
+
+
+def _train(
+    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack, stop: StopRequest
+) -> dict[str, float]:
+    checkpoint = checkpoint_to_resume(config, run_dir)
+    _require_shared(run_dir, checkpoint)
+    if checkpoint is not None:
+        config = merge_with_stored(config, checkpoint, overrides)
+    data = datasets.load(config.data)
+    if config.overfit is not None:
+        data = overfitting.only_a_few(data, config.overfit)
+    model = build_model(config, data, place)
+    drift = Drift()
+    for name, init in config.init.items() if checkpoint is None else ():
+        load_subnet(model, name, init)
+        drift.remember(model, name)
+    sampler = sampler_for(config, data, place)
+    plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
+    loss = losses.build(config.loss, data)
+    outputs, targets = check_model(model, data, sampler, place, loss)
+    own_metrics = build_metrics(config.metrics, data.num_classes)
+    best = choose_best(config.best, own_metrics, data.num_classes, outputs, targets)
+    warn_of_dropout(model)
+    config_dict = redacted(to_dict(config))
+    if place.is_first:
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
+        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
+    record_classes(run_dir, data.class_names, place)
+    environment = describe(place, overrides)
+    if place.is_first:
+        (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    tracked = {**config_dict, "environment": environment}
+    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
+    if place.is_first and config.tracker.report:
+        tracking.push(reporting.Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
+    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, own_metrics, best, plan, tracker, drift, stop)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
+    elif place.is_first:
+        trainer.checkpoints.begin(0)
+    metrics = _metrics_of_finished(run_dir, trainer)
+    if metrics is None and config.audit.level != "off":
+        findings = auditing.audit_at(model, plan, sampler, trainer.counters.step)
+        auditing.record(findings, trainer.counters.step, run_dir, place, ("error", "warning"))
+        auditing.stop_at_errors(findings, config.audit, run_dir)
+    tracker.start()
+    _announce(run_dir, trainer, overrides)
+    if metrics is not None:
+        log.info("this run is finished; the test set has been used and is not used again")
+        tracker.log(trainer.counters.step, {key: value for key, value in metrics.items() if key.startswith("test/")})
+    else:
+        metrics = trainer.run(config_dict)
+    if place.is_first:
+        given = [redact(override) for override in overrides]
+        stopped = trainer.counters.step < trainer.num_steps
+        write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
+        _print_summary(metrics, run_dir, trainer)
+    if config.overfit is not None:
+        overfitting.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
+    return metrics
+
+
+def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | None:
+    """What a run that was finished before has told; None for a run that has something to do."""
+    summary = read_summary(run_dir)
+    if summary is None or summary["step"] != trainer.counters.step:
+        return None
+    would_stop_again = summary["stopped"] and trainer.config.on_nonfinite == "stop"
+    return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
+
+
+def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
+    """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
+    mark = run_dir / ".shared"
+    if world.rank() == 0:
+        mark.touch()
+    found = world.on_all_ranks(None if checkpoint is None else checkpoint.name)
+    visible = world.on_all_ranks(mark.exists())
+    if world.rank() == 0:
+        mark.unlink()
+    if len(set(found)) > 1 or not all(visible):
+        other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])
+        raise ConfigError(
+            f"run: rank {other} does not see the directory {shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
+            f" here: {found[other]}); outputs/ has to be on storage that all machines share"
+        )
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is not available here; use device=cpu or device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None:
+    num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    place = trainer.place
+    if overrides:
+        log.info("overrides: %s", " ".join(overrides))
+    log.info(
+        "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
+        place.world_size, place.device.type, trainer.config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
+        num_parameters, shown(run_dir),
+    )  # fmt: skip
+    if place.is_first and trainer.plan.rules:
+        rows = trainer.plan.table(trainer.model)
+        console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
+
+
+def _by_split(name: str) -> int:
+    """The order of the summary: validation, test, the rest."""
+    return next((place for place, split in enumerate(("val/", "test/")) if name.startswith(split)), 2)
+
+
+def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
+    names = sorted((name for name in metrics if not name.startswith("train/")), key=_by_split)
+    rows = [(name, f"{metrics[name]:.4f}") for name in names]
+    rows += [
+        ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
+        ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),
+        ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
+        ("run directory", shown(run_dir)),
+    ]
+    console.print_table("summary (weights of the best validation)", rows)

@@ -1,0 +1,120 @@
+"""What would fail, or silently mean something else, in the middle of a run: found before it starts."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
+from syncbn.training.config.duration import Duration
+from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.data.dataset import Data
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.losses.losses import CrossEntropy, Loss, check_loss
+
+log = logging.getLogger(__name__)
+
+
+def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) -> FreezePlan:
+    """The plan of the configuration, proven on the model.
+
+    Raises:
+        ConfigError: a rule that cannot work, or a time at which nothing is left to train.
+    """
+
+    def in_steps(value: object) -> int | None:
+        return None if value is None else Duration.parse(str(value)).in_steps(steps_per_epoch)
+
+    rules = {
+        name: FreezeRule(
+            match=rule.match,
+            exclude=rule.exclude,
+            stats=rule.stats,
+            affine=rule.affine,
+            weights=rule.weights,
+            start=in_steps(rule.start),
+            until=in_steps(rule.until),
+        )
+        for name, rule in config.freeze.items()
+    }
+    plan, num_steps = FreezePlan(rules), Duration.parse(config.duration).in_steps(steps_per_epoch)
+    try:
+        warnings = plan.check(model, num_steps)
+    except (ValueError, TypeError) as error:
+        remedy = "" if config.bn.sync else " (bn.sync=true converts the model)"
+        raise ConfigError(f"freeze.{error}{remedy}") from None
+    for warning in warnings:
+        log.warning("freeze.%s", warning)
+    with_parameters = {name for name, module in model.named_modules() if [*module.parameters(recurse=False)]}
+    if not with_parameters:
+        raise ConfigError("model: has no parameter to train")
+    for step in sorted({0, *(boundary for boundary in plan.boundaries if boundary < num_steps)}):
+        frozen = plan.frozen_at(model, step)
+        if all(frozen.get(name, set()) & {"affine", "weights"} for name in with_parameters):
+            raise ConfigError(f"freeze: every parameter is frozen at step {step}; leave something to train")
+    return plan
+
+
+def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, loss: Loss) -> tuple[object, Tensor]:
+    """Runs the model and the loss once without training; returns the outputs and the targets of some samples.
+
+    Raises:
+        ConfigError: it cannot take the images, its outputs are not one logit per class (where cross entropy wants
+            that), the loss cannot take them or does not return a sum and a count, or the model cannot take zero rows
+            where the last batch of an epoch leaves a rank without samples.
+    """
+    images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
+    images = place.put(images)
+    failure, outputs = _try(model, images)
+    if failure is not None:
+        raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
+    wanted = (len(images), data.num_classes, *targets.shape[1:])
+    if isinstance(loss, CrossEntropy) and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
+    outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
+    check_loss(loss, outputs, targets)
+    if sampler.smallest_micro_batch() <= (place.world_size - 1) * sampler.groups_per_rank:
+        failure, _ = _try(model, images[:0])
+        if failure is not None:
+            raise ConfigError(
+                f"model: cannot take zero rows, which the last batch leaves to some ranks (failed in {failure}); use"
+                " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
+                " without samples"
+            )
+    return outputs, targets
+
+
+def warn_of_dropout(model: nn.Module) -> None:
+    """Says that the run will not be the same at another world size."""
+    dropout = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+    if dropout:
+        log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
+
+
+def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
+    """Evaluates the model; the innermost module that failed and why, or None, and the outputs. Modes are restored."""
+    modes = {module: module.training for module in model.modules()}
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    running: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: running.append(names[module])) for module in model.modules()
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            return None, model(images)
+    except Exception as error:
+        return f"{running[-1]}: {' '.join(str(error).split())}", None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,121 @@
+"""Compilation, memory format, TF32, deterministic operators: each works, or says at start why it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.launch.explain import printable
+
+
+def check(config: Config, device: torch.device) -> None:
+    """Whether what is switched on can work here.
+
+    Raises:
+        ConfigError: it cannot; the message says why and what would.
+    """
+    if config.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ConfigError(
+            f"tf32: expected an NVIDIA GPU of compute capability 8.0 or newer, got {_name(device)}; set tf32=false"
+        )
+    if config.compile is False:
+        return
+    backend = _backend(config.compile)
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        named = ", ".join(sorted(torch.compiler.list_backends()))
+        raise ConfigError(
+            f"compile: expected true, false, or a backend of torch.compile such as {named}, got {backend!r}"
+        )
+    own, names = ("CXX", ["g++", "clang++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[own]] if own in os.environ else names
+    if backend == "inductor" and not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"compile: Inductor needs a compiler at run time, here is no {names[0]}; install it, or set compile=false"
+        )
+    _try(backend, device)
+
+
+def _try(backend: str, device: torch.device) -> None:
+    """Compiles one operator: a compiler may be there and yet lack headers, OpenMP, or the right to write its cache."""
+    try:
+        torch.compile(lambda tensor: tensor * 2 + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        found = [line for line in said if re.search(r"\berror\b", line, re.IGNORECASE)]
+        reason = printable((found or said or [type(error).__name__])[0])
+        raise ConfigError(f"compile: {backend} does not work here: {reason}; repair it, or set compile=false") from None
+
+
+@contextmanager
+def applied(config: Config) -> Iterator[None]:
+    """TF32 and deterministic operators as configured; afterwards as before, for the next job of a multirun."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        # Without it cuBLAS refuses; read at its first use.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        with _tf32(config.tf32) if torch.cuda.is_available() else nullcontext():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def lay_out(model: nn.Module) -> None:
+    """Weights of convolutions in channels_last, in place."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in formats:
+            # `contiguous` would leave those of 1x1 kernels as they are, and DDP warn that their gradients are not.
+            parameter.data = parameter.data.to(memory_format=formats[parameter.dim()])
+
+
+def executed(model: nn.Module, compile: bool | str) -> nn.Module:
+    """What runs in a training step: the model itself, or a way through it that torch has compiled."""
+    return model if compile is False else Compiled(model, _backend(compile))
+
+
+class Compiled(nn.Module):
+    """A model whose forward pass is compiled, where there are rows: Inductor takes no batch of zero rows, and such a
+    rank's collectives come in the same order uncompiled. Parameters and buffers are the model's own.
+    """
+
+    wrapped_child = "model"  # invisible to patterns and names
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple: as a submodule it would be the model a second time. Not one graph at any price (fullgraph=True):
+        # somebody's own model may break it, and still has the same collectives in the same order.
+        self._compiled = (torch.compile(model, backend=backend),)
+
+    def forward(self, input: Tensor) -> Any:
+        """What the model makes of it."""
+        return self._compiled[0](input) if len(input) else self.model(input)
+
+
+def _backend(compile: bool | str) -> str:
+    return compile if isinstance(compile, str) else "inductor"
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

@@ -1,0 +1,66 @@
+"""`debug=profile`: where the time of a training step goes; a trace per rank, and a table of operators."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from syncbn.training.distributed.rank_context import Place
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 5  # steps that are not profiled: allocations, first-time choices of kernels, DDP's buckets
+
+
+class Profiler:
+    """Writes to `profile/` in the run directory after `num_steps` steps; `step` belongs to the end of each step."""
+
+    def __init__(self, num_steps: int, run_dir: Path, place: Place) -> None:
+        self._directory, self._place, self._num_steps = run_dir / "profile", place, num_steps
+        self._written = False
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if place.device.type == "cuda" else [])],
+            schedule=schedule(wait=WARM_UP - 2, warmup=2, active=num_steps, repeat=1),
+            on_trace_ready=self._write,
+        )
+
+    def __enter__(self) -> Profiler:
+        self._profile.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._profile.stop()
+        if not self._written and self._place.is_first:
+            log.warning("profile: nothing to show, the first %d steps are warm-up; give a longer duration", WARM_UP)
+
+    def step(self) -> None:
+        """A training step is over."""
+        self._profile.step()
+
+    def _write(self, profiled: profile) -> None:
+        self._written = True
+        self._directory.mkdir(exist_ok=True)
+        profiled.export_chrome_trace(str(self._directory / f"trace-rank{self._place.rank}.json.gz"))
+        if not self._place.is_first:
+            return
+        by = "self_cpu_time_total" if self._place.device.type == "cpu" else "self_device_time_total"
+        operators = profiled.key_averages()
+        table = operators.table(sort_by=by, row_limit=30, max_name_column_width=60)
+        (self._directory / "operators.txt").write_text(table + "\n", encoding="utf-8")
+        top = sorted(operators, key=lambda operator: -getattr(operator, by))[:5]
+        total = sum(getattr(operator, by) for operator in operators) or 1.0
+        log.info(
+            "profile of %d step(s), rank 0, share of its own time: %s; a trace per rank (chrome://tracing) and"
+            " operators.txt in %s",
+            self._num_steps,
+            "  ".join(f"{operator.key} {getattr(operator, by) / total:.0%}" for operator in top),
+            os.path.relpath(self._directory),
+        )
+
+
+def build(num_steps: int | None, run_dir: Path, place: Place) -> Profiler | None:
+    """None: off, and nothing happens."""
+    return None if num_steps is None else Profiler(num_steps, run_dir, place)

@@ -1,0 +1,411 @@
+"""The training loop.
+
+for step in range(start, num_steps):
+    freeze and unfreeze what the plan says            (a change wraps the model in DDP anew)
+    for micro_batch in the step's share of this rank: (may be shorter than other ranks', or empty)
+        loss_sum, count = loss(model(images), labels)
+        backward(loss_sum * world_size / nominal)     (DDP averages over ranks; only the last micro-batch
+        communicates, and carries the totals of the step: loss, counts, who was asked to stop, whose loss is NaN)
+    gradient *= nominal / (count over all ranks)      (so the loss is the mean over the global batch, exactly)
+    optimizer.step(); schedule.step()                 (left out on the device where loss or gradient is not finite)
+    every log_every:  metrics and BN statistics to the tracker
+    every eval_every: validation and a table of BN statistics; the best model so far is kept
+    every save.every: a checkpoint
+        asked to stop:    a checkpoint, and leave
+test the best model, once
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from syncbn.nn.accumulate import accumulate_stats
+from syncbn.stats.monitor import Monitor
+from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.checkpoint.state import BEST, Checkpoints, FrozenSwitches, read, whole_step
+from syncbn.training.config.duration import Duration
+from syncbn.training.config.schema import Config
+from syncbn.training.data.dataset import Data, Split, describe_data
+from syncbn.training.data.loader import Batch, Loader
+from syncbn.training.data.randomness import mix_key, seed_generators
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.ddp import Wrapped
+from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.distributed.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
+from syncbn.training.evaluation.metrics import Best, evaluate
+from syncbn.training.launch import explain as reporting
+from syncbn.training.losses.losses import Loss
+from syncbn.training.models.pretrained import Drift
+from syncbn.training.optim import optimizers, schedules
+from syncbn.training.optim.update import Reports, Update
+from syncbn.training.tracking import console
+from syncbn.training.tracking.tracker import Tracker
+from syncbn.training.trainer import execution as switches
+from syncbn.training.trainer import profiler as profiling
+from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
+from syncbn.training.trainer.local_stats import LocalStatistics
+from syncbn.training.trainer.overfit import FITTED
+
+log = logging.getLogger(__name__)
+
+_DROPOUT = 5  # purpose of the draw, part of its key
+
+
+class Trainer:
+    """Trains one model; everything that it needs is handed in, built."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        place: Place,
+        data: Data,
+        sampler: Sampler,
+        model: nn.Module,
+        loss: Loss,
+        metrics: Mapping[str, Metric],
+        best: Best,
+        plan: FreezePlan,
+        tracker: Tracker,
+        drift: Drift,
+        stop: StopRequest,
+    ) -> None:
+        # what is trained, and where
+        self.config, self.place, self.data, self.sampler = config, place, data, sampler
+        self.model, self.loss, self.plan = model, loss, plan
+        self.metrics, self.best = metrics, best
+        self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
+        self.wrapped: Wrapped | None = None  # the model, in DDP where there are several ranks; see _apply_plan
+        # when
+        self.stop = stop
+        self.stop_agreed = False  # some rank had been asked to stop before a step that is over
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.num_steps, self.eval_every, self.log_every = (
+            max(1, Duration.parse(text).in_steps(self.steps_per_epoch))
+            for text in (config.duration, config.eval_every, config.log_every)
+        )
+        # how
+        self.optimizer = optimizers.build(config.optimizer, model)
+        self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
+        is_half = place.autocast == torch.float16
+        self.update = Update(
+            model, self.optimizer, self.schedule, place.device,
+            half=is_half, decay=config.ema, clip_norm=config.clip_norm,
+        )  # fmt: skip
+        self.local_statistics = LocalStatistics(
+            [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
+        )
+        self.executed = switches.executed(model, config.compile)  # the same model, by another way through it
+        self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
+        # what survives
+        self.counters, self.totals = Counters(), Totals(place.device)
+        self.checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            config.save.keep,
+            facts=describe_data(data),
+            model=model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            scaler=self.update.scaler,
+            **({} if self.update.average is None else {"average": self.update.average}),
+            counters=self.counters,
+            totals=self.totals,
+            drift=drift,
+            tracker=tracker,
+            frozen=FrozenSwitches(model),
+        )
+        self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
+        # what is seen
+        self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
+        self.profiler = profiling.build(config.profile, run_dir, place)
+
+    def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
+        """Trains to the end; returns the final metrics.
+
+        Raises:
+            Stopped: after a signal; the state is saved, and a run that resumes it goes on as if nothing had happened.
+        """
+        with ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            stack.callback(self.loader.close)
+            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
+            try:
+                self._run_steps(config_dict, show)
+                return self._finish(config_dict)
+            except StopAgreed:
+                self._save(config_dict)
+                log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
+                raise Stopped(self.counters.step) from None
+            except ValueError as error:
+                one_value = reporting.explain_one_value(error, self.counters.step)
+                if one_value is None:
+                    raise
+                raise one_value from None
+            except RuntimeError as error:
+                timeout = reporting.explain_timeout(error, f"step {self.counters.step}")
+                if timeout is None:
+                    raise
+                raise timeout from error
+
+    def _run_steps(self, config_dict: dict[str, Any], show: console.ShowStep | None) -> None:
+        self.clock.start()
+        if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
+            self._validate(config_dict)  # a signal came before or while it was evaluated
+        while self.counters.step < self.num_steps and not self._is_fitted():
+            if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
+                raise StopAgreed
+            self._apply_plan(self.counters.step)
+            shown_every = (self.log_every, self.eval_every)
+            with self.monitor.watch(any(self._is_due(every, self.counters.step + 1) for every in shown_every)):
+                self._train_step(self.counters.step)
+            if self.profiler is not None:
+                self.profiler.step()
+            self.counters.step += 1
+            save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
+            # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
+            waits = save_is_due or any(self._is_due(every) for every in (self.log_every, self.eval_every))
+            if not self._read_reports(config_dict, everything=waits):
+                return
+            if self._is_due(self.log_every):
+                self._log(show)
+            elif show is not None:
+                show(self.counters.step)
+            if self._is_due(self.eval_every):
+                self._validate(config_dict)
+            if save_is_due or self.counters.step == self.num_steps:
+                self._save(config_dict)
+
+    def _is_fitted(self) -> bool:
+        return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
+
+    def _is_due(self, every: int, step: int | None = None) -> bool:
+        step = self.counters.step if step is None else step
+        return step > 0 and (step % every == 0 or step == self.num_steps)
+
+    def _read_reports(self, config_dict: dict[str, Any], *, everything: bool) -> bool:
+        """What steps that are over have to say, the same on every rank; False: training ends here."""
+        for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.reports.take(everything=everything):
+            self.stop_agreed |= asked_to_stop > 0
+            self.counters.steps_left_out += left_out > 0
+            if not at_fault:
+                continue
+            fault = self._explain_fault(step, [rank for rank, bad in enumerate(is_bad) if bad])
+            if self.config.on_nonfinite == "skip":
+                log.warning("%s; the step is left out", fault)
+                continue
+            self.reports.clear()
+            self.update.restart(step)
+            self.counters.step, self.counters.steps_left_out = step, self.counters.steps_left_out - 1
+            self._save(config_dict)  # the state before the step, from which on_nonfinite=skip can go on
+            if self.config.on_nonfinite == "raise":
+                raise fault
+            log.warning("%s; training stops before it", fault)
+            return False
+        return True
+
+    def _explain_fault(self, step: int, ranks: list[int]) -> NonFiniteError:
+        """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
+
+        One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
+        """
+        samples = {
+            rank: self.sampler.samples(step, rank) for rank in (ranks if ranks else range(self.place.world_size))
+        }
+        index, epoch = torch.cat(list(samples.values())), self.sampler.epoch_of(step)
+        images, _ = self.data.train_batch(index, self.config.seed, epoch, self.place.dtype)
+        culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
+        seen = {rank: part.tolist() for rank, part in samples.items()}
+        return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
+
+    def _save(self, config_dict: dict[str, Any]) -> None:
+        with self.local_statistics.pooled(self.counters.step):
+            if self.place.is_first:
+                self.checkpoints.save(self.counters.step, config_dict)
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint, which may be another run's, or an earlier one of this run."""
+        self.checkpoints.load(path, "resume")
+        best = self.checkpoints.directory / BEST
+        candidates = [
+            candidate
+            for candidate in dict.fromkeys([best, path.with_name(BEST)])
+            if candidate.exists() and whole_step(candidate) == self.counters.best_step
+        ]
+        if not candidates and self.counters.best_step:
+            log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
+            self.counters.forget_best()
+        if self.place.world_size > 1:
+            dist.barrier()  # all ranks have looked
+        if self.place.is_first:
+            self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.begin(self.counters.step)
+            if candidates and candidates[0] != best:
+                temporary = best.with_name(f".{BEST}.tmp")
+                shutil.copyfile(candidates[0], temporary)
+                temporary.replace(best)  # never a part of it
+
+    def _train_step(self, step: int) -> None:
+        if not self.model.training:
+            self.model.train()
+        self.update.begin()
+        # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
+        seed_generators(mix_key(self.config.seed, step, self.place.rank, _DROPOUT), self.place.device)
+        shards = self.sampler.shards(step)
+        nominal = sum(shard.num_global for shard in shards)
+        # Loss sum, count, asked to stop, and for each rank whether its loss is not finite.
+        totals = torch.zeros(3 + self.place.world_size, dtype=torch.float64, device=self.place.device)
+        totals[2] = float(self.stop.requested)
+        # Running statistics move once per step, however many micro-batches it has.
+        with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
+            for number, batch in enumerate(self.loader.micro_batches(self.sampler, self.config.seed, step)):
+                is_last = number == len(shards) - 1
+                assert self.wrapped is not None
+                with nullcontext() if is_last else self.wrapped.without_communication():
+                    loss_sum, count = self._losses(self.wrapped, batch)
+                    totals[0] += loss_sum.detach()
+                    totals[1] += count
+                    scaled = self.update.scaler.scale(loss_sum * (self.place.world_size / nominal))
+                    if not is_last:
+                        scaled.backward()
+                        continue
+                    totals[3 + self.place.rank] = ~totals[0].isfinite()
+                    totals = self.wrapped.backward(scaled, totals)
+        # From a mean over samples to a mean over what the loss counts; 1, to rounding, where it counts samples. Counts
+        # may be weights, and less than 1; where nothing counts the gradient is 0 as it is.
+        correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
+        verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
+        kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])
+        self.totals.values += torch.where(verdict.left_out, 0.0, kept)
+        self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict[:2]), totals[3:]]))
+        self.clock.add(nominal)
+
+    def _losses(self, wrapped: Wrapped, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss sum and count of this rank's part of a micro-batch."""
+        images, labels = batch
+        with self.place.forward_context():
+            outputs = wrapped(images)
+        return self.loss(in_dtype(outputs, self.place.dtype), labels)
+
+    def _apply_plan(self, step: int) -> None:
+        """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
+
+        DDP fixes the list of parameters it reduces when it wraps: unfrozen later, they would silently train on each
+        rank's own gradients.
+        """
+        if self.wrapped is not None and step not in self.plan.boundaries:
+            return
+        if step > 0:
+            self.local_statistics.pool(step)  # what is frozen from here on has to be the same on all ranks
+        changes = self.plan.apply(self.model, step)
+        for frozen in (True, False):
+            modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
+            if modules:
+                verb = "froze" if frozen else "unfroze"
+                more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+                log.info("step %d: %s %s%s", step, verb, ", ".join(modules[:3]), more)
+        if self.config.optimizer.on_unfreeze == "reset":
+            for change in changes:
+                for parameter in self.model.get_submodule(change.module).parameters(recurse=False):
+                    if not change.frozen and change.switch != "stats":
+                        self.optimizer.state.pop(parameter, None)
+        if changes:
+            self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
+        if changes or self.wrapped is None:
+            batch = self.loader.one_batch(self.sampler, self.config.seed, step)
+            self.model.train()
+            self.wrapped = Wrapped(
+                self.executed, self.place, is_first=self.wrapped is None, num_totals=3 + self.place.world_size,
+                loss_of=lambda wrapped: self._losses(wrapped, batch)[0],
+            )  # fmt: skip
+
+    def _log(self, show: console.ShowStep | None) -> None:
+        step = self.counters.step
+        loss, gradient_norm = self.totals.take()
+        metrics = {
+            "epoch": step / self.steps_per_epoch,
+            **({} if loss is None else {"train/loss": loss}),
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/samples_per_second": self.clock.samples_per_second(),
+        }
+        if self.config.clip_norm is not None and gradient_norm is not None:
+            metrics["train/grad_norm"] = gradient_norm
+        if self.counters.steps_left_out:
+            metrics["train/steps_left_out"] = self.counters.steps_left_out
+        if self.place.is_first:
+            self.tracker.log(step, metrics, self.monitor.snapshot())
+        if show is not None:
+            show(step, math.nan if loss is None else loss)
+        else:
+            log.info(
+                "step %d/%d  epoch %.2f  loss %.4f  lr %.4f  %.0f samples/s",
+                step, self.num_steps, metrics["epoch"], math.nan if loss is None else loss, metrics["train/lr"],
+                metrics["train/samples_per_second"],
+            )  # fmt: skip
+
+    def _validate(self, config_dict: dict[str, Any]) -> None:
+        step = self.counters.step
+        with self.clock.paused():
+            with self.local_statistics.pooled(self.counters.step):
+                metrics = self._validate_model(config_dict)
+            names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
+            log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
+            self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
+            if self.place.is_first:
+                self.tracker.show_layers(step, self.monitor.snapshot())
+
+    def _validate_model(self, config_dict: dict[str, Any]) -> dict[str, float]:
+        step = self.counters.step
+        values = self._evaluate(self.update.evaluated, self.data.val)
+        if not math.isfinite(loss := values["loss"]):
+            log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
+        self.counters.evaluated_step = step
+        if self.counters.is_best(values, *self.best) and self.place.is_first:
+            self.checkpoints.save_best(step, config_dict, self.update.evaluated)
+        return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
+
+    def _all_ranks(self, here: bool) -> bool:
+        """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
+        if self.place.world_size == 1 or not self.save_clock.goes_by_time:
+            return here
+        answer = torch.tensor(here, device=self.place.device, dtype=torch.int32)
+        dist.broadcast(answer, src=0)
+        return bool(answer.item())  # waits for the device; only with save.every in minutes
+
+    def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+        return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics, self.loader)
+
+    def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
+        """The test set, once, with the weights that validated best."""
+        if self.counters.evaluated_step == 0:
+            self._validate(config_dict)  # training has ended before it was due
+        self.checkpoints.wait()
+        if self.place.world_size > 1:
+            dist.barrier()  # rank 0 has written the best checkpoint
+        drift = self.drift.measure(self.model)  # of the weights that training ended with
+        # A copy: a signal during the test has to find the state that training ended with.
+        model = copy.deepcopy(self.update.evaluated)
+        model.load_state_dict(read(self.checkpoints.directory / BEST, "run")["model"])
+        final = {
+            **{f"val/{name}": value for name, value in self.counters.best.items()},
+            **{f"test/{name}": value for name, value in self._evaluate(model, self.data.test).items()},
+            "train/samples_per_second": self.clock.overall(),
+            **drift,
+        }
+        self.tracker.log(self.counters.step, {k: v for k, v in final.items() if k.startswith("test/")})
+        self.tracker.summarize(final)
+        return final

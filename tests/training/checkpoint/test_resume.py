@@ -1,0 +1,260 @@
+"""Going on with a run: the same trajectory, the same configuration, and no result that nobody measured."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn.training.checkpoint.resume import checkpoint_to_resume, cut_back, merge_with_stored
+from syncbn.training.checkpoint.state import write_atomically
+from syncbn.training.config.parsing import to_dict
+from syncbn.training.config.schema import ConfigError
+from syncbn.training.distributed.stopping import Stopped
+from syncbn.training.trainer.counters import Counters
+from syncbn.training.trainer.trainer import Trainer
+from tests.training.jobs import compose_config, read_metrics, run_rank
+from tests.training.trainer.test_train import load_last
+
+SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none", "batch_size=16"]
+
+
+def without_speed(record):
+    return {key: value for key, value in record.items() if key != "train/samples_per_second"}
+
+
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
+def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks):
+    # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum; a sub-network that
+    # stays frozen and one that is released on the way.
+    same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9",
+            "freeze.backbone.match=backbone.stage1", "freeze.backbone.weights=true",
+            "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
+    whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
+    parts = tmp_path / "outputs/parts"
+    shutil.copytree(whole, parts)
+    for cut in (
+        (5, 9) if num_ranks == 1 else (5, 12)
+    ):  # at 9 the plan unfreezes; as if the job had been killed after these steps, before it could record more
+        for path in (parts / "checkpoints").glob("step_*.pt"):
+            path.unlink()
+        shutil.copyfile(whole / f"checkpoints/step_{cut:08d}.pt", parts / f"checkpoints/step_{cut:08d}.pt")
+        (parts / "summary.json").unlink()
+        job(*same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
+    expected, actual = load_last(whole), load_last(parts)
+    assert actual["frozen"] == expected["frozen"]
+    for part in ("model", "average", "optimizer", "schedule", "counters"):
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0, msg=part)
+    measured = [[without_speed(record) for record in read_metrics(run)] for run in (parts, whole)]
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
+def test_another_world_size_goes_on_along_the_same_trajectory(job, tmp_path, before, after):
+    same = [*SMALL, "duration=16", "precision=fp64", "save.every=1", "save.keep=99", "log_every=1", "data.shift=1"]
+    whole = job(*same, "run=whole", num_ranks=before)
+    parts = tmp_path / "outputs/parts"
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(whole / "checkpoints/step_00000005.pt", parts / "checkpoints/step_00000005.pt")
+    job(*same, "run=parts", num_ranks=after)
+    expected, actual = load_last(whole)["model"], load_last(parts)["model"]
+    assert all((actual[key] - value).abs().max() < 1e-9 for key, value in expected.items())
+
+
+def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(job, tmp_path):
+    run = job(*SMALL, "duration=3", "optimizer.lr=0.2", "run=a")
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: the run that "):
+        job(*SMALL, "optimizer.lr=0.3", "run=a")
+    with pytest.raises(ConfigError, match=r"^data."):
+        job("data=digits", "run=a")
+    job("duration=5", "run=a")  # the stored configuration, longer
+    assert load_last(run)["step"] == 5
+    assert load_last(run)["config"]["optimizer"]["lr"] == 0.2
+    assert load_last(run)["config"]["data"]["name"] == "synthetic"
+
+
+def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(job, caplog):
+    run = job(*SMALL, "duration=3", "run=a")
+    before = read_metrics(run)
+    with caplog.at_level(logging.INFO):
+        job(*SMALL, "duration=3", "run=a")
+    assert "this run is finished" in caplog.text
+    assert read_metrics(run) == before
+
+
+def test_resume_none_in_a_directory_that_holds_a_run_is_refused(job, tmp_path):
+    job(*SMALL, "duration=2", "run=a")
+    with pytest.raises(ConfigError, match=r"^resume: "):
+        job(*SMALL, "duration=2", "run=a", "resume=none")
+
+
+def test_a_run_can_go_on_from_another_runs_checkpoint_or_directory(job, tmp_path):
+    first = job(*SMALL, "duration=10", "run=a")
+    second = job(*SMALL, "duration=11", f"resume={first}", "run=b")
+    assert load_last(second)["step"] == 11
+    with pytest.raises(ConfigError, match=r"^resume: expected a checkpoint, found no file"):
+        job(*SMALL, "run=c", "resume=nowhere.pt")
+
+
+def test_another_shape_is_one_message(job, tmp_path):
+    run = job(*SMALL, "duration=2", "run=a")
+    with pytest.raises(ConfigError, match=r"^load: "):
+        job("task=eval", f"load={run}", "model.width=8")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("options", [[], ["ema=0.8"]], ids=str)
+def test_eval_prints_the_numbers_of_the_run_bit_for_bit(job, tmp_path, num_ranks, options):
+    run = job(*SMALL, *options, "duration=20", "eval_every=3", "run=a", num_ranks=num_ranks)
+    told = json.loads((run / "summary.json").read_text())["metrics"]
+    [again] = read_metrics(job("task=eval", f"load={run}", "run=b", num_ranks=num_ranks))
+    names = ("val/accuracy", "val/loss", "test/accuracy", "test/loss")
+    assert {name: again[name] for name in names} == {name: told[name] for name in names}
+
+
+def test_eval_of_a_checkpoint_takes_the_averaged_weights_as_the_run_did(job, tmp_path):
+    run = job(*SMALL, "ema=0.8", "duration=6", "eval_every=6", "run=a")
+    [told] = [record for record in read_metrics(run) if "val/loss" in record]
+    [again] = read_metrics(job("task=eval", f"load={run / 'checkpoints/step_00000006.pt'}", "run=b"))
+    assert again["val/loss"] == told["val/loss"]
+
+
+def test_eval_applies_overrides_to_the_stored_configuration(job, tmp_path):
+    run = job(*SMALL, "duration=2", "run=a")
+    noisy = job("task=eval", f"load={run}", "data.noise=3.0", "run=noisy")
+    same = job("task=eval", f"load={run}", "run=same")
+    assert read_metrics(noisy)[-1]["val/loss"] != read_metrics(same)[-1]["val/loss"]
+    with pytest.raises(ConfigError, match=r"^data: comes from load here"):
+        job("task=eval", f"load={run}", "data=digits")
+    with pytest.raises(ConfigError, match=r"^run: "):
+        job("task=eval", f"load={run}", "run=a")
+
+
+def test_records_after_the_checkpoint_are_cut_and_half_a_line_too(job, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": 1, "train/loss": 1.0}, {"step": 2, "val/loss": 1.0}, {"step": 3}, {"step": 2, "test/loss": 0.1}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 1, "tra')
+    cut_back(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records[:2]
+
+
+def check_each_in_its_own_directory(cwd):
+    cwd = cwd / f"machine{dist.get_rank()}"
+    cwd.mkdir()
+    with pytest.raises(ConfigError, match=r"^run: rank 1 does not see the directory .* has to be on storage that all"):
+        run_rank(cwd, (*SMALL, "duration=2", "run=a"))
+    return [path.name for path in cwd.rglob("*.pt")]
+
+
+def test_machines_that_do_not_share_the_run_directory_are_told_so(ranks, tmp_path):
+    assert ranks(2, check_each_in_its_own_directory, tmp_path) == [[], []]
+
+
+def test_a_signal_during_the_final_test_leaves_the_state_that_training_ended_with(job, tmp_path, monkeypatch):
+    same = [*SMALL, "duration=9", "eval_every=3", "optimizer.lr=0.5"]
+    whole = job(*same, "run=whole")
+    original = Trainer._evaluate
+
+    def interrupted(self, model, split):
+        self.stop.requested |= split is self.data.test
+        return original(self, model, split)
+
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    monkeypatch.setattr(Counters, "is_best", lambda self, *_: self.step == 3 and setattr(self, "best_step", 3) is None)
+    with pytest.raises(Stopped):
+        job(*same, "run=parts")
+    expected, actual = load_last(whole)["model"], load_last(tmp_path / "outputs/parts")["model"]
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_going_back_to_an_earlier_step_takes_neither_later_checkpoints_nor_the_later_best(job, tmp_path):
+    run = job(*SMALL, "duration=12", "save.every=1", "save.keep=99", "eval_every=6", "run=a")
+    again = job(*SMALL, "duration=12", "save.every=1", "save.keep=99", "eval_every=6", "run=b")
+    job("duration=6", f"resume={run / 'checkpoints/step_00000004.pt'}", "run=a")
+    assert load_last(run)["step"] == 6
+    assert torch.load(run / "checkpoints/best.pt", weights_only=True)["step"] == 6  # not that of step 12
+    for key, value in torch.load(again / "checkpoints/step_00000006.pt", weights_only=True)["model"].items():
+        assert torch.equal(load_last(run)["model"][key], value)
+
+
+def test_without_synchronization_weights_resume_bit_for_bit_too(job, tmp_path):
+    same = [*SMALL, "bn.sync=false", "duration=9", "save.every=1", "save.keep=99"]
+    whole = job(*same, "run=whole", num_ranks=2)
+    parts = tmp_path / "outputs/parts/checkpoints"
+    parts.mkdir(parents=True)
+    shutil.copyfile(whole / "checkpoints/step_00000004.pt", parts / "step_00000004.pt")
+    expected, actual = load_last(whole)["model"], load_last(job(*same, "run=parts", num_ranks=2))["model"]
+    assert all(torch.equal(actual[key], value) for key, value in expected.items() if "running" not in key)
+
+
+def test_a_damaged_best_model_is_passed_over_and_found_anew(job, tmp_path, caplog):
+    run = job(*SMALL, "duration=4", "eval_every=2", "run=a")
+    best = run / "checkpoints/best.pt"
+    best.write_bytes(best.read_bytes()[:-100])
+    job("duration=6", "run=a")
+    assert "best.pt' is not a readable checkpoint" in caplog.text
+    assert torch.load(best, weights_only=True)["step"] in (4, 6)
+    assert "test/accuracy" in read_metrics(run)[-1]
+
+
+def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, monkeypatch):
+    first = job(*SMALL, "duration=2", "run=first")
+    own = stored_run(tmp_path / "own")
+    for resume in ("none", str(first), str(first / "checkpoints/step_00000002.pt")):
+        config = compose_config(f"resume={resume}")
+        with monkeypatch.context() as restarted:
+            restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+            assert checkpoint_to_resume(config, tmp_path / "own") == own
+    # Started again by hand with another run's checkpoint: that was where it began.
+    assert checkpoint_to_resume(config, tmp_path / "own") == own
+    assert checkpoint_to_resume(config, tmp_path / "fresh") == first / "checkpoints/step_00000002.pt"
+
+
+@pytest.mark.parametrize("options", [["bn.sync=false"], ["bn.group=1"]], ids=str)
+def test_how_often_a_run_is_saved_does_not_change_it(job, tmp_path, options):
+    same = [*SMALL, *options, "duration=9", "eval_every=9"]
+    rarely, often = (job(*same, f"save.every={n}", f"run=n{n}", num_ranks=2) for n in (50, 1))
+    assert [without_speed(record) for record in read_metrics(rarely)] == [
+        without_speed(record) for record in read_metrics(often)
+    ]
+    torch.testing.assert_close(load_last(rarely)["model"], load_last(often)["model"], rtol=0, atol=0)
+
+
+def stored_run(directory, *overrides):
+    config = compose_config(*overrides)
+    path = directory / "checkpoints/step_00000007.pt"
+    write_atomically(path, {"step": 7, "config": to_dict(config), "model": {}})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["seed=1"], "seed"),
+        (["model.width=8"], "model.width"),
+        (["freeze=backbone"], "freeze.backbone.affine"),
+        (["++freeze.mine.match=head"], "freeze.mine.match"),
+        (["data=synthetic"], "data.channels"),
+        (["bn.momentum=0.01"], "bn.momentum"),
+    ],
+)
+def test_what_may_not_change_is_named(job, tmp_path, overrides, key):
+    path = stored_run(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{key}: the run that"):
+        merge_with_stored(compose_config(*overrides), path, overrides)
+
+
+def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):
+    path = stored_run(tmp_path, "seed=5", "freeze=backbone")
+    overrides = ["duration=9ep", "save.every=1ep", "tracker=none", "log_every=7"]
+    merged = merge_with_stored(compose_config(*overrides), path, overrides)
+    assert (merged.seed, merged.duration, merged.save.every, merged.tracker.mode) == (5, "9ep", "1ep", "disabled")
+    assert list(merged.freeze) == ["backbone"]
+    assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path) == path

@@ -1,0 +1,85 @@
+"""Evaluation counts each sample once, whatever the ranks and the sizes of batches."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchmetrics
+from torch import nn
+from torchmetrics import classification
+
+from syncbn.training.config.schema import ConfigError
+from syncbn.training.data.dataset import Data, Split
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.evaluation.metrics import EVAL_BATCH_SIZE, Best, choose_best, evaluate
+from syncbn.training.losses.losses import CrossEntropy
+
+
+def make_split(num):
+    generator = torch.Generator().manual_seed(num)
+    return Split(torch.randn(num, 1, 2, 2, generator=generator), torch.randint(3, (num,), generator=generator))
+
+
+def check_exact(num):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3)).double()
+    split = make_split(num)
+    data = Data(split, split, split, num_classes=3, shift=0, flip=False)
+    place = Place(rank, world_size, torch.device("cpu"), torch.float64)
+    metrics = evaluate(model, data, split, CrossEntropy(), place)
+    outputs = model(data.eval_batch(split, torch.arange(num), torch.float64)[0])
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(outputs, split.labels).item(), abs=1e-12)
+    assert round(metrics["accuracy"] * num) == int((outputs.argmax(1) == split.labels).sum())
+    assert model.training  # modes are restored
+    return metrics
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, EVAL_BATCH_SIZE + 25])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_mean_over_all_samples_at_any_world_size(ranks, world_size, num):
+    results = ranks(world_size, check_exact, num)
+    assert all(result == results[0] for result in results)
+
+
+def chosen(best, num_classes=3, **metrics):
+    outputs, targets = torch.randn(2, 3), torch.tensor([0, 2])
+    return choose_best(best, metrics, num_classes, outputs, targets if num_classes else torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("best", "num_classes", "expected"),
+    [
+        ("auto", 3, Best("accuracy", lowest=False)),
+        ("auto", None, Best("loss", lowest=True)),
+        ("mae", None, Best("mae", lowest=True)),
+        ("r2", None, Best("r2", lowest=False)),
+    ],
+)
+def test_the_best_is_the_lowest_of_a_metric_that_is_an_error(best, num_classes, expected):
+    metrics = {} if num_classes else {"mae": torchmetrics.MeanAbsoluteError(), "r2": torchmetrics.R2Score()}
+    assert chosen(best, num_classes, **metrics) == expected
+
+
+def test_of_a_metric_with_a_number_per_class_one_is_chosen():
+    recall = classification.MulticlassRecall(3, average=None)
+    assert chosen("recall/2", recall=recall).by == "recall/2"
+    for wrong in ("recall", "recall/3", "recal"):
+        with pytest.raises(ConfigError, match=f"best: expected auto or one of .*recall/2, got '{wrong}'"):
+            chosen(wrong, recall=recall)
+
+
+def test_a_metric_that_cannot_take_the_outputs_is_found_before_training():
+    with pytest.raises(ConfigError, match=r"metrics\.f1: cannot take the model's outputs: "):
+        chosen("auto", f1=classification.BinaryF1Score())
+
+
+def test_a_metric_for_which_two_samples_are_too_few_passes():
+    class Picky(torchmetrics.MeanMetric):
+        def compute(self):
+            raise ValueError("three samples or more")
+
+        def update(self, outputs, targets):
+            pass
+
+    assert chosen("picky", picky=Picky()) == Best("picky", lowest=False)

@@ -1,0 +1,140 @@
+"""Around a job: the process group goes on every path, a person sees progress, and the layer needs torch alone."""
+
+import io
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch.distributed as dist
+from rich.console import Console
+
+from syncbn.training.config.schema import ConfigError
+from syncbn.training.distributed import world
+from syncbn.training.launch import overrides as launch
+from syncbn.training.tasks import train as tasks
+from syncbn.training.tracking import console
+from tests.training.checkpoint.test_resume import SMALL
+from tests.training.jobs import ROOT, compose_config
+
+
+@pytest.fixture
+def only_rank(monkeypatch):
+    """This process as the only rank of a job, whose store it hosts itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what the code under test puts there is taken back
+        monkeypatch.delenv(name)
+    world.store.cache_clear()
+    yield
+    world.store.cache_clear()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
+def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
+    def job():
+        with launch.process_group("cpu", "0", 60.0):
+            assert dist.is_initialized()
+            if error is not None:
+                raise error
+
+    if error is None:
+        job()
+    else:
+        with pytest.raises(type(error)):
+            job()
+    assert not dist.is_initialized()
+
+
+def test_a_multirun_makes_one_group_after_the_other(only_rank):
+    for job in ("0", "1"):
+        with launch.process_group("cpu", job, 60.0):
+            assert dist.get_world_size() == 1
+
+
+def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
+    monkeypatch.setattr(world, "agreed", {})
+    assert world.agree("name", lambda: "first") == "first"
+    monkeypatch.setattr(world, "agreed", {})  # as in a process that torchrun has restarted
+    assert world.agree("name", lambda: "second") == "first"
+
+
+def test_a_terminal_shows_a_progress_bar_and_anything_else_does_not(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=screen, force_terminal=True, width=80))
+    with console.progress(10, 0, enabled=True) as show:
+        show(3, 0.25)
+    assert "3/10" in screen.getvalue()
+    assert "loss 0.2500" in screen.getvalue()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=io.StringIO()))
+    with console.progress(10, 0, enabled=True) as show:
+        assert show is None
+
+
+def test_the_layer_and_all_public_names_need_torch_alone():
+    code = """
+import sys, syncbn
+[getattr(syncbn, name) for name in syncbn.__all__]
+extra = {"hydra", "omegaconf", "wandb", "torchmetrics", "sklearn", "rich", "safetensors"} & set(sys.modules)
+assert not extra, extra
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tracker_closes_after_the_process_group_so_that_no_rank_waits_for_an_upload(
+    only_rank, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/a").mkdir(parents=True)
+    closed = []
+    close = tasks.Tracker.close
+
+    def watched(self, *, failed):
+        closed.append((dist.is_initialized(), failed))
+        close(self, failed=failed)
+
+    monkeypatch.setattr(tasks.Tracker, "close", watched)
+    config = compose_config(*SMALL, "duration=1", "run=a")
+    tasks.run(config, tmp_path / "outputs/a")
+    assert closed == [(False, False)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK: .* no MASTER_ADDR and no MASTER_PORT; start train.py with torchrun"),
+        ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK: .* no WORLD_SIZE;"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: .* no RANK and .* or unset WORLD_SIZE$"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),  # as some clusters set them everywhere
+        ({}, None),
+    ],
+)
+def test_half_of_a_launcher_s_variables_is_an_error_that_names_the_other_half(variables, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        launch.check_variables()
+
+
+@pytest.mark.parametrize("task", ["task=eval", "+task=eval", "++task=export"])
+def test_a_task_with_load_keeps_what_is_meant_for_the_stored_configuration_from_hydra(task, monkeypatch):
+    monkeypatch.setattr(launch, "_held_back", [])
+    assert launch._hold_back([task, "load=outputs/a", "model.deep=3"]) == [task, "load=outputs/a"]
+    assert launch.held_back() == ["model.deep=3"]
+
+
+@pytest.mark.parametrize("task", ["task=train", "++task=data"])
+def test_a_task_without_load_gives_hydra_everything(task, monkeypatch):
+    monkeypatch.setattr(launch, "_held_back", [])
+    assert launch._hold_back([task, "model.deep=3"]) == [task, "model.deep=3"]
+    assert launch.held_back() == []
