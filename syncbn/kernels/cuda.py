@@ -11,61 +11,18 @@ runs instead, with a warning: right, and slow. The reference also takes masks an
 
 import math
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from syncbn.kernels import reference
+from syncbn.kernels.triton.tiling import COMBINED_CHANNELS, WARPS, Layout, ceil_div, plan_passes, plan_sums
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Values of a tile: of a pass that sums, of one that writes, and of one that writes a small activation (of which large
-# tiles are too few to keep all multiprocessors busy). Chosen by what fits into registers; nobody has timed them yet.
-_SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Warps of the programs that sum (float64 sums take two registers each), and of those that write.
-_SUM_WARPS, _WARPS = 8, 4
-# The widest tile: in planes it runs along a plane; in rows over channels, few, so that it has rows to add up.
-_WIDEST_PLANE, _WIDEST_ROW = 1024, 64
-# Where small planes are written, most rows of a tile that has not few values anyway: each row brings a channel of its
-# own, whose vectors take registers.
-_MOST_PLANES = 16
-# Programs that sum, for each multiprocessor; and tiles that are worth a program.
-_PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
-# Of the programs that add up parts of sums: channels at a time, and numbers at a time.
-_COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
 _FINISH_BLOCK = 256
-
-
-class _Layout(NamedTuple):
-    """How a dense activation lies in memory: `planes` of `size` values for each channel, or (`last`) rows of channels.
-
-    In rows, `planes` is their number and `size` that of the channels.
-    """
-
-    planes: int
-    channels: int
-    size: int
-    last: bool
-
-
-class _Sums(NamedTuple):
-    """How the programs that sum are laid out."""
-
-    grid: tuple[int, int]
-    sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across, tiles_per_split
-    blocks: dict[str, int | bool]
-    combine: dict[str, int]
-
-
-class _Passes(NamedTuple):
-    """How the programs that write are laid out."""
-
-    grid: tuple[int]
-    sizes: tuple[int, ...]  # num_channels, rows, units, tiles_across
-    blocks: dict[str, int | bool]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,7 +31,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None or programs is None or input.numel() == 0:
         return reference.moments(input, mask)
     input, layout = _dense(input)
-    plan = _plan_sums(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    plan = plan_sums(layout, input.dtype.itemsize, _multiprocessors(input.device))
     num_channels = layout.channels
     count = input.numel() // num_channels
     packed = input.new_empty(4 * num_channels + 1, dtype=torch.float64)
@@ -84,7 +41,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
         programs.moments[plan.grid](input, partial, packed, count, *plan.sizes, **plan.blocks)
         if splits > 1:
             stride = 1 if layout.last else layout.size
-            grid = (_ceil_div(num_channels, _COMBINED_CHANNELS),)
+            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
             programs.combine_moments[grid](input, partial, packed, count, num_channels, splits, stride, **plan.combine)
     return packed
 
@@ -108,12 +65,12 @@ def finish(
     invstd = packed.new_empty(num_channels, dtype=dtype)
     count = packed.new_empty(())
     is_cumulative = momentum is None and num_batches_tracked is not None
-    num_programs = 1 if is_cumulative else max(1, _ceil_div(num_channels, _FINISH_BLOCK))
+    num_programs = 1 if is_cumulative else max(1, ceil_div(num_channels, _FINISH_BLOCK))
     with torch.cuda.device_of(packed):
         programs.finish[(num_programs,)](
             packed, running_mean, running_var, num_batches_tracked, mean, invstd, count,
             0.0 if momentum is None else float(momentum), float(eps), num_channels,
-            CUMULATIVE=is_cumulative, BLOCK=_FINISH_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+            CUMULATIVE=is_cumulative, BLOCK=_FINISH_BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return mean, invstd, count
 
@@ -136,7 +93,7 @@ def normalize(
         return output
     dense, layout = _dense(input)
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
-    plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     added = None if residual is None else _like(residual, dense)
     with torch.cuda.device_of(input):
@@ -194,7 +151,7 @@ def _reduce(
         return sums, input.new_zeros((2, num_channels), dtype=dtype), torch.empty_like(input)
     dense, layout = _dense(input)
     grad = _like(grad, dense)
-    plan = _plan_sums(layout, dense.dtype.itemsize, _multiprocessors(dense.device))
+    plan = plan_sums(layout, dense.dtype.itemsize, _multiprocessors(dense.device))
     sums = dense.new_empty(2 * num_channels, dtype=torch.float64)
     affine = dense.new_empty((2, num_channels), dtype=dtype)
     splits = plan.grid[1]
@@ -209,7 +166,7 @@ def _reduce(
             **plan.blocks,
         )  # fmt: skip
         if splits > 1:
-            grid = (_ceil_div(num_channels, _COMBINED_CHANNELS),)
+            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
             programs.combine_backward_sums[grid](
                 partial, vectors[1], sums, affine, num_channels, splits, **plan.combine
             )  # fmt: skip
@@ -253,7 +210,7 @@ def _write_gradient(
         return
     dense, layout = _dense(input)
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
-    plan = _plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), sums.contiguous(), count)
     with torch.cuda.device_of(input):
         programs.backward_elementwise[plan.grid](
@@ -281,7 +238,7 @@ def _programs(tensor: Tensor) -> ModuleType | None:
 @cache
 def _import_programs() -> ModuleType | None:
     try:
-        from syncbn.kernels.triton import reductions as programs
+        from syncbn.kernels.triton import programs
     except ImportError as error:
         warnings.warn(
             f"syncbn: Triton cannot be imported ({error}); batch normalization on CUDA falls back to plain tensor code,"
@@ -312,7 +269,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _dense(input: Tensor) -> tuple[Tensor, _Layout]:
+def _dense(input: Tensor) -> tuple[Tensor, Layout]:
     """The input, or a copy where it is in neither layout: channels of a channels_last tensor, say, in channels_last."""
     if not (input.is_contiguous() or _is_rows(input)):
         input = torch.empty_like(input).copy_(input)
@@ -321,12 +278,12 @@ def _dense(input: Tensor) -> tuple[Tensor, _Layout]:
     num_channels = input.size(1)
     size = math.prod(input.shape[2:])
     if not input.is_contiguous():
-        return input, _Layout(input.size(0) * size, num_channels, num_channels, True)
+        return input, Layout(input.size(0) * size, num_channels, num_channels, True)
     if num_channels == 1:  # one plane, however many samples
-        return input, _Layout(1, 1, input.numel(), False)
+        return input, Layout(1, 1, input.numel(), False)
     if size == 1:
-        return input, _Layout(input.size(0), num_channels, num_channels, True)
-    return input, _Layout(input.size(0), num_channels, size, False)
+        return input, Layout(input.size(0), num_channels, num_channels, True)
+    return input, Layout(input.size(0), num_channels, size, False)
 
 
 def _is_rows(input: Tensor) -> bool:
@@ -347,70 +304,3 @@ def _like(grad: Tensor, input: Tensor) -> Tensor:
 
 def _dense_vector(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-@lru_cache(maxsize=4096)
-def _plan_sums(layout: _Layout, itemsize: int, multiprocessors: int) -> _Sums:
-    """Tiles of the programs that sum, and over how many of them a channel is split."""
-    width, height = _block(layout, _SUM_TILE)
-    height = min(height, _power_of_two(layout.planes))
-    tiles_across = 1 if layout.last else _ceil_div(layout.size, width)
-    tiles = _ceil_div(layout.planes, height) * tiles_across
-    programs = _ceil_div(layout.channels, width) if layout.last else layout.channels
-    wanted = _ceil_div(_PROGRAMS_PER_PROCESSOR * multiprocessors, programs)
-    splits = max(1, min(wanted, tiles // _TILES_PER_PROGRAM))
-    per_split = _ceil_div(tiles, splits)
-    splits = _ceil_div(tiles, per_split)
-    unit = _unit(layout.size, itemsize)
-    options = {"num_warps": _SUM_WARPS, "enable_fp_fusion": False}
-    at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
-    return _Sums(
-        (programs, splits),
-        (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        {**_common(layout, unit, height, width), "ALONE": splits == 1, **options},
-        {"K": at_a_time, "BLOCK": _COMBINED_CHANNELS, **options},
-    )
-
-
-@lru_cache(maxsize=4096)
-def _plan_passes(layout: _Layout, itemsize: int, multiprocessors: int) -> _Passes:
-    """Tiles of the programs that write."""
-    rows = layout.planes if layout.last else layout.planes * layout.channels
-    is_small = rows * layout.size < 4 * _TILE * multiprocessors
-    width, height = _block(layout, _SMALL_TILE if is_small else _TILE)
-    if not layout.last:
-        height = min(height, max(_MOST_PLANES, _SMALL_TILE // width))
-    tiles_across = _ceil_div(layout.size, width)
-    unit = _unit(layout.size, itemsize)
-    return _Passes(
-        (_ceil_div(rows, height) * tiles_across,),
-        (layout.channels, rows, layout.size // unit, tiles_across),
-        {**_common(layout, unit, height, width), "num_warps": _WARPS, "enable_fp_fusion": False},
-    )
-
-
-def _block(layout: _Layout, tile: int) -> tuple[int, int]:
-    """Columns and rows of a tile of so many values."""
-    width = min(_power_of_two(layout.size), _WIDEST_ROW if layout.last else _WIDEST_PLANE, tile)
-    return width, tile // width
-
-
-def _common(layout: _Layout, unit: int, height: int, width: int) -> dict[str, int | bool]:
-    rows = layout.planes if layout.last else layout.planes * layout.channels
-    # A tile may begin inside of the activation and end behind it.
-    needs_wide = (rows + height) * (layout.size + width) >= 2**31
-    return {"LAST": layout.last, "UNIT": unit, "R": height, "W": width, "WIDE": needs_wide}
-
-
-def _unit(size: int, itemsize: int) -> int:
-    """The largest power of two that divides a row, up to the 16 bytes of the widest load."""
-    return math.gcd(size, 16 // itemsize)
-
-
-def _power_of_two(number: int) -> int:
-    """The next one, not below the number."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -1,3 +1,3 @@
-"""The place that pickles of version 0.1.0 name for `syncbn.nn.subclasses`: `torch.load` of such a file finds it here."""
+"""What pickles of version 0.1.0 name here; it lives in `syncbn.nn.subclasses`."""
 
 from syncbn.nn.subclasses import _rebuild as _rebuild

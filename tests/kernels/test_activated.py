@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncbn.kernels import cpu, cuda, reference
+from syncbn.kernels import cpu, cpu_blocks, cuda, reference
 from syncbn.kernels.activations import ACTIVATIONS, backward
 from tests.kernels.test_cpu import as_layout
 
@@ -103,11 +103,11 @@ def test_channels_far_from_zero(kernels, layout):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_however_the_cpu_cuts_it(block, shape, layout, case, dtype):
-    usual, cpu._BLOCK = cpu._BLOCK, block
+    usual, cpu_blocks._BLOCK = cpu_blocks._BLOCK, block
     try:
         check(cpu, tuple(shape), dtype, layout, *case)
     finally:
-        cpu._BLOCK = usual
+        cpu_blocks._BLOCK = usual
 
 
 def test_planes_longer_than_a_block_are_cut_too():

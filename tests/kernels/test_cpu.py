@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
 from syncbn.kernels import cpu, operators, reference
+from syncbn.kernels.cpu_blocks import pair_sums
 from tests.counting import collectives
 from tests.reference import PLAIN
 
@@ -113,7 +114,7 @@ def test_any_shape_and_layout(rows, channels, size, layout, mean):
     input, grad = make((rows, channels, size, 1), [mean, 0.0], 1.0, torch.float64, layout)
     if cpu._is_regular(input):
         expected = torch.stack([grad.sum((0, 2, 3)), (grad * input).sum((0, 2, 3))])
-        torch.testing.assert_close(cpu._pair_sums(grad, input, torch.zeros(channels).double()), expected)
+        torch.testing.assert_close(pair_sums(grad, input, torch.zeros(channels).double()), expected)
     torch.testing.assert_close(
         reference.unpack(cpu.moments(input))[2], reference.unpack(reference.moments(input))[2], rtol=1e-9, atol=1e-12
     )

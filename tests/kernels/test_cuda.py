@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncbn.kernels import cuda, reference
+from syncbn.kernels.triton import tiling
 from tests.training.jobs import ROOT
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
@@ -28,18 +29,18 @@ def _tiles(request, monkeypatch):
     """Small tiles cut small inputs into as many parts as large ones."""
     if request.param == "small tiles":
         for name in ("_SUM_TILE", "_TILE", "_SMALL_TILE"):
-            monkeypatch.setattr(cuda, name, 128)
-        monkeypatch.setattr(cuda, "_PROGRAMS_PER_PROCESSOR", 16)
-        monkeypatch.setattr(cuda, "_TILES_PER_PROGRAM", 1)
-        monkeypatch.setattr(cuda, "_COMBINED_NUMBERS", 32)
+            monkeypatch.setattr(tiling, name, 128)
+        monkeypatch.setattr(tiling, "_PROGRAMS_PER_PROCESSOR", 16)
+        monkeypatch.setattr(tiling, "_TILES_PER_PROGRAM", 1)
+        monkeypatch.setattr(tiling, "_COMBINED_NUMBERS", 32)
     clear_plans()
     yield
     clear_plans()
 
 
 def clear_plans():
-    cuda._plan_sums.cache_clear()
-    cuda._plan_passes.cache_clear()
+    tiling.plan_sums.cache_clear()
+    tiling.plan_passes.cache_clear()
 
 
 def make(shape, dtype, layout="contiguous", mean=0.7, std=1.0):
@@ -233,8 +234,9 @@ def test_masks_take_the_reference_s_way():
 
 def test_without_triton_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "syncbn.kernels.triton.reductions", raising=False)
-    monkeypatch.delattr("syncbn.kernels.triton.reductions", raising=False)
+    for module in ("programs", "elementwise", "reductions", "double_double", "tiles"):
+        monkeypatch.delitem(sys.modules, f"syncbn.kernels.triton.{module}", raising=False)
+        monkeypatch.delattr(f"syncbn.kernels.triton.{module}", raising=False)
     cuda._import_programs.cache_clear()
     input, grad = make((4, 3, 5), torch.float32)
     with pytest.warns(RuntimeWarning, match="Triton cannot be imported .* falls back to plain tensor code") as caught:
@@ -258,7 +260,7 @@ PLANS = [((64, 64, 56, 56), 4), ((2, 2048, 7, 7), 2), ((256, 128), 8), ((1, 1, 2
 def test_plans_cover_every_value_once(shape, itemsize, rows):
     input = torch.empty(shape, device="meta")
     _, layout = cuda._dense(input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input)
-    sums, passes = cuda._plan_sums(layout, itemsize, 132), cuda._plan_passes(layout, itemsize, 132)
+    sums, passes = tiling.plan_sums(layout, itemsize, 132), tiling.plan_passes(layout, itemsize, 132)
     num_channels, planes, units, tiles, across, per_split = sums.sizes
     assert planes * units * sums.blocks["UNIT"] * (1 if layout.last else num_channels) == input.numel()
     assert across * sums.blocks["W"] >= (1 if layout.last else layout.size)

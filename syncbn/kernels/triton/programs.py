@@ -1,0 +1,9 @@
+"""The programs that `cuda` launches, by name. Importing this module imports Triton."""
+
+from syncbn.kernels.triton.elementwise import backward_elementwise as backward_elementwise
+from syncbn.kernels.triton.elementwise import normalize as normalize
+from syncbn.kernels.triton.reductions import backward_sums as backward_sums
+from syncbn.kernels.triton.reductions import combine_backward_sums as combine_backward_sums
+from syncbn.kernels.triton.reductions import combine_moments as combine_moments
+from syncbn.kernels.triton.reductions import finish as finish
+from syncbn.kernels.triton.reductions import moments as moments
