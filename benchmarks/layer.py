@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
 from syncbn.nn import groups
+from syncbn.nn.collectives import all_reduce_sum, sum_over_ranks
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14), (32, 64, 16, 16), (8, 512, 4, 4), (256, 128),
           (2, 32, 64, 64, 64)]  # fmt: skip
@@ -69,7 +70,7 @@ class Composed(nn.Module):
         dims = [0, *range(2, input.dim())]
         wide = input.float()
         local = torch.cat([wide.mean(dims), (wide * wide).mean(dims)])
-        mean, square = (groups.all_reduce_sum(local, dist.group.WORLD) / dist.get_world_size()).chunk(2)
+        mean, square = (all_reduce_sum(local, dist.group.WORLD) / dist.get_world_size()).chunk(2)
         scale = self.weight * (square - mean * mean + 1e-5).rsqrt()
         shape = [1, -1, *[1] * (input.dim() - 2)]
         return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(input.dtype)
@@ -115,8 +116,8 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
     forward, backward = (torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels))
 
     def collectives() -> None:
-        groups.sum_over_ranks(forward, dist.group.WORLD)
-        groups.sum_over_ranks(backward, dist.group.WORLD)
+        sum_over_ranks(forward, dist.group.WORLD)
+        sum_over_ranks(backward, dist.group.WORLD)
 
     def all_reduces() -> None:
         dist.all_reduce(forward)

@@ -34,7 +34,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from syncbn import SyncBatchNorm
-from syncbn.nn import groups
+from syncbn.nn.collectives import sum_over_ranks
 
 WORLDS = (1, 2, 4, 8)
 WIDTHS = (64, 512, 2048, 16384)  # the last one is wider than layers are: there bytes show beside the latency
@@ -105,7 +105,7 @@ def measure(rank: int, world: int, directory: str, runs: int, calls: int) -> Non
         theirs, gathered = torch.zeros(2 * channels + 1), torch.zeros(world, 2 * channels + 1)
         works = {
             ALL_REDUCE: lambda sums=sums: dist.all_reduce(sums),
-            "layer": lambda sums=sums: groups.sum_over_ranks(sums, dist.group.WORLD),
+            "layer": lambda sums=sums: sum_over_ranks(sums, dist.group.WORLD),
             ALL_GATHER: lambda gathered=gathered, theirs=theirs: dist.all_gather(list(gathered.unbind()), theirs),
         }
         row["bytes"] = {ALL_REDUCE: sums.nbytes, ALL_GATHER: theirs.nbytes}

@@ -13,7 +13,7 @@ _HOMES = {
     "accumulate_stats": "syncbn.nn.accumulate",
     "convert_sync_batchnorm": "syncbn.surgery.convert",
     "new_bn_groups": "syncbn.nn.groups",
-    "revert_sync_batchnorm": "syncbn.surgery.convert",
+    "revert_sync_batchnorm": "syncbn.surgery.revert",
     "fuse": "syncbn.surgery.fuse",
     "freeze": "syncbn.surgery.freeze",
     "unfreeze": "syncbn.surgery.freeze",
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from syncbn.stats.monitor import Monitor as Monitor
     from syncbn.stats.precise_bn import precise_bn as precise_bn
     from syncbn.surgery.convert import convert_sync_batchnorm as convert_sync_batchnorm
-    from syncbn.surgery.convert import revert_sync_batchnorm as revert_sync_batchnorm
     from syncbn.surgery.freeze import freeze as freeze
     from syncbn.surgery.freeze import unfreeze as unfreeze
     from syncbn.surgery.freeze_plan import FreezePlan as FreezePlan
     from syncbn.surgery.fuse import fuse as fuse
+    from syncbn.surgery.revert import revert_sync_batchnorm as revert_sync_batchnorm
 
 
 def __getattr__(name: str) -> Any:

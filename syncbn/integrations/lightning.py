@@ -9,7 +9,8 @@ from lightning.pytorch.plugins import LayerSync
 from torch import nn
 
 from syncbn.nn.patterns import Patterns
-from syncbn.surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.surgery.convert import convert_sync_batchnorm
+from syncbn.surgery.revert import revert_sync_batchnorm
 
 
 class SyncBatchNormLayers(LayerSync):

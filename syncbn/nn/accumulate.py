@@ -5,28 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from syncbn.kernels import operators
 from syncbn.nn.batchnorm import SyncBatchNorm
-
-
-class Pool:
-    """The moments that a layer has seen since the context began."""
-
-    def __init__(self, layer: SyncBatchNorm) -> None:
-        assert layer.running_mean is not None
-        self.running_mean = layer.running_mean
-        size = 4 * layer.running_mean.numel() + 1
-        self.packed = torch.zeros(size, dtype=torch.float64, device=layer.running_mean.device)
-
-    def commit(self, layer: SyncBatchNorm) -> None:
-        """Moves the layer's running statistics by all of them, as one batch; without samples nothing moves."""
-        counter: Tensor | None = layer.num_batches_tracked
-        operators.finish(
-            self.packed, layer.running_mean, layer.running_var, counter, layer.momentum, layer.eps, torch.float64
-        )
+from syncbn.nn.pool import Pool
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
+from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import hold, is_held, own_parameters, release
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
@@ -23,7 +24,7 @@ from syncbn.nn.stale_ddp import check_wrapper
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from syncbn.nn.accumulate import Pool
+    from syncbn.nn.pool import Pool
 
 # Functions that replace layers of any class derived from torch's _BatchNorm: those of torch (and with it Lightning's
 # sync_batchnorm=True), timm and mmengine, and of apex.
@@ -313,9 +314,7 @@ class SyncBatchNorm(_BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
         """Every batch normalization of `module` as a `SyncBatchNorm`, in place; see `syncbn.convert_sync_batchnorm`."""
-        from syncbn.surgery.convert import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module, process_group)
+        return convert(module, SyncBatchNorm, process_group)
 
     def __copy__(self) -> SyncBatchNorm:
         copied = self.__class__.__new__(self.__class__)

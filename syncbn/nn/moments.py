@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.kernels import reference
-from syncbn.kernels.packing import unpack
-from syncbn.nn.groups import all_reduce_sum, collective_group
+from syncbn.kernels import operators, reference
+from syncbn.kernels.packing import pack, unpack
+from syncbn.nn.collectives import all_reduce_sum
+from syncbn.nn.groups import collective_group
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,22 @@ class Moments:
             mask: (N, 1, ...) bool, broadcasts to the input; what is False does not count.
         """
         return cls(reference.moments(input, mask))  # not the quick kernels of the layer: nothing is to be lost here
+
+    @classmethod
+    def of_statistics(cls, mean: Tensor, var: Tensor, count: float) -> Moments:
+        """The moments of `count` values per channel with this mean and this (biased) variance, both (C,)."""
+        mean, var = mean.to(torch.float64), var.to(torch.float64)
+        return cls(pack(count, mean, torch.zeros_like(mean), count * var))
+
+    def move(
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+    ) -> None:
+        """Moves running statistics in place as one batch with these moments does; a count of 0 moves nothing."""
+        operators.finish(self.packed, running_mean, running_var, num_batches_tracked, momentum, 0.0, torch.float64)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.packed + other.packed)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from syncbn.nn.groups import all_reduce_sum, sum_over_ranks
+from syncbn.nn.collectives import all_reduce_sum, sum_over_ranks
 from syncbn.nn.patterns import named_modules
 
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")

@@ -21,10 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from syncbn.nn.batchnorm import SyncBatchNorm
+if TYPE_CHECKING:
 
-if TYPE_CHECKING:  # every class made here has SyncBatchNorm as a base of its own, after the original class
-    _Base = SyncBatchNorm
+    class _Base(_BatchNorm):
+        """What every class made here inherits from the synchronized layer, after the original class."""
+
+        def _normalize_with(self, *args: Any) -> Tensor: ...
+
+        def _frozen_text(self) -> str: ...
 else:
     _Base = object
 
@@ -70,10 +74,10 @@ class SyncSubclass(_Base):
         Raises:
             RuntimeError: in a training forward in which nothing was normalized by a call that could be synchronized.
         """
-        # No such attribute: a lazy layer has just become an ordinary one, inside this very call.
+        # No such attributes: a lazy layer has just become an ordinary one, inside this very call.
         original_forward = getattr(type(self), "_original_forward", None)
         if original_forward is None:  # not overridden: torch's own, so ours
-            return SyncBatchNorm.forward(self, *args, **kwargs)
+            return getattr(type(self), "_layer_class", type(self)).forward(self, *args, **kwargs)
         self.__dict__["_num_normalized"] = 0
         with self._scratch_counter(), _SynchronizedCalls(self):
             output = original_forward(self, *args, **kwargs)
@@ -110,7 +114,7 @@ class SyncSubclass(_Base):
     def _normalize_with(self, *args: Any) -> Tensor:
         if "_num_normalized" in self.__dict__:  # inside the original forward
             self.__dict__["_num_normalized"] += 1
-        return SyncBatchNorm._normalize_with(self, *args)
+        return super()._normalize_with(*args)
 
     def _batch_norm(
         self,
@@ -143,30 +147,41 @@ class SyncSubclass(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists in this process alone: pickle by the original, which can be imported.
-        return _rebuild, (type(self).__dict__["_original_class"],), self.__getstate__()
+        members = type(self).__dict__
+        return rebuild, (members["_original_class"], members["_layer_class"]), self.__getstate__()
 
 
-def _rebuild(original: type[_BatchNorm]) -> nn.Module:
-    cls = synchronized_class(original)
+def rebuild(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> nn.Module:
+    """An empty layer of the synchronized class of `original`, for unpickling."""
+    cls = synchronized_class(original, layer_class)
     return cls.__new__(cls)
 
 
-_classes: dict[type, type[SyncBatchNorm]] = {}
+_classes: dict[tuple[type, type], type[_BatchNorm]] = {}
 
 
-def synchronized_class(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
-    """The synchronized class of a subclass of torch's batch normalization; the same at every call."""
-    if original not in _classes:
-        _classes[original] = _make_class(original)
-    return _classes[original]
+def synchronized_class(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> type[_BatchNorm]:
+    """The synchronized class of a subclass of torch's batch normalization; the same at every call.
+
+    Args:
+        layer_class: the synchronized layer that it inherits from, after the original class.
+    """
+    if (original, layer_class) not in _classes:
+        _classes[original, layer_class] = _make_class(original, layer_class)
+    return _classes[original, layer_class]
 
 
-def _make_class(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
+def _make_class(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> type[_BatchNorm]:
     forward = None if original.forward is _BatchNorm.forward else original.forward
-    members = {"_original_class": original, "_original_forward": forward, "__module__": original.__module__}
-    bases = (SyncSubclass, original, SyncBatchNorm)
+    members = {
+        "_original_class": original,
+        "_original_forward": forward,
+        "_layer_class": layer_class,
+        "__module__": original.__module__,
+    }
+    bases = (SyncSubclass, original, layer_class)
     if issubclass(original, LazyModuleMixin):
-        members["cls_to_become"] = SyncBatchNorm
+        members["cls_to_become"] = layer_class
     return types.new_class(f"Sync{original.__name__}", bases, exec_body=lambda namespace: namespace.update(members))
 
 

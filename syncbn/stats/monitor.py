@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.kernels.packing import unpack
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.frozen import is_held
 from syncbn.nn.groups import LostGroup, collective_group
@@ -211,17 +210,17 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
     if "record" not in values:
         return LayerSnapshot(**held)
     packed, between, total, calls = split_record(values["record"])
-    count, (high, low), variance = unpack(packed)
+    moments = Moments(packed)
+    count, mean, drift = moments.count, moments.mean, None
     if count == 0:
         return LayerSnapshot(**held)
-    mean, drift = high + low, None
     if "mean_before" in values:
         drift = (mean - values["mean_before"]).abs() / (values["var_before"] + layer.eps).sqrt()
     by_batch = bool(calls > 0)
     return LayerSnapshot(
         **held,
         batch_mean=mean,
-        batch_var=variance,
+        batch_var=moments.var,
         drift=drift,
         between_rank_share=between / total if by_batch and _sums_over_ranks(layer) else None,
         values_per_channel=(count / calls).item() if by_batch else None,

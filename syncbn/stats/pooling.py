@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.kernels.packing import pack, unpack
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.groups import spans_world
+from syncbn.nn.moments import Moments
 
 
 def pool_running_stats(layers: Iterable[nn.Module], weight: float) -> None:
@@ -32,17 +32,17 @@ def pool_running_stats(layers: Iterable[nn.Module], weight: float) -> None:
     for layer in tracked:
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        mean, var = layer.running_mean.to(torch.float64), layer.running_var.to(torch.float64)
-        payloads.append(pack(weight, mean, torch.zeros_like(mean), weight * var))
+        payloads.append(Moments.of_statistics(layer.running_mean, layer.running_var, weight).packed)
     pooled = torch.cat(payloads)
     dist.all_reduce(pooled)
     for layer, payload in zip(tracked, pooled.split([len(p) for p in payloads]), strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        count, (high, low), var = unpack(payload)
-        has_weight = count > 0  # on the device: no wait
-        layer.running_mean.copy_(torch.where(has_weight, (high + low).to(layer.running_mean.dtype), layer.running_mean))
-        layer.running_var.copy_(torch.where(has_weight, var.to(layer.running_var.dtype), layer.running_var))
+        pooled_moments = Moments(payload)
+        mean, var = pooled_moments.mean.to(layer.running_mean.dtype), pooled_moments.var.to(layer.running_var.dtype)
+        has_weight = pooled_moments.count > 0  # on the device: no wait
+        layer.running_mean.copy_(torch.where(has_weight, mean, layer.running_mean))
+        layer.running_var.copy_(torch.where(has_weight, var, layer.running_var))
 
 
 def unsynchronized_layers(model: nn.Module) -> list[nn.Module]:

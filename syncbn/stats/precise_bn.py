@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.kernels import operators
 from syncbn.nn.accumulate import pooling
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.collectives import sum_over_ranks
 from syncbn.nn.even_steps import even_steps
-from syncbn.nn.groups import collective_group, spans_world, sum_over_ranks
+from syncbn.nn.groups import collective_group, spans_world
 from syncbn.nn.moments import Moments
 from syncbn.stats.calls import has_lazy_layers, input_of
 
@@ -76,7 +76,7 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
             found.append((layer, _over_all_groups(layer, layer._pool.packed)))
         found += [(other, moments.all_reduce().packed) for other, moments in plain.items() if moments is not None]
     for one, packed in found:  # in place; without samples nothing moves
-        operators.finish(packed, one.running_mean, one.running_var, None, 1.0, 0.0, torch.float64)
+        Moments(packed).move(one.running_mean, one.running_var, None, momentum=1.0)
 
 
 def _over_all_groups(layer: SyncBatchNorm, packed: Tensor) -> Tensor:

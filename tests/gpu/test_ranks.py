@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from syncbn.nn import collectives as sums
 from syncbn.nn import groups
 from tests.counting import collectives
 from tests.gpu.test_layer import kernels_of
@@ -45,11 +46,14 @@ def check_mixed():
 
 
 def check_mixed_with_all_reduce():
-    groups._GATHER_UP_TO, before = 0, groups._GATHER_UP_TO  # the CPU gathers in small worlds, the GPU does not
+    collectives._GATHER_UP_TO, before = (
+        0,
+        collectives._GATHER_UP_TO,
+    )  # the CPU gathers in small worlds, the GPU does not
     try:
         check_mixed()
     finally:
-        groups._GATHER_UP_TO = before
+        sums._GATHER_UP_TO = before
 
 
 def test_payloads_of_all_devices_add(ranks):

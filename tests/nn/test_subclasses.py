@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, freeze, revert_sync_batchnorm
-from syncbn.surgery.convert import conversion_report
+from syncbn.surgery.conversion_report import conversion_report
 from tests.reference import make_batch, max_error, set_affine
 
 

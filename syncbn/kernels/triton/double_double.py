@@ -1,7 +1,6 @@
 """Double-double arithmetic for the programs, as in `packing`, and sums stored in its form."""
 
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803
 
 import triton
 import triton.language as tl

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.nn.batchnorm import SyncBatchNorm
-from syncbn.surgery.convert import revert_sync_batchnorm
+from syncbn.surgery.revert import revert_sync_batchnorm
 from syncbn.training.config.schema import EXPORT_FORMATS, Config, ConfigError
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place

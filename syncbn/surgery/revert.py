@@ -1,0 +1,63 @@
+"""Giving converted layers their original class back, in place."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.conversion import class_before
+from syncbn.nn.frozen import release
+from syncbn.nn.patterns import select
+from syncbn.nn.subclasses import SyncSubclass
+from syncbn.surgery.fuse import fused_layers, unfuse
+
+log = logging.getLogger(__name__)
+
+
+def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = None) -> nn.Module:
+    """Gives every converted layer of `module` its original class back, in place; returns `module`.
+
+    For export and for inference without this package. What `fuse` has fused is taken apart again. Parameters, buffers,
+    modes and `requires_grad` stay; affine parameters that were frozen by `freeze` get back the `requires_grad` that
+    they had.
+
+    Args:
+        default: the class for layers that were built as `SyncBatchNorm` and so have no original one, such as
+            `nn.BatchNorm2d`; None leaves them (`conversion_report` lists them as "built").
+
+    Raises:
+        ValueError: a layer in training mode whose statistics are frozen, which its original class cannot express; a
+            layer whose `activation` the class `default` does not have. The message names the layer, and nothing has
+            been reverted then.
+    """
+    targets: dict[str, tuple[SyncBatchNorm, type]] = {}
+    fused = {id(layer) for layer in fused_layers(module)}
+    for name, layer in select(module).items():
+        if not isinstance(layer, SyncBatchNorm):
+            continue
+        original = class_before(layer) or default
+        if original is None:
+            log.info("%s was built as SyncBatchNorm: left, as no default is given", name or "the module")
+            continue
+        if layer.stats_frozen and layer.training:
+            raise ValueError(
+                f"{name or 'the module'}: its statistics are frozen, which {original.__name__} cannot keep in training;"
+                " call unfreeze or eval first"
+            )
+        if layer._activation_name() is not None and id(layer) not in fused:
+            raise ValueError(f"{name or 'the module'}: {original.__name__} has no activation={layer.activation!r}")
+        targets[name] = (layer, original)
+    unfuse(module)
+    for layer, original in targets.values():
+        release([layer], module)
+        group = layer.__dict__.pop("process_group", None)
+        own = ("_original_class", "_stats_frozen", "_pool", "_record")
+        for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation", "memory"):
+            layer.__dict__.pop(attribute, None)
+        layer.__class__ = original
+        if original is nn.SyncBatchNorm:
+            layer.process_group = group
+    return module
