@@ -13,8 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from syncbn.training.config.parsing import parse
-from syncbn.training.launch import explain as reporting
-from syncbn.training.launch import overrides as launch
+from syncbn.training.launch.explain import clear_errors, exit_code_of_jobs, failing_alone
+from syncbn.training.launch.overrides import prepare
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -22,17 +22,17 @@ def main(composed: DictConfig) -> None:
     """One job: checks the composed configuration, then runs its task."""
     job = HydraConfig.get()
     run_dir, number, overrides = Path(job.runtime.output_dir), job.job.get("num", 0), job.overrides.task
-    alone = reporting.failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
-    with reporting.clear_errors(), alone:
+    alone = failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
+    with clear_errors(), alone:
         config = parse(composed)
-        from syncbn.training.tasks import train as tasks  # imports torch, which composing a config should not wait for
+        from syncbn.training.tasks.run import run  # imports torch, which composing a config should not wait for
 
-        tasks.run(config, run_dir, job=str(number), overrides=overrides)
+        run(config, run_dir, job=str(number), overrides=overrides)
 
 
 if __name__ == "__main__":
-    with reporting.clear_errors():  # around Hydra's own errors too
-        launch.prepare()
+    with clear_errors():  # around Hydra's own errors too
+        prepare()
         main()
-        if code := reporting.exit_code_of_jobs():
+        if code := exit_code_of_jobs():
             sys.exit(code)

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from syncbn import SyncBatchNorm, audit, convert_sync_batchnorm, precise_bn
 from syncbn.nn.moments import Moments
 from syncbn.training.config.data import FashionMnistConfig
-from syncbn.training.data import dataset as datasets
+from syncbn.training.data import dataset, registry
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.models.build import ResnetSmall
+from syncbn.training.models.resnet import ResnetSmall
 
 SEEDS = (0, 1, 2)
 LR, REFERENCE_BATCH = 0.1, 64  # the learning rate goes with the batch, as in Goyal et al. 2017
@@ -41,15 +41,15 @@ POPULATION = 3200  # samples behind population statistics
 Row = dict[str, str]
 
 
-def load(path: Path) -> datasets.Data:
+def load(path: Path) -> dataset.Data:
     """Fashion-MNIST without augmentation."""
     config = FashionMnistConfig(
         name="fashion_mnist", path=str(path), classes=None, train_samples=None, shift=0, flip=False
     )
-    return datasets.load(config)
+    return registry.load(config)
 
 
-def train(model: nn.Module, data: datasets.Data, batch_size: int, seed: int, steps: tuple[int, int]) -> Iterator[int]:
+def train(model: nn.Module, data: dataset.Data, batch_size: int, seed: int, steps: tuple[int, int]) -> Iterator[int]:
     """SGD with momentum at a constant learning rate, which then falls to 0 in a line; yields after every step.
 
     Args:
@@ -71,7 +71,7 @@ def train(model: nn.Module, data: datasets.Data, batch_size: int, seed: int, ste
 
 
 @torch.no_grad()
-def judge(model: nn.Module, data: datasets.Data, batch_size: int = 500) -> tuple[float, float]:
+def judge(model: nn.Module, data: dataset.Data, batch_size: int = 500) -> tuple[float, float]:
     """Accuracy and loss on the validation images, in the mode that the model is in."""
     correct = loss = 0.0
     for index in torch.arange(len(data.val)).split(batch_size):
@@ -82,7 +82,7 @@ def judge(model: nn.Module, data: datasets.Data, batch_size: int = 500) -> tuple
     return correct / len(data.val), loss / len(data.val)
 
 
-def with_population(model: nn.Module, data: datasets.Data, batch_size: int) -> nn.Module:
+def with_population(model: nn.Module, data: dataset.Data, batch_size: int) -> nn.Module:
     """A copy with the statistics of POPULATION training images, gathered in batches of this size."""
     copied = copy.deepcopy(model)
     index = torch.arange(min(POPULATION, len(data.train)))
@@ -178,7 +178,7 @@ def network(place: str, rate: float) -> nn.Module:
     return convert_sync_batchnorm(nn.Sequential(*parts, nn.Linear(64, 10)))
 
 
-def variance_shift(model: nn.Module, data: datasets.Data) -> list[float]:
+def variance_shift(model: nn.Module, data: dataset.Data) -> list[float]:
     """For each BN the variance of what it is given in evaluation, over its running variance; the median channel."""
     seen: dict[SyncBatchNorm, Moments] = {}
 

@@ -40,15 +40,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
-from syncbn.training.data import dataset as datasets
+from syncbn.training.data import registry
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.stopping import StopRequest
-from syncbn.training.launch import overrides as launch
+from syncbn.training.launch import resolvers
 from syncbn.training.losses import losses
 from syncbn.training.optim import optimizers, schedules
-from syncbn.training.tasks import train as tasks
-from syncbn.training.tasks.loaded import build_model
+from syncbn.training.tasks import train
+from syncbn.training.trainer.build import build_model
 from syncbn.training.trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def configure(overrides: list[str], num_steps: int) -> Config:
 
 def bare_loop(loop: Loop, config: Config, place: Place, num_steps: int) -> None:
     """What one would write by hand."""
-    data = datasets.load(config.data)
+    data = registry.load(config.data)
     model = build_model(config, data, place)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, place.rank, place.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -131,7 +131,7 @@ def trainer_loop(_: Loop, config: Config, place: Place, directory: Path) -> None
     """What train.py runs."""
     directory.mkdir(exist_ok=True)
     with ExitStack() as tracking:
-        tasks.train(config, directory, place, [], tracking)
+        train.train(config, directory, place, [], tracking)
 
 
 def trainers_in_threads() -> ExitStack:
@@ -146,7 +146,7 @@ def trainers_in_threads() -> ExitStack:
 
     patches = ExitStack()
     patches.enter_context(mock.patch.object(Trainer, "_train_step", in_turn))
-    patches.enter_context(mock.patch.object(tasks, "deferred", nullcontext))
+    patches.enter_context(mock.patch.object(train, "deferred", nullcontext))
     patches.enter_context(mock.patch.object(StopRequest, "listen", return_value=nullcontext()))
     patches.enter_context(mock.patch.object(wandb, "init", partial(wandb.init, reinit="create_new")))
     return patches
@@ -163,7 +163,7 @@ def main() -> None:
     if arguments.rounds < 2:
         parser.error("--rounds: at least 2, for quartiles")
     torch.set_num_threads(1)
-    launch.register_resolvers()
+    resolvers.register_resolvers()
     dist.init_process_group("gloo")
     place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
     scratch = [tempfile.mkdtemp() if place.is_first else ""]

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint import files
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
-from syncbn.training.data import dataset as datasets
+from syncbn.training.data import dataset, registry
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.tasks.loaded import build_model
+from syncbn.training.trainer.build import build_model
 
 DATA = Path(__file__).parents[1] / "docs/data"
 CURVES, FINAL = DATA / "small_batch.csv", DATA / "small_batch_final.csv"
@@ -52,13 +52,13 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
     """The curves and the ends of finished runs, sorted by length, case and seed; others are passed over."""
     curves: list[Row] = []
     ends: list[Row] = []
-    data: datasets.Data | None = None
+    data: dataset.Data | None = None
     for run in runs:
         if not (run / "summary.json").exists():
             continue
-        content = state.read(state.by_step(run / "checkpoints")[-1], "load")
+        content = files.read(files.by_step(run / "checkpoints")[-1], "load")
         config = parse(content["config"])
-        data = data or datasets.load(config.data)
+        data = data or registry.load(config.data)
         key = {"steps": content["step"], "case": case_of(config), "seed": config.seed}
         records: dict[int, Row] = {}
         for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -80,7 +80,7 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
 
 
 @torch.no_grad()
-def of_both_modes(config: Config, content: dict[str, Any], data: datasets.Data) -> Row:
+def of_both_modes(config: Config, content: dict[str, Any], data: dataset.Data) -> Row:
     """Accuracy and loss of the last weights on the validation images, in batches as in training.
 
     In evaluation mode they are normalized by running statistics; in training mode each group of them by its own.
@@ -208,7 +208,7 @@ def worlds(runs: list[Path]) -> Iterator[str]:
 
 def _trajectory(run: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    model = state.read(state.by_step(run / "checkpoints")[-1], "load")["model"]
+    model = files.read(files.by_step(run / "checkpoints")[-1], "load")["model"]
     return [record["train/loss"] for record in records if "train/loss" in record], model
 
 

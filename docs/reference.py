@@ -16,7 +16,7 @@ MODULES = [
     "syncbn",
     "syncbn.nn.moments",
     "syncbn.stats.pooling",
-    "syncbn.surgery.convert",
+    "syncbn.surgery.conversion_report",
     "syncbn.integrations.lightning",
 ]
 

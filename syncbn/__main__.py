@@ -40,20 +40,20 @@ def _add_audit(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from syncbn.report import write as report
+    from syncbn.report import write
 
     description = (
         "Writes one HTML file about a run, or several side by side; it needs no network. See docs/monitoring.md."
     )
     command = commands.add_parser("report", help="an HTML report of runs", description=description)
-    report.add_arguments(command)
-    command.set_defaults(run=report.command)
+    write.add_arguments(command)
+    command.set_defaults(run=write.command)
 
 
 def _audit(options: argparse.Namespace) -> int:
     from syncbn.auditing.rules import table
     from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
-    from syncbn.training.checkpoint.state import read_model_weights
+    from syncbn.training.checkpoint.files import read_model_weights
     from syncbn.training.config.schema import ConfigError
 
     try:

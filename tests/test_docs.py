@@ -18,7 +18,8 @@ from dataclasses import fields
 import pytest
 
 import syncbn
-from syncbn.training.config.schema import Config, FreezeRuleConfig, InitConfig
+from syncbn.training.config.model import FreezeRuleConfig, InitConfig
+from syncbn.training.config.schema import Config
 from syncbn.training.launch.explain import known_keys
 from tests.training.jobs import ROOT, compose_config, torchrun
 

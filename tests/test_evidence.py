@@ -10,7 +10,7 @@ import torch
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.training.data.dataset import Data, Split
-from syncbn.training.models.build import ResnetSmall
+from syncbn.training.models.resnet import ResnetSmall
 from tests.training.data.test_data import fashion_files
 from tests.training.jobs import ROOT
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.kernels import activations, operators, reference
-from syncbn.nn import lean as restoring
+from syncbn.nn import lean
 from syncbn.nn.checkpointing import Rerun, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.rank_checks import reduce
@@ -58,7 +58,7 @@ class _NormalizeByBatch(torch.autograd.Function):
         if residual is not None and activation is not None:
             kept = output if activations.output_tells(activation) else residual
         if is_lean:
-            index = restoring.channels_to_keep(weight, bias, activation, input.dtype)
+            index = lean.channels_to_keep(weight, bias, activation, input.dtype)
             part = None if index is None else input.index_select(1, index)
             ctx.save_for_backward(output, weight, mean, invstd, count, None, bias, None, index, part)
         else:
@@ -135,7 +135,7 @@ def _from_output(
             'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated'
             ' (create_graph=True); use memory="default"'
         )
-    xhat = restoring.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
+    xhat = lean.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.nn import frozen as holding
+from syncbn.nn import frozen
 
 _SEEN, _HELD = (
     "_syncbn_seen",
@@ -30,7 +30,7 @@ def check_wrapper() -> None:
     if not torch.compiler.is_dynamo_compiling():
         _check()
     elif _is_wrapped():
-        _check_while_tracing(holding.num_changes())
+        _check_while_tracing(frozen.num_changes())
 
 
 @torch.compiler.assume_constant_result  # without a wrapper no freeze anywhere needs another graph
@@ -45,7 +45,7 @@ def _check_while_tracing(_: int) -> None:
 
 def _check() -> None:
     wrapper = DistributedDataParallel._active_ddp_module
-    if wrapper is None or wrapper.__dict__.get(_SEEN) == holding.num_changes():
+    if wrapper is None or wrapper.__dict__.get(_SEEN) == frozen.num_changes():
         return
     # Under reentrant checkpointing gradients are off in a forward that is trained all the same.
     if not torch.is_grad_enabled() and not wrapper.training:
@@ -58,22 +58,22 @@ def _check() -> None:
     elif before != held:
         name = min(before ^ held)
         _refuse(f"{name} has been {'frozen' if name in held else 'unfrozen'} since it wrapped the model")
-    wrapper.__dict__[_SEEN] = holding.num_changes()
+    wrapper.__dict__[_SEEN] = frozen.num_changes()
 
 
 def _held_names(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if holding.is_held(module)
-        for name in holding.own_parameters(module)
+        if frozen.is_held(module)
+        for name in frozen.own_parameters(module)
     }
 
 
 def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
     """The first forward: DDP tells how many parameters it reduces, not which."""
     reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
-    if reduced is None or holding.num_changes() == 0:
+    if reduced is None or frozen.num_changes() == 0:
         return
     candidates = {
         name: parameter

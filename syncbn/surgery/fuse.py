@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from syncbn.nn import lean as restoring
+from syncbn.nn import lean
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import Patterns, named_modules, select
 from syncbn.surgery.fusion_classes import Fused, fused_class
@@ -201,9 +201,9 @@ def _why_not_lean(layer: SyncBatchNorm, site: Site) -> str:
     """Why the output of what a layer becomes will not tell its input; "" where it will."""
     if site.residual is not None:
         return "its output does not tell what was added"
-    if site.kind not in restoring.INVERTIBLE:
+    if site.kind not in lean.INVERTIBLE:
         return f"its output does not tell what went into {site.kind}"
-    found = restoring.conditions(layer.weight, layer.bias, site.kind, torch.float32)
-    if found is not None and not found.is_meta and bool(restoring.are_too_many(found, torch.float32)):
+    found = lean.conditions(layer.weight, layer.bias, site.kind, torch.float32)
+    if found is not None and not found.is_meta and bool(lean.are_too_many(found, torch.float32)):
         return "too many of its weights are 0, or small against the bias"
     return ""

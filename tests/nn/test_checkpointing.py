@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from syncbn import SyncBatchNorm, sync_batch_norm
-from syncbn.nn import checkpointing as recomputing
+from syncbn.nn import checkpointing
 from tests.counting import collectives
 
 
@@ -217,7 +217,7 @@ def test_losses_that_are_summed_up_undetached_do_not_keep_all_moments():
         loss = checkpoint(layer, torch.randn(4, 3, requires_grad=True), use_reentrant=True).pow(2).sum()
         loss.backward()
         total = total + loss
-    alive = [reference() for reference in recomputing._memories[layer] if reference() is not None]
+    alive = [reference() for reference in checkpointing._memories[layer] if reference() is not None]
     assert len(alive) < 12
 
 
@@ -226,13 +226,13 @@ def test_nothing_is_remembered_without_checkpointing_nor_after_backward():
     layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
     with torch.no_grad():
         layer(torch.randn(4, 3))
-    assert layer not in recomputing._memories
+    assert layer not in checkpointing._memories
     for reentrant in (True, False):
         x = torch.randn(4, 3, requires_grad=True)
         checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
         del x
         gc.collect()
-        assert [reference() for reference in recomputing._memories[layer] if reference() is not None] == []
+        assert [reference() for reference in checkpointing._memories[layer] if reference() is not None] == []
 
 
 def test_a_forward_inside_of_backward_that_is_no_second_run_is_an_error():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn import SyncBatchNorm, new_bn_groups, sync_batch_norm
-from syncbn.nn import rank_checks as debugging
+from syncbn.nn import rank_checks
 from tests.counting import collectives
 from tests.training.jobs import ROOT
 
@@ -29,10 +29,10 @@ class Net(nn.Module):
 
 def message_of(step):
     """The error that `step` ends with, in debug mode."""
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         try:
             step()
-        except debugging.CollectiveError as error:
+        except rank_checks.CollectiveError as error:
             return str(error)
     raise AssertionError("no error")
 
@@ -44,7 +44,7 @@ def check_matching_steps(world_size_of_groups):
         for layer in (net.stem[1], net.head[1]):
             layer.process_group = group
     ddp = nn.parallel.DistributedDataParallel(net)
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         for _ in range(2):
             ddp(torch.randn(4, 3)).sum().backward()
     return net.stem[1].running_mean
@@ -87,10 +87,10 @@ def test_another_direction_is_named(ranks):
 
 def check_another_step():
     net = Net()
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         net(torch.randn(4, 3))
     if dist.get_rank() == 1:
-        debugging._calls[net.stem[1]]["forward"] += 1  # as if it had counted one more
+        rank_checks._calls[net.stem[1]]["forward"] += 1  # as if it had counted one more
     return message_of(lambda: net(torch.randn(4, 3)))
 
 
@@ -106,7 +106,7 @@ def check_a_rank_that_does_not_come(debug):
         layer.process_group = group
     if dist.get_rank() == 1:
         return None
-    with mock.patch.object(debugging, "enabled", debug), pytest.raises(debugging.CollectiveError) as error:
+    with mock.patch.object(rank_checks, "enabled", debug), pytest.raises(rank_checks.CollectiveError) as error:
         net(torch.randn(4, 3))
     return str(error.value)
 
@@ -156,7 +156,7 @@ def check_the_backward_pass_is_named():
     net.head[1].process_group = group
     output = net(torch.randn(4, 3))
     if dist.get_rank() == 0:
-        with pytest.raises(debugging.CollectiveError, match=r"the backward pass of head\.1 failed"):
+        with pytest.raises(rank_checks.CollectiveError, match=r"the backward pass of head\.1 failed"):
             output.sum().backward()
 
 
@@ -177,8 +177,8 @@ def check_double_backward(mismatch):
     if mismatch:
         return message_of(step)
     with (
-        mock.patch.object(debugging, "check", wraps=debugging.check) as check,
-        mock.patch.object(debugging, "enabled", True),
+        mock.patch.object(rank_checks, "check", wraps=rank_checks.check) as check,
+        mock.patch.object(rank_checks, "enabled", True),
         collectives() as sent,
     ):
         step()
@@ -194,14 +194,14 @@ def test_every_collective_of_a_double_backward_is_checked_too(ranks, mismatch):
 def check_names_that_differ_by_what_holds_the_model():
     net = Net()
     holder = nn.ModuleDict({"ema_source": net}) if dist.get_rank() == 0 else None
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         net(torch.randn(4, 3)).sum().backward()
     del holder
     # A layer that is gone leaves its count to nobody, whatever takes its place in memory.
     for _ in range(5 if dist.get_rank() == 0 else 1):
         SyncBatchNorm(3)
     layer = SyncBatchNorm(3)
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         layer(torch.randn(4, 3))
 
 
@@ -211,17 +211,17 @@ def test_a_rank_may_hold_its_model_in_something_larger(ranks):
 
 def check_the_bare_function():
     x = torch.randn(4, 3 + dist.get_rank())
-    with mock.patch.object(debugging, "enabled", True):
+    with mock.patch.object(rank_checks, "enabled", True):
         sync_batch_norm(x[:, :3], None, None, training=True)
 
 
 def test_the_bare_function_goes_by_its_own_name(ranks):
     ranks(2, check_the_bare_function)
-    assert debugging.name_of(None) == "sync_batch_norm"
+    assert rank_checks.name_of(None) == "sync_batch_norm"
 
 
 def count_checks(enabled):
-    with mock.patch.object(debugging, "enabled", enabled), mock.patch.object(debugging, "check") as check:
+    with mock.patch.object(rank_checks, "enabled", enabled), mock.patch.object(rank_checks, "check") as check:
         Net()(torch.randn(4, 3, requires_grad=True)).sum().backward()
     return check.call_count
 
@@ -236,14 +236,14 @@ def test_the_environment_switches_it(monkeypatch, value, expected):
     monkeypatch.delenv("SYNCBN_DEBUG", raising=False)
     if value is not None:
         monkeypatch.setenv("SYNCBN_DEBUG", value)
-    fresh = module_from_spec(debugging.__spec__)  # another one, as a new process would import it
-    debugging.__spec__.loader.exec_module(fresh)
+    fresh = module_from_spec(rank_checks.__spec__)  # another one, as a new process would import it
+    rank_checks.__spec__.loader.exec_module(fresh)
     assert fresh.enabled is expected
 
 
 def test_the_layer_is_named_by_the_largest_module_without_wrappers():
     net = Net()
     outer = nn.ModuleDict({"a": net})
-    assert debugging.name_of(net.head[1]) == "a.head.1"
+    assert rank_checks.name_of(net.head[1]) == "a.head.1"
     del outer
-    assert debugging.name_of(SyncBatchNorm(2)) == "a SyncBatchNorm"
+    assert rank_checks.name_of(SyncBatchNorm(2)) == "a SyncBatchNorm"

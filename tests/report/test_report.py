@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("bokeh")
 
-from syncbn.report import write as report
 from syncbn.report.heatmaps import _grid
 from syncbn.report.runs import read_runs, shorten_name
 from syncbn.report.timeline import _bars, _rolled_up
+from syncbn.report.write import add_arguments, command, write_report
 
 LAYERS = ("backbone.bn1", "backbone.bn2")
 
@@ -40,7 +40,7 @@ def make_run(path, lines, **files):
 
 def write(*runs):
     path = runs[0].parent / "report.html"
-    report.write_report(runs, path)
+    write_report(runs, path)
     return path.read_text(encoding="utf-8")
 
 
@@ -188,8 +188,8 @@ def test_long_names_keep_what_tells_them_apart():
 
 def call(*arguments):
     parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    return report.command(parser.parse_args([str(argument) for argument in arguments]))
+    add_arguments(parser)
+    return command(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_the_command_writes_into_the_run_and_takes_a_multirun_for_its_jobs(tmp_path, capsys):

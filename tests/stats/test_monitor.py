@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import Monitor, SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze, new_bn_groups
-from syncbn.nn import rank_checks as debugging
+from syncbn.nn import rank_checks
 from tests.counting import collectives
 from tests.reference import make_batch
 
@@ -324,12 +324,12 @@ def test_a_compiled_layer_can_be_watched(ranks):
 
 def check_one_rank_watches_alone():
     layer, alone = SyncBatchNorm(3), dist.get_rank() == 0
-    debugging.enabled = True
+    rank_checks.enabled = True
     try:
-        with pytest.raises(debugging.CollectiveError, match="watched forward pass"), Monitor(layer).watch(alone):
+        with pytest.raises(rank_checks.CollectiveError, match="watched forward pass"), Monitor(layer).watch(alone):
             layer(torch.randn(4, 3))
     finally:
-        debugging.enabled = False
+        rank_checks.enabled = False
 
 
 def test_debug_mode_names_a_rank_that_watches_alone(ranks):

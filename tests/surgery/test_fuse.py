@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, freeze, fuse, revert_sync_batchnorm
-from syncbn.training.models.build import ResidualBlock, ResnetSmall
+from syncbn.training.models.resnet import ResidualBlock, ResnetSmall
 from syncbn.training.models.unet import UnetSmall
 
 

@@ -1,4 +1,4 @@
-"""Whole modules that version 0.1.0 pickled are still read: a converted subclass, and a layer fused with its activation."""
+"""Whole modules that version 0.1.0 pickled are still read: a converted subclass, and a layer with its activation."""
 
 from pathlib import Path
 

@@ -21,8 +21,12 @@ from hydra.core.global_hydra import GlobalHydra
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.launch import overrides as launch
-from syncbn.training.tasks import train as tasks
+from syncbn.training.launch import overrides as command_line
+from syncbn.training.launch.overrides import open_override
+from syncbn.training.launch.resolvers import register_resolvers
+from syncbn.training.tasks.run import WITH_LOAD
+from syncbn.training.tasks.train import train
+from syncbn.training.trainer.build import place_for
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
@@ -31,10 +35,10 @@ TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 def compose_config(*overrides: str) -> Config:
     """The checked configuration, as train.py would see it with these overrides."""
-    launch.register_resolvers()
+    register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return parse(compose("train", [launch.open_override(override) for override in overrides]))
+        return parse(compose("train", [open_override(override) for override in overrides]))
 
 
 def torchrun(num_ranks: int) -> list[str]:
@@ -155,20 +159,20 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
     os.chdir(cwd)
     sys.path.append(str(cwd))  # modules of its own; their names differ between tests, as a process imports them once
     try:
-        kept = launch._hold_back([launch.open_override(override) for override in overrides])
+        kept = command_line._hold_back([open_override(override) for override in overrides])
         config = compose_config(*kept)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         run_dir = Path("outputs", config.run or "unnamed").resolve()
         run_dir.mkdir(parents=True, exist_ok=True)
-        place = tasks.place_for(config, Place(rank, world_size, torch.device("cpu"), torch.float32))
-        if config.task in tasks.WITH_LOAD:
-            tasks.WITH_LOAD[config.task](config, run_dir, place)
+        place = place_for(config, Place(rank, world_size, torch.device("cpu"), torch.float32))
+        if config.task in WITH_LOAD:
+            WITH_LOAD[config.task](config, run_dir, place)
         else:
             with ExitStack() as tracking:
-                tasks.train(config, run_dir, place, overrides, tracking)
+                train(config, run_dir, place, overrides, tracking)
         return run_dir
     finally:
-        launch._held_back.clear()
+        command_line._held_back.clear()
         sys.path.remove(str(cwd))
         sys.stdout = stdout
         os.chdir(before)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from syncbn.training.config.schema import ConfigError, OpenData
+from syncbn.training.config.data import OpenData
+from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.custom import load
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from syncbn.training.checkpoint.state import newest, read
+from syncbn.training.checkpoint.files import newest, read
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config, ConfigError
+from syncbn.training.data.folders import _listed
 from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
 
 log = logging.getLogger(__name__)
 
@@ -114,21 +116,17 @@ def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
     return given & keys
 
 
-def cut_back(metrics: Path, step: int | None) -> None:
-    """Removes what a run that goes on from `step` records again: later records, test results, and what is frozen from
-    this step on. None: everything.
+def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
+    """Keeps which class has which number in `classes.json` of the run.
+
+    Raises:
+        ConfigError: the run that goes on began with other classes.
     """
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # half a line, left by a kill
-        again = {"test"} | ({"freeze"} if record["step"] == step else set())
-        if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
-            kept.append(line + "\n")
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(metrics)
+    path = run_dir / "classes.json"
+    here = json.loads(path.read_text(encoding="utf-8")) if place.is_first and path.exists() else None
+    stored = world.on_all_ranks(here)[0]
+    if stored not in (None, list(names)):
+        raise ConfigError(f"data.path: this run began with the classes {_listed(stored)}, the data has"
+                          f" {_listed(names)}; start another run with run=...")  # fmt: skip
+    if stored is None and names and place.is_first:
+        path.write_text(json.dumps(list(names)) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from syncbn.training.config.errors import require
 
@@ -174,3 +175,34 @@ def _check_classes(classes: list[int] | None) -> None:
     if classes is not None:
         distinct = len(classes) >= 2 and len(set(classes)) == len(classes)
         require(distinct, "data.classes", "two or more labels, each once", classes)
+
+
+class OpenData(dict[str, Any]):
+    """A data set of the user's own: `_target_`, its arguments, and how its batches are prepared."""
+
+    def __init__(self, node: dict[str, Any]) -> None:
+        super().__init__(node)
+        for key, least in (("workers", 0), ("prefetch", 1)):
+            value = getattr(self, key)
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            require(is_number, f"data.{key}", f"a number, {least} or more", value)
+
+    @property
+    def name(self) -> str:
+        """What is built."""
+        return str(self["_target_"])
+
+    @property
+    def workers(self) -> int:
+        """See `LoadingConfig`."""
+        return self.get("workers", 0)
+
+    @property
+    def prefetch(self) -> int:
+        """See `LoadingConfig`."""
+        return self.get("prefetch", 2)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`_target_` and its arguments alone."""
+        return {key: value for key, value in self.items() if key not in ("workers", "prefetch")}

@@ -34,3 +34,8 @@ def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) 
         return Duration.parse(text, allow_minutes=minutes)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def printable(text: str) -> str:
+    """The text on one line that no terminal takes for commands."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -15,24 +15,17 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from syncbn.training.config.schema import (
-    SCHEMAS,
+from syncbn.training.config.data import OpenData
+from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig
+from syncbn.training.config.run import (
     AuditConfig,
-    BnConfig,
-    Config,
-    ConfigError,
     EvalConfig,
     ExportConfig,
-    FreezeRuleConfig,
-    InitConfig,
-    OpenData,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
-    parse_duration,
-    require,
-    require_choice,
 )
+from syncbn.training.config.schema import SCHEMAS, Config, ConfigError, parse_duration, require, require_choice
 
 OPEN_GROUPS = ("model", "data", "loss")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)

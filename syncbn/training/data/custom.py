@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn.training.config.data import OpenData
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.schema import ConfigError, OpenData
+from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.randomness import mix_key
 

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.training.config.schema import (
     ConfigError,
-    DigitsConfig,
-    FashionMnistConfig,
-    HfConfig,
-    ImageFolderConfig,
-    MaskFolderConfig,
-    OpenData,
-    ShapesConfig,
-    SyntheticConfig,
 )
-from syncbn.training.data.randomness import integers, mix_key
+from syncbn.training.data.augment import augment
 
 IGNORE = 255  # in a mask: left out of loss and metrics
 STATS_SAMPLES = 1000  # of images that are decoded when asked for, these many give mean and standard deviation
-FASHION_VAL_SAMPLES = 5000
-_SHIFT_Y, _SHIFT_X, _FLIP = 2, 3, 4  # purposes of the draws, part of their keys
-_SPLIT_SEED = 0  # the split is part of a data set, not of a run
 
 
 class Rows(Protocol):
@@ -161,141 +147,3 @@ def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
 def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as numbers between 0 and 1."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-
-
-def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int, *, fill: int = 0) -> Tensor:
-    """Shifts each image by up to `shift` pixels in both directions and mirrors half of them.
-
-    Args:
-        images: (N, C, H, W).
-        index: (N,) int64, the samples' positions in the data set, which decide what is drawn for them.
-        fill: what comes in at the border.
-    """
-    num, channels, height, width = images.shape
-    if num == 0 or (shift == 0 and not flip):
-        return images
-    if shift:
-        rows = torch.arange(height) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_Y)[:, None]
-        columns = torch.arange(width) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_X)[:, None]
-    else:
-        rows, columns = torch.arange(height).expand(num, -1), torch.arange(width).expand(num, -1)
-    if flip:
-        mirrored = integers(2, index, seed, epoch, _FLIP).bool()[:, None]
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, [shift] * 4, value=fill)
-    sample = torch.arange(num)[:, None, None, None]
-    channel = torch.arange(channels)[None, :, None, None]
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def load(config: Any) -> Data:
-    """The data set that the configuration names.
-
-    Raises:
-        ConfigError: files that are missing or not what they should be; the message names the key and the remedy.
-    """
-    from syncbn.training.data import custom as own_data
-    from syncbn.training.data import folders, hf, shapes  # which build on this module
-
-    loaders: dict[type, Callable[[Any], Data]] = {
-        DigitsConfig: _load_digits,
-        FashionMnistConfig: _load_fashion_mnist,
-        SyntheticConfig: _make_synthetic,
-        ShapesConfig: shapes.make,
-        ImageFolderConfig: folders.load_classes,
-        MaskFolderConfig: folders.load_masks,
-        HfConfig: hf.load,
-        OpenData: own_data.load,
-    }
-    data = loaders[type(config)](config)
-    classes = getattr(config, "classes", None)
-    return data if classes is None else _keep_classes(data, classes)
-
-
-def _load_digits(config: DigitsConfig) -> Data:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16.0
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
-    train, val, test = (Split(images[index], labels[index]) for index in stratified_indices(labels))
-    return Data(train, val, test, 10, config.shift, config.flip)
-
-
-def stratified_indices(labels: Tensor) -> list[Tensor]:
-    """Indices of train, val and test, 80/10/10 per class, each ascending; the same at every call."""
-    from sklearn.model_selection import train_test_split
-
-    index, numpy_labels = torch.arange(len(labels)).numpy(), labels.numpy()
-    train, rest = train_test_split(index, test_size=0.2, stratify=numpy_labels, random_state=_SPLIT_SEED)
-    val, test = train_test_split(rest, test_size=0.5, stratify=numpy_labels[rest], random_state=_SPLIT_SEED)
-    return [torch.from_numpy(part).sort().values for part in (train, val, test)]
-
-
-def hold_out(labels: Tensor) -> list[Tensor]:
-    """Indices of train and val, 90/10 per class, each ascending; the same at every call."""
-    from sklearn.model_selection import train_test_split
-
-    index = torch.arange(len(labels)).numpy()
-    parts = train_test_split(index, test_size=0.1, stratify=labels.numpy(), random_state=_SPLIT_SEED)
-    return [torch.from_numpy(part).sort().values for part in parts]
-
-
-def _load_fashion_mnist(config: FashionMnistConfig) -> Data:
-    directory = Path(config.path)
-    images, labels = (_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1"))
-    test = Split(*(_read_idx(directory, f"t10k-{kind}") for kind in ("images-idx3", "labels-idx1")))
-    cut = len(labels) - FASHION_VAL_SAMPLES
-    if cut < 1:
-        raise ConfigError(f"data.path: expected more than {FASHION_VAL_SAMPLES} training images, got {len(labels)}")
-    end = min(cut, config.train_samples or cut)
-    train, val = Split(images[:end], labels[:end]), Split(images[cut:], labels[cut:])
-    return Data(train, val, test, 10, config.shift, config.flip)
-
-
-def _read_idx(directory: Path, stem: str) -> Tensor:
-    """An IDX file (MNIST's format: a big-endian header, then bytes): images as float32 / 255, labels as int64."""
-    candidates = [directory / f"{stem}-ubyte", directory / f"{stem}-ubyte.gz"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise ConfigError(
-            f"data.path: expected the file {stem}-ubyte or {stem}-ubyte.gz in {str(directory)!r}, found neither;"
-            " install Debian's package dataset-fashion-mnist, or point data.path to the directory of the four IDX files"
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        num_dims = raw[3]
-        shape = [int.from_bytes(raw[4 + 4 * dim : 8 + 4 * dim], "big") for dim in range(num_dims)]
-        values = torch.frombuffer(bytearray(raw[4 + 4 * num_dims :]), dtype=torch.uint8).view(shape)
-        if raw[:3] != b"\x00\x00\x08" or num_dims not in (1, 3):
-            raise ValueError("not a header of unsigned bytes in one or three dimensions")
-    except (OSError, EOFError, IndexError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"data.path: {str(path)!r} is not a whole IDX file ({error}); fetch it again") from None
-    return values.to(torch.int64) if num_dims == 1 else values[:, None].to(torch.float32) / 255.0
-
-
-def _make_synthetic(config: SyntheticConfig) -> Data:
-    generator = torch.Generator().manual_seed(mix_key(_SPLIT_SEED, config.num_samples, config.num_classes))
-    shape = (config.channels, config.size, config.size)
-    patterns = torch.randn(config.num_classes, *shape, generator=generator)
-    labels = torch.arange(config.num_samples) % config.num_classes
-    images = patterns[labels] + config.noise * torch.randn(config.num_samples, *shape, generator=generator)
-    order = torch.randperm(config.num_samples, generator=generator)
-    cuts = [config.num_samples * 8 // 10, config.num_samples * 9 // 10]
-    train, val, test = (Split(images[index], labels[index]) for index in order.tensor_split(cuts))
-    return Data(train, val, test, config.num_classes, config.shift, config.flip)
-
-
-def _keep_classes(data: Data, classes: list[int]) -> Data:
-    assert data.num_classes is not None
-    if unknown := sorted(set(classes) - set(range(data.num_classes))):
-        raise ConfigError(f"data.classes: expected labels between 0 and {data.num_classes - 1}, got {unknown}")
-    renumbered = torch.full((data.num_classes,), -1)
-    renumbered[classes] = torch.arange(len(classes))
-
-    def keep(split: Split) -> Split:
-        index = torch.arange(len(split))
-        chosen = index[torch.isin(split.labels[index], torch.tensor(classes))]
-        return Split(split.images[chosen], renumbered[split.labels[chosen]])
-
-    return replace(data, train=keep(data.train), val=keep(data.val), test=keep(data.test), num_classes=len(classes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig
 from syncbn.training.config.schema import ConfigError, ImageFolderConfig, MaskFolderConfig
-from syncbn.training.data.dataset import IGNORE, Data, Split, hold_out, stratified_indices
+from syncbn.training.data.dataset import IGNORE, Data, Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded
-from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
 
@@ -93,22 +91,6 @@ def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True
         raise ConfigError(f"data.path: splitting {shares} needs 10 images of every class, got fewer of {_listed(few)};"
                           " or divide them yourself into train, val and test")  # fmt: skip
     return stratified_indices(labels) if with_test else hold_out(labels)
-
-
-def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
-    """Keeps which class has which number in `classes.json` of the run.
-
-    Raises:
-        ConfigError: the run that goes on began with other classes.
-    """
-    path = run_dir / "classes.json"
-    here = json.loads(path.read_text(encoding="utf-8")) if place.is_first and path.exists() else None
-    stored = world.on_all_ranks(here)[0]
-    if stored not in (None, list(names)):
-        raise ConfigError(f"data.path: this run began with the classes {_listed(stored)}, the data has"
-                          f" {_listed(names)}; start another run with run=...")  # fmt: skip
-    if stored is None and names and place.is_first:
-        path.write_text(json.dumps(list(names)) + "\n", encoding="utf-8")
 
 
 def _root(config: DecodedConfig) -> Path:

@@ -8,6 +8,8 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from syncbn.training.config.schema import ConfigError
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -104,3 +106,19 @@ def on_all_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_variables() -> None:
+    """That the variables by which a rank finds the others are complete, or that it is no rank.
+
+    Raises:
+        ConfigError: some are there, which anything but torchrun may have set, and others are not.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    known = [name for name in needed if name in os.environ]
+    if {"RANK", "WORLD_SIZE"}.intersection(known) and len(known) < len(needed):
+        missing = [name for name in needed if name not in known]
+        raise ConfigError(
+            f"{known[0]}: this variable of the environment says that this process is a rank of a job, but there is no"
+            f" {' and no '.join(missing)}; start train.py with torchrun, which sets them all, or unset {known[0]}"
+        )

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed import world
-from syncbn.training.launch import explain as reporting
-from syncbn.training.tracking.summary import print_table
+from syncbn.training.launch.explain import clear_errors
+from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 
 class Guard(Callback):
@@ -25,12 +25,12 @@ class Guard(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Checks the run directory before Hydra makes it."""
-        with reporting.clear_errors():
+        with clear_errors():
             _check_directory("hydra.run.dir", config.hydra.run.dir, config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Checks the directory of all runs before Hydra makes it."""
-        with reporting.clear_errors():
+        with clear_errors():
             _check_directory("hydra.sweep.dir", config.hydra.sweep.dir, config)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
@@ -64,3 +64,33 @@ def _check_directory(key: str, directory: str, config: DictConfig) -> None:
         raise ConfigError(
             f"{key}: expected a directory below outputs/, no link out of it, as run=NAME makes it; got {directory}"
         )
+
+
+def print_table(sweep_dir: Path) -> None:
+    """A row per job of a multirun: its overrides but for those of all jobs, its final metrics, or why it failed."""
+    from syncbn.training.tracking import console
+
+    jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
+    if not jobs:  # of a task that leaves none, such as audit: each job has printed its own
+        return
+    summaries = [(job.name, read_summary(job) or {}) for job in jobs]
+    found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
+    splits = ("val", "test", "precise/val", "precise/test")
+    names = [name for name in found if name.rpartition("/")[0] in splits]  # not each class
+    names = [name for name in names if not name.endswith("/loss")] or names
+    names += sorted(name for name in found if name.startswith("drift/"))
+    given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]
+    common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
+    rows = [
+        (
+            job,
+            " ".join(text for text in texts if text not in common),
+            *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names),
+            s["failed"],
+        )
+        for (job, s), texts in zip(summaries, given, strict=True)
+    ]
+    headers = ("job", "overrides", *names, "failed")
+    if not any(row[-1] for row in rows):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    console.print_rows(f"sweep {sweep_dir}", headers, rows)

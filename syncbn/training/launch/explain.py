@@ -9,16 +9,14 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.training.config.errors import RankError
+from syncbn.training.config.errors import RankError, printable
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import ConfigError, TrainingError
 from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, world_size
@@ -82,38 +80,6 @@ def _discard_run_directory() -> None:
             shutil.rmtree(directory)
 
 
-def explain_one_value(error: ValueError, step: int) -> RankError | None:
-    """What torch says of a batch that has one value per channel, as an error with a remedy; None for another error."""
-    if "more than 1 value per channel" not in str(error):
-        return None
-    return RankError(
-        f"step {step}: one value per channel has no variance, and batch normalization is local to each rank here; set"
-        f" bn.sync=true, or a batch_size that leaves no rank with one sample ({error})"
-    )
-
-
-def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
-    """A collective that waited in vain, as an error that says where, and for which ranks; None for another error.
-
-    Ranks that gave up say so in the store; who has not come there soon after is what the others have waited for.
-    """
-    if not is_distributed() or not re.search(r"[Tt]imed out", str(error)):
-        return None
-    missing = []
-    with suppress(Exception):  # a store that is gone must not hide the message
-        prefix = f"syncbn/timed_out/{attempt()}/"
-        store().set(f"{prefix}{rank()}", "")
-        for other in range(world_size()):
-            try:
-                store().wait([f"{prefix}{other}"], timedelta(seconds=1))
-            except Exception:
-                missing.append(other)
-    for_whom = f" for rank {', '.join(map(str, missing))}" if missing else ""
-    return RuntimeError(
-        f"{where}: rank {rank()} waited{for_whom} in a collective for longer than collective_timeout allows"
-    )
-
-
 def report_failure(error: Exception) -> None:
     """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
     if world_size() > 1:
@@ -125,34 +91,6 @@ def report_failure(error: Exception) -> None:
                 print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         sys.stderr.flush()
         raise SystemExit(1) from error
-
-
-class Report:
-    """At the end of a run, also of one that fails: `report.html`, and in `summary.json` why it failed.
-
-    A run that stops on request goes on later, and has its report then.
-    """
-
-    def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
-        self.run_dir, self.overrides = run_dir, overrides
-
-    def end(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """To be pushed on an `ExitStack`."""
-        from syncbn.training.distributed.stopping import Stopped
-
-        if isinstance(error, Stopped | KeyboardInterrupt):
-            return
-        if error is not None:
-            cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ is not None else error
-            reason = explain(cause) or f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-            shown = [redact(override) for override in self.overrides]
-            write_summary(self.run_dir, -1, {}, shown, failed=redact(reason))
-        try:
-            from syncbn.report.write import write_report
-
-            write_report([self.run_dir], self.run_dir / "report.html")
-        except Exception as error:  # nothing of the run depends on it
-            log.warning("no report.html: %s; python -m syncbn report %s writes it later", error, self.run_dir)
 
 
 def _is_first_to_report(what: str = "") -> bool:
@@ -181,11 +119,6 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None
-
-
-def printable(text: str) -> str:
-    """The text on one line that no terminal takes for commands."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _explain_override(error: ConfigCompositionException) -> str:

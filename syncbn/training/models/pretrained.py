@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.training.checkpoint.state import read_model_weights
-from syncbn.training.config.schema import ConfigError, InitConfig
+from syncbn.training.checkpoint.files import read_model_weights
+from syncbn.training.config.model import InitConfig
+from syncbn.training.config.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

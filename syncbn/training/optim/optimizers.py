@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncbn.training.config.schema import SgdConfig
+from syncbn.training.config.optim import SgdConfig
 
 
 def build(config: Any, model: nn.Module) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.schema import CosineConfig
+from syncbn.training.config.optim import CosineConfig
 
 
 def build(config: Any, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

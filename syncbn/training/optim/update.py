@@ -7,16 +7,15 @@ function of the step.
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import deque
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
+
+from syncbn.training.optim.ema import Average
+from syncbn.training.optim.foreach import all_finite, by_type, multiply
 
 
 class Verdict(NamedTuple):
@@ -146,34 +145,6 @@ class Update:
         return [self.scaler._scale, self.scaler._growth_tracker]  # type: ignore[list-item]
 
 
-def multiply(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiplies tensors in place by a number on the device: one operator per type, however many tensors."""
-    for (device, _), group in by_type(tensors).items():
-        torch._foreach_mul_(group, factor.to(device))
-
-
-def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Whether every element is finite: a bool without dimensions on the device, decided there."""
-    bad = torch.zeros((), device=device)
-    for (place, dtype), group in by_type(tensors).items():
-        if dtype in (torch.float32, torch.float64):
-            # What torch's gradient scaler asks: one operator for all. The factor is 1.
-            found = torch.zeros((), device=place)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, torch.ones_like(found))
-        else:
-            found = ~get_total_norm(group, math.inf).isfinite()
-        bad = bad + found.to(device)
-    return bad == 0
-
-
-def by_type(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Groups that one operator can take, each in order."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return groups
-
-
 class Buffers:
     """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
 
@@ -197,82 +168,3 @@ class Buffers:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])
-
-
-class Average:
-    """An exponential moving average of a model's weights and floating-point buffers; other buffers are copied.
-
-    The first steps forget quicker: at a decay of 0.999 the initial weights would still be a third of the average after
-    a thousand steps, and no validation before that would mean anything.
-
-    `torch.optim.swa_utils.AveragedModel` averages too, but waits for the device at every update and cannot leave a step
-    out.
-
-    Args:
-        decay: what stays of the average at a step, such as 0.999; at step t at most (1 + t) / (10 + t).
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, left_out: Tensor, step: int) -> None:
-        """Moves the average towards the model as it is after `step` steps; not at all if `left_out`."""
-        weight = torch.where(left_out, 0.0, 1.0 - min(self.decay, (1 + step) / (10 + step)))
-        for averaged, current in zip(_tensors(self.model), _tensors(model), strict=True):
-            if averaged.is_floating_point():
-                averaged.lerp_(current.detach(), weight.to(averaged.dtype))
-            else:
-                averaged.copy_(current)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged model's."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes it over."""
-        self.model.load_state_dict(state_dict)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
-
-
-class Reports:
-    """Small results of past steps, read without waiting for what the device is still doing.
-
-    On a GPU a result is read one step later, from a copy that travels meanwhile; on the CPU at once.
-
-    Args:
-        lag: steps between a result and its reading; None: by device.
-    """
-
-    def __init__(self, device: torch.device, lag: int | None = None) -> None:
-        self._lag = int(device.type == "cuda") if lag is None else lag
-        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-
-    def post(self, step: int, values: Tensor) -> None:
-        """Sends a step's values on their way to the host."""
-        if values.device.type == "cuda":
-            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            on_host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._waiting.append((step, on_host, arrived))
-        else:
-            self._waiting.append((step, values, None))
-
-    def take(self, *, everything: bool = False) -> list[tuple[int, list[float]]]:
-        """The steps that are due, oldest first, each once; with `everything` also those that have to be waited for."""
-        due = []
-        while len(self._waiting) > (0 if everything else self._lag):
-            step, values, arrived = self._waiting.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            due.append((step, values.tolist()))
-        return due
-
-    def clear(self) -> None:
-        """Forgets what has not been read."""
-        self._waiting.clear()

@@ -12,12 +12,15 @@ from torch import nn
 from syncbn.auditing.audit import audit
 from syncbn.auditing.rules import SEVERITIES, Finding, table
 from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.config.schema import AuditConfig, Config, ConfigError
+from syncbn.training.config.run import AuditConfig
+from syncbn.training.config.schema import Config, ConfigError
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.tasks.loaded import load, sampler_for, shown
+from syncbn.training.tasks.loaded import load
 from syncbn.training.tracking import console
+from syncbn.training.tracking.console import shown
+from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan
 
 

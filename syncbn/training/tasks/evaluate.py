@@ -6,9 +6,10 @@ from pathlib import Path
 
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.tasks.loaded import load, shown
+from syncbn.training.tasks.loaded import load
 from syncbn.training.tasks.recalibrate import recalibrate
 from syncbn.training.tracking import console
+from syncbn.training.tracking.console import shown
 
 
 def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:

@@ -29,11 +29,15 @@ from torch import Tensor, nn
 
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.surgery.revert import revert_sync_batchnorm
-from syncbn.training.config.schema import EXPORT_FORMATS, Config, ConfigError
+from syncbn.training.config.run import EXPORT_FORMATS
+from syncbn.training.config.schema import Config, ConfigError
 from syncbn.training.distributed import world
+from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.tasks.loaded import Loaded, build_model, failing_together, load, shown
+from syncbn.training.tasks.loaded import Loaded, load
 from syncbn.training.tracking import console
+from syncbn.training.tracking.console import shown
+from syncbn.training.trainer.build import build_model
 
 log = logging.getLogger(__name__)
 

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import require_secrets
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config, ConfigError
-from syncbn.training.data import dataset as datasets
+from syncbn.training.data import dataset, registry
 from syncbn.training.data.loader import Loader
-from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed import world
+from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.evaluation.metrics import build_metrics, evaluate
-from syncbn.training.launch import overrides as launch
+from syncbn.training.evaluation.evaluate import evaluate
+from syncbn.training.evaluation.metrics import build_metrics
+from syncbn.training.launch.overrides import held_back
 from syncbn.training.losses import losses
-from syncbn.training.models import build as models
 from syncbn.training.models.pretrained import load_subnet
-from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
+from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.tracker import Tracker
-from syncbn.training.trainer import execution as switches
+from syncbn.training.trainer.build import build_model, place_for
 
-DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Keys that a task reads from its own command line, not from the configuration of the training.
 OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
 
@@ -48,7 +41,7 @@ class Loaded:
     config: Config
     """That of the training, with what the command line says on top; without `bn.virtual_ranks`, which only train."""
     place: Place
-    data: datasets.Data
+    data: dataset.Data
     model: nn.Module
 
     def describe(self) -> str:
@@ -90,11 +83,11 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine = to_dict(config)
-        stored = apply_overrides(checkpoint["config"], launch.held_back()) | {key: mine[key] for key in OWN_KEYS}
+        stored = apply_overrides(checkpoint["config"], held_back()) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored)
         trained.bn.virtual_ranks = None
-        data = datasets.as_trained(datasets.load(trained.data), checkpoint)
+        data = dataset.as_trained(registry.load(trained.data), checkpoint)
     place = place_for(trained, place)
     model = build_model(trained, data, place)
     state.load_into(model, content, path, "load")
@@ -105,14 +98,14 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
-    if state.newest(run_dir) is not None:
+    if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
     assert config.load is not None
     path = Path(config.load)
-    path = state.best_or_newest(path, "load") if path.is_dir() else path
+    path = files.best_or_newest(path, "load") if path.is_dir() else path
     if run_dir.resolve() in path.resolve().parents:
         raise ConfigError(f"run: {shown(run_dir)} holds what load names, which is never changed; choose another name")
-    checkpoint = state.read(path, "load")
+    checkpoint = files.read(path, "load")
     if "config" not in checkpoint or "model" not in checkpoint:
         raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
     return path, checkpoint
@@ -134,57 +127,3 @@ def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tupl
             " load=.../checkpoints/step_....pt"
         )
     return weights, checkpoint["model"]
-
-
-def build_model(config: Config, data: datasets.Data, place: Place) -> nn.Module:
-    """The model with its initial weights, the same on every rank.
-
-    Raises:
-        ConfigError: see `models.build`, `groups_per_rank` and `make_virtual`.
-    """
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
-    if config.bn.virtual_ranks is not None:
-        make_virtual(model, groups_per_rank(config.bn, place.world_size))
-    if place.channels_last:
-        switches.lay_out(model)
-    return model
-
-
-def sampler_for(config: Config, data: datasets.Data, place: Place) -> Sampler:
-    """Which samples this rank trains on."""
-    groups = groups_per_rank(config.bn, place.world_size)
-    return Sampler(
-        len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size, groups
-    )
-
-
-def place_for(config: Config, place: Place) -> Place:
-    """`place` with the precision of this configuration."""
-    return replace(
-        place,
-        dtype=DTYPES.get(config.precision, torch.float32),
-        autocast=AUTOCAST.get(config.precision),
-        channels_last=config.channels_last,
-    )
-
-
-@contextmanager
-def failing_together() -> Iterator[None]:
-    """Around what one rank does, or each for itself: a ConfigError of any rank is raised on all, not only there."""
-    mine: ConfigError | None = None
-    try:
-        yield
-    except ConfigError as error:
-        mine = error
-    problems = world.on_all_ranks(None if mine is None else str(mine))
-    if mine is not None:
-        raise mine
-    for problem in problems:
-        if problem is not None:
-            raise ConfigError(problem)
-
-
-def shown(path: Path) -> str:
-    """A path as a person wants to read it, and to copy it into the next command."""
-    return os.path.relpath(path)

@@ -20,7 +20,7 @@ from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import named_modules
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
-from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint import files
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config, ConfigError, TrainingError
@@ -28,8 +28,10 @@ from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.losses import losses
-from syncbn.training.tasks.loaded import Loaded, load, sampler_for, shown
+from syncbn.training.tasks.loaded import Loaded, load
 from syncbn.training.tracking import console
+from syncbn.training.tracking.console import shown
+from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan, check_model
 
 
@@ -71,14 +73,14 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     if place.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data)
-        state.write_atomically(run_dir / state.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
+        files.write_atomically(run_dir / files.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
     loaded.record(run_dir, metrics)
     if place.is_first:
         rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]
         console.print_rows(loaded.describe(), ("metric", "before", "after"), rows)
         moves = [(name, f"{m.mean:.4f}", f"{m.std[0]:.3f} to {m.std[1]:.3f}") for name, m in found.layers.items()]
         console.print_rows("how far statistics moved", ("layer", "mean, in std", "std, times"), moves)
-        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / state.RECALIBRATED))]
+        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / files.RECALIBRATED))]
         console.print_table("population statistics", [*made_of, ("run directory", shown(run_dir))])
     return metrics
 

@@ -4,85 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
-from syncbn.nn import rank_checks as debugging
-from syncbn.nn.groups import treat_as_world_of_one
-from syncbn.training.checkpoint import state
-from syncbn.training.checkpoint.resume import checkpoint_to_resume, cut_back, merge_with_stored
+from syncbn.training.checkpoint import files
+from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redact, redacted
 from syncbn.training.config.schema import Config, ConfigError
-from syncbn.training.data import dataset as datasets
-from syncbn.training.data.folders import record_classes
+from syncbn.training.data import registry
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.stopping import StopRequest, deferred
 from syncbn.training.evaluation.metrics import build_metrics, choose_best
-from syncbn.training.launch import explain as reporting
-from syncbn.training.launch import overrides as launch
 from syncbn.training.losses import losses
 from syncbn.training.models.pretrained import Drift, load_subnet
-from syncbn.training.tasks import audit as auditing
-from syncbn.training.tasks import evaluate as evaluating
-from syncbn.training.tasks import export as exporting
-from syncbn.training.tasks import recalibrate as recalibrating
-from syncbn.training.tasks.loaded import build_model, place_for, sampler_for, shown
-from syncbn.training.tasks.measure_data import measure_loading
+from syncbn.training.tasks import audit
+from syncbn.training.tasks.report import Report
 from syncbn.training.tracking import console
+from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import read_summary, write_summary
-from syncbn.training.tracking.tracker import Tracker
-from syncbn.training.trainer import execution as switches
-from syncbn.training.trainer import overfit as overfitting
+from syncbn.training.tracking.tracker import Tracker, cut_back
+from syncbn.training.trainer import overfit
+from syncbn.training.trainer.build import build_model, sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-# The tasks that take a run or checkpoint from `load`.
-WITH_LOAD = {
-    "eval": evaluating.run,
-    "audit": auditing.run,
-    "recalibrate": recalibrating.run,
-    "export": exporting.run,
-}
-
-
-def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Runs the task on this rank; returns its metrics (the same on every rank).
-
-    Args:
-        job: a name that differs between the jobs of one multirun.
-        overrides: what was given on the command line; a resumed run compares it with its stored configuration.
-
-    Raises:
-        ConfigError: a mistake in the configuration, found before training starts.
-    """
-    if not world.is_distributed():
-        treat_as_world_of_one()
-    device = _device(config)
-    place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
-    debugging.enabled |= config.bn.debug
-    # The tracker ends after the group: the other ranks need not wait for an upload.
-    with ExitStack() as tracking, launch.process_group(device.type, job, config.collective_timeout):
-        if config.task in WITH_LOAD:
-            metrics = WITH_LOAD[config.task](config, run_dir, place)
-            if place.is_first and metrics:
-                given = [redact(override) for override in (*overrides, *launch.held_back())]
-                write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
-            return metrics
-        if config.task == "data":
-            return measure_loading(config, place, datasets.load(config.data))
-        switches.check(config, device)
-        with switches.applied(config):
-            return train(config, run_dir, place, overrides, tracking)
 
 
 def train(
@@ -102,9 +54,9 @@ def _train(
     _require_shared(run_dir, checkpoint)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
-    data = datasets.load(config.data)
+    data = registry.load(config.data)
     if config.overfit is not None:
-        data = overfitting.only_a_few(data, config.overfit)
+        data = overfit.only_a_few(data, config.overfit)
     model = build_model(config, data, place)
     drift = Drift()
     for name, init in config.init.items() if checkpoint is None else ():
@@ -120,7 +72,7 @@ def _train(
     config_dict = redacted(to_dict(config))
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
-        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else state.step_of(checkpoint))
+        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint))
     record_classes(run_dir, data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
@@ -128,7 +80,7 @@ def _train(
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     if place.is_first and config.tracker.report:
-        tracking.push(reporting.Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
+        tracking.push(Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
     trainer = Trainer(config, run_dir, place, data, sampler, model, loss, own_metrics, best, plan, tracker, drift, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -137,9 +89,9 @@ def _train(
         trainer.checkpoints.begin(0)
     metrics = _metrics_of_finished(run_dir, trainer)
     if metrics is None and config.audit.level != "off":
-        findings = auditing.audit_at(model, plan, sampler, trainer.counters.step)
-        auditing.record(findings, trainer.counters.step, run_dir, place, ("error", "warning"))
-        auditing.stop_at_errors(findings, config.audit, run_dir)
+        findings = audit.audit_at(model, plan, sampler, trainer.counters.step)
+        audit.record(findings, trainer.counters.step, run_dir, place, ("error", "warning"))
+        audit.stop_at_errors(findings, config.audit, run_dir)
     tracker.start()
     _announce(run_dir, trainer, overrides)
     if metrics is not None:
@@ -153,7 +105,7 @@ def _train(
         write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     if config.overfit is not None:
-        overfitting.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
+        overfit.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
     return metrics
 
 
@@ -181,16 +133,6 @@ def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
             f"run: rank {other} does not see the directory {shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
             f" here: {found[other]}); outputs/ has to be on storage that all machines share"
         )
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is not available here; use device=cpu or device=auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -75,3 +77,8 @@ def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ..
     for row in rows:
         table.add_row(*row)
     CONSOLE.print(table)
+
+
+def shown(path: Path) -> str:
+    """A path as a person wants to read it, and to copy it into the next command."""
+    return os.path.relpath(path)

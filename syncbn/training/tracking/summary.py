@@ -39,33 +39,3 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     content["metrics"] = {name: float(value) for name, value in content["metrics"].items()}
     return content
-
-
-def print_table(sweep_dir: Path) -> None:
-    """A row per job of a multirun: its overrides but for those of all jobs, its final metrics, or why it failed."""
-    from syncbn.training.tracking import console
-
-    jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
-    if not jobs:  # of a task that leaves none, such as audit: each job has printed its own
-        return
-    summaries = [(job.name, read_summary(job) or {}) for job in jobs]
-    found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
-    splits = ("val", "test", "precise/val", "precise/test")
-    names = [name for name in found if name.rpartition("/")[0] in splits]  # not each class
-    names = [name for name in names if not name.endswith("/loss")] or names
-    names += sorted(name for name in found if name.startswith("drift/"))
-    given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]
-    common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
-    rows = [
-        (
-            job,
-            " ".join(text for text in texts if text not in common),
-            *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names),
-            s["failed"],
-        )
-        for (job, s), texts in zip(summaries, given, strict=True)
-    ]
-    headers = ("job", "overrides", *names, "failed")
-    if not any(row[-1] for row in rows):
-        headers, rows = headers[:-1], [row[:-1] for row in rows]
-    console.print_rows(f"sweep {sweep_dir}", headers, rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.redaction import redact
-from syncbn.training.config.schema import TrackerConfig
+from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.wandb_run import WandbRun
 
 # One number for the whole model: of the layer that is worst off.
@@ -149,3 +149,23 @@ def _histogram(vector: Tensor) -> Any:
 def _jsonable(value: float) -> float | str:
     """JSON has no NaN and no infinity: as strings they stay readable by every parser."""
     return value if math.isfinite(value) else str(value)
+
+
+def cut_back(metrics: Path, step: int | None) -> None:
+    """Removes what a run that goes on from `step` records again: later records, test results, and what is frozen from
+    this step on. None: everything.
+    """
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line, left by a kill
+        again = {"test"} | ({"freeze"} if record["step"] == step else set())
+        if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
+            kept.append(line + "\n")
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(metrics)

@@ -35,7 +35,9 @@ from torchmetrics import Metric
 from syncbn.nn.accumulate import accumulate_stats
 from syncbn.stats.monitor import Monitor
 from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.checkpoint.state import BEST, Checkpoints, FrozenSwitches, read, whole_step
+from syncbn.training.checkpoint.files import BEST, read, whole_step
+from syncbn.training.checkpoint.frozen import FrozenSwitches
+from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data, Split, describe_data
@@ -43,19 +45,21 @@ from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import mix_key, seed_generators
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.ddp import Wrapped
+from syncbn.training.distributed.failures import explain_one_value, explain_timeout
 from syncbn.training.distributed.rank_context import Place, in_dtype
-from syncbn.training.distributed.stopping import NonFiniteError, StopAgreed, Stopped, StopRequest
-from syncbn.training.evaluation.metrics import Best, evaluate
-from syncbn.training.launch import explain as reporting
+from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
+from syncbn.training.evaluation.evaluate import evaluate
+from syncbn.training.evaluation.metrics import Best
 from syncbn.training.losses.losses import Loss
 from syncbn.training.models.pretrained import Drift
 from syncbn.training.optim import optimizers, schedules
-from syncbn.training.optim.update import Reports, Update
+from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
 from syncbn.training.tracking.tracker import Tracker
-from syncbn.training.trainer import execution as switches
-from syncbn.training.trainer import profiler as profiling
+from syncbn.training.trainer import execution, profiler
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
+from syncbn.training.trainer.deferred import Reports
+from syncbn.training.trainer.faults import NonFiniteError
 from syncbn.training.trainer.local_stats import LocalStatistics
 from syncbn.training.trainer.overfit import FITTED
 
@@ -108,7 +112,7 @@ class Trainer:
         self.local_statistics = LocalStatistics(
             [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
         )
-        self.executed = switches.executed(model, config.compile)  # the same model, by another way through it
+        self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
         self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
         # what survives
         self.counters, self.totals = Counters(), Totals(place.device)
@@ -130,7 +134,7 @@ class Trainer:
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
         self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
-        self.profiler = profiling.build(config.profile, run_dir, place)
+        self.profiler = profiler.build(config.profile, run_dir, place)
 
     def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
         """Trains to the end; returns the final metrics.
@@ -152,12 +156,12 @@ class Trainer:
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
                 raise Stopped(self.counters.step) from None
             except ValueError as error:
-                one_value = reporting.explain_one_value(error, self.counters.step)
+                one_value = explain_one_value(error, self.counters.step)
                 if one_value is None:
                     raise
                 raise one_value from None
             except RuntimeError as error:
-                timeout = reporting.explain_timeout(error, f"step {self.counters.step}")
+                timeout = explain_timeout(error, f"step {self.counters.step}")
                 if timeout is None:
                     raise
                 raise timeout from error

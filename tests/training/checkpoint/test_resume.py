@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.training.checkpoint.resume import checkpoint_to_resume, cut_back, merge_with_stored
-from syncbn.training.checkpoint.state import write_atomically
+from syncbn.training.checkpoint.files import write_atomically
+from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed.stopping import Stopped
+from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.trainer import Trainer
 from tests.training.jobs import compose_config, read_metrics, run_rank

@@ -8,14 +8,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from syncbn import SyncBatchNorm
-from syncbn.training.checkpoint import state
-from syncbn.training.config.schema import ConfigError, InitConfig
+from syncbn.training.checkpoint import files, frozen, state
+from syncbn.training.config.model import InitConfig
+from syncbn.training.config.schema import ConfigError
 from syncbn.training.models.pretrained import Drift, load_subnet
 
 
 def make_checkpoints(directory, keep=2):
     model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3))
-    parts = {"model": model, "frozen": state.FrozenSwitches(model)}
+    parts = {"model": model, "frozen": frozen.FrozenSwitches(model)}
     return model, state.Checkpoints(directory / "checkpoints", keep, **parts)
 
 
@@ -36,7 +37,7 @@ def test_a_damaged_file_of_a_later_step_does_not_push_out_what_is_saved(tmp_path
     for step in (2, 4, 6):
         checkpoints.save(step, {})
     checkpoints.close()
-    assert state.newest(tmp_path) == directory / "step_00000006.pt"
+    assert files.newest(tmp_path) == directory / "step_00000006.pt"
     assert not (directory / "step_00000004.pt").exists()
 
 
@@ -76,15 +77,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_
     content = torch.load(paths[2], weights_only=True)
     content["model"]["0.weight"][0, 0] += 1e-3  # tampered with
     torch.save(content, paths[2])
-    assert state.newest(tmp_path) == paths[1]
+    assert files.newest(tmp_path) == paths[1]
     assert len(caplog.records) == 3
     assert "has been changed since it was written" in caplog.text
     with pytest.raises(ConfigError, match=r"load: .*its digest does not fit"):
-        state.read(paths[2], "load")
+        files.read(paths[2], "load")
     del content["sha256"]
     torch.save(content, paths[2])
     with pytest.raises(ConfigError, match=r"load: .*its digest"):
-        state.read(paths[2], "load")
+        files.read(paths[2], "load")
 
 
 def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path):
@@ -94,7 +95,7 @@ def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path):
     with torch.no_grad():
         model[0].weight.add_(1.0)  # while the first is perhaps still being written
     checkpoints.close()
-    saved = state.read(tmp_path / "checkpoints/step_00000001.pt", "load")
+    saved = files.read(tmp_path / "checkpoints/step_00000001.pt", "load")
     assert torch.equal(saved["model"]["0.weight"], expected)
 
 
@@ -108,7 +109,7 @@ def test_a_full_disk_is_reported_at_once_fails_the_job_at_its_end_and_keeps_the_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     checkpoints.save(2, {})
     checkpoints.wait()
     assert "step_00000002.pt failed, the last good checkpoint stays: [Errno 28] No space left" in caplog.text
@@ -121,15 +122,15 @@ def test_the_digest_depends_on_every_key_type_shape_and_byte():
     tensors = [torch.zeros(2), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32), torch.tensor([0.0, 1e-45])]
     plain = [[1, 2], [1, [2]], 1, 1.0, True, None]
     values = [{}, {"b": torch.zeros(2)}, *({"a": value} for value in (*tensors, *plain))]
-    assert len({state.digest(value) for value in values}) == len(values)
+    assert len({files.digest(value) for value in values}) == len(values)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     path = tmp_path / "a.pt"
-    state.write_atomically(path, {"step": 1})
+    files.write_atomically(path, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
-        state.write_atomically(path, {"step": lambda: None})
-    assert state.read(path, "load") == {"step": 1}
+        files.write_atomically(path, {"step": lambda: None})
+    assert files.read(path, "load") == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -145,7 +146,7 @@ def test_a_file_that_is_no_checkpoint_is_an_error_that_names_the_key(tmp_path, c
     path = tmp_path / "a.pt"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"load: .*a.pt' is not a readable checkpoint"):
-        state.read(path, "load")
+        files.read(path, "load")
     assert capsys.readouterr().out == ""
 
 

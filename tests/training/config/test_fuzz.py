@@ -8,16 +8,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from syncbn.training.config.errors import printable
 from syncbn.training.config.parsing import parse, to_dict
 from syncbn.training.config.schema import Config
-from syncbn.training.launch import explain as reporting
-from syncbn.training.launch import overrides as launch
+from syncbn.training.launch import resolvers
+from syncbn.training.launch.explain import explain, known_keys
+from syncbn.training.launch.overrides import open_override
 from tests.training.jobs import ROOT, start
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _configs():
-    launch.register_resolvers()
+    resolvers.register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         yield
@@ -28,15 +30,15 @@ def outcome(overrides):
     from hydra import compose
 
     try:
-        return parse(compose("train", [launch.open_override(override) for override in overrides]))
+        return parse(compose("train", [open_override(override) for override in overrides]))
     except Exception as error:
-        message = reporting.explain(error)
+        message = explain(error)
         if message is None:
             raise
         return message
 
 
-KEYS = [key for key in reporting.known_keys() if key not in ("run", "task", "load")]
+KEYS = [key for key in known_keys() if key not in ("run", "task", "load")]
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "hydra")
 CHOICES = sorted({path.stem for group in GROUPS for path in (ROOT / "configs" / group).glob("*.yaml")})
 keys = st.one_of(
@@ -87,7 +89,7 @@ def test_any_override_is_accepted_or_explained(given):
 def names_what_is_wrong(message, given):
     """It begins with an override, with a key, or with a part of one that was given."""
     subject = message.split(": ")[0]
-    return any(subject in reporting.printable(override) or root_of(override) == root_of(subject) for override in given)
+    return any(subject in printable(override) or root_of(override) == root_of(subject) for override in given)
 
 
 def root_of(text):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from syncbn.training.checkpoint.state import read, write_atomically
+from syncbn.training.checkpoint.files import read, write_atomically
 from syncbn.training.config import redaction
 from syncbn.training.config.redaction import HIDDEN, learn, redact, redacted
 from syncbn.training.config.schema import ConfigError

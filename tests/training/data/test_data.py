@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.training.config.schema import ConfigError, FashionMnistConfig
-from syncbn.training.data import dataset as datasets
-from syncbn.training.data.dataset import augment
+from syncbn.training.data import registry
+from syncbn.training.data.augment import augment
 from syncbn.training.data.randomness import integers, mix, mix_key
 from syncbn.training.data.sampler import Sampler
+from syncbn.training.data.splits import stratified_indices
 from tests.training.jobs import compose_config
 
 # The split of the digits is part of every published number: it must not move with a version of scikit-learn or torch.
@@ -108,11 +109,11 @@ def test_keys_are_mixed_as_tensors_are(parts):
 
 
 def test_the_digits_split_is_pinned_and_stratified():
-    data = datasets.load(compose_config().data)
+    data = registry.load(compose_config().data)
     assert [len(split) for split in (data.train, data.val, data.test)] == [1437, 180, 180]
     digest = hashlib.sha256()
     labels = torch.cat([data.train.labels, data.val.labels, data.test.labels])
-    for part in datasets.stratified_indices(_digit_labels()):
+    for part in stratified_indices(_digit_labels()):
         digest.update(part.numpy().tobytes())
     assert digest.hexdigest() == DIGITS_SPLIT
     shares = torch.stack([torch.bincount(s.labels, minlength=10) / len(s) for s in (data.train, data.val, data.test)])
@@ -126,16 +127,16 @@ def _digit_labels():
 
 
 def test_training_pixels_are_normalized():
-    data = datasets.load(compose_config("data.shift=0").data)
+    data = registry.load(compose_config("data.shift=0").data)
     images, _ = data.train_batch(torch.arange(len(data.train)), 0, 0, torch.float64)
     assert abs(images.mean()) < 1e-6
     assert abs(images.std() - 1) < 1e-6
 
 
 def test_classes_are_kept_and_renumbered():
-    data = datasets.load(compose_config("data.classes=[7,2]").data)
+    data = registry.load(compose_config("data.classes=[7,2]").data)
     assert data.num_classes == 2
-    whole = datasets.load(compose_config().data)
+    whole = registry.load(compose_config().data)
     assert len(data.val) == int(((whole.val.labels == 7) | (whole.val.labels == 2)).sum())
     assert torch.equal(data.val.images[data.val.labels == 0], whole.val.images[whole.val.labels == 7])
 
@@ -156,7 +157,7 @@ def fashion_files(directory, num_train=5003, compress=True):
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_fashion_mnist_is_read_from_idx_files_with_val_held_out(tmp_path, compress):
-    data = datasets.load(fashion_files(tmp_path, compress=compress))
+    data = registry.load(fashion_files(tmp_path, compress=compress))
     assert [len(split) for split in (data.train, data.val, data.test)] == [3, 5000, 4]
     assert data.val.labels[0] == 3  # the 5,000 last training images
     assert data.train.images.shape == (3, 1, 28, 28)
@@ -168,15 +169,15 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"data.path: .*t10k-images-idx3-ubyte' is not a whole IDX file"):
-        datasets.load(config)
+        registry.load(config)
 
 
 def test_a_missing_file_names_the_package(tmp_path):
     with pytest.raises(ConfigError, match=r"data.path: .*dataset-fashion-mnist"):
-        datasets.load(FashionMnistConfig("fashion_mnist", str(tmp_path), None, None, shift=0, flip=False))
+        registry.load(FashionMnistConfig("fashion_mnist", str(tmp_path), None, None, shift=0, flip=False))
 
 
 def test_synthetic_data_is_the_same_at_every_call():
-    first, second = (datasets.load(compose_config("data=synthetic").data) for _ in range(2))
+    first, second = (registry.load(compose_config("data=synthetic").data) for _ in range(2))
     assert torch.equal(first.train.images, second.train.images)
     assert [len(split) for split in (first.train, first.val, first.test)] == [800, 100, 100]

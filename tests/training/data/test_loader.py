@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from syncbn.training.config.schema import ConfigError, TrainingError
-from syncbn.training.data import dataset as datasets
-from syncbn.training.data import loader as loading
+from syncbn.training.data import loader, registry
 from syncbn.training.data.custom import OwnData
 from syncbn.training.data.loader import Loader
 from syncbn.training.data.sampler import Sampler
@@ -31,7 +30,7 @@ THIRD = Place(2, 3, torch.device("cpu"), torch.float32)
 
 
 def load(*overrides):
-    return datasets.load(compose_config(*overrides).data)
+    return registry.load(compose_config(*overrides).data)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +263,7 @@ def test_a_cache_is_measured_a_second_time(files, monkeypatch, capsys):
     from syncbn.training.tasks.measure_data import measure_loading
 
     config = compose_config("task=data", *data_sets(files)["cached"], "data.workers=0", "batch_size=4")
-    metrics = measure_loading(config, HERE, datasets.load(config.data))
+    metrics = measure_loading(config, HERE, registry.load(config.data))
     assert set(metrics) == {"data/samples_per_second"}
     printed = capsys.readouterr().out
     assert "decoding, rank 0" in printed
@@ -277,7 +276,7 @@ def test_tasks_with_load_use_workers_too_to_the_same_numbers(files, tmp_path):
     run = run_rank(tmp_path, common)
     for name, task in (("eval", ("task=eval", "eval.precise_bn=2")), ("recalibrate", ("task=recalibrate",))):
         none = run_rank(tmp_path, (*task, f"load={run}", f"run={name}0"))
-        with patch.object(loading, "_start", wraps=loading._start) as start_workers:
+        with patch.object(loader, "_start", wraps=loader._start) as start_workers:
             some = run_rank(tmp_path, (*task, f"load={run}", "data.workers=1", f"run={name}1"))
         assert start_workers.call_count == 3  # two evaluations, and the statistics between them
         assert read_metrics(none) == read_metrics(some)

@@ -7,7 +7,7 @@ import pytest
 
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed import network, world
-from syncbn.training.launch import overrides as launch
+from syncbn.training.launch import process_group, resolvers
 
 NODE = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "a",
         "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_MAX_RESTARTS": "3"}  # fmt: skip
@@ -81,8 +81,8 @@ def test_a_host_without_a_way_leaves_it_to_gloo(node, monkeypatch):
 
 def test_where_the_store_is_new_at_every_attempt_a_run_needs_a_name(node, monkeypatch):
     with pytest.raises(ConfigError, match=r"run: .*run="):
-        launch._run_name(None)
-    assert launch._run_name("mine") == "mine"
+        resolvers._run_name(None)
+    assert resolvers._run_name("mine") == "mine"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_store_that_keeps_new_nodes_waiting_is_warned_of(node, monkeypatch, ca
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with caplog.at_level(logging.WARNING):
-        launch._warn_of_lasting_store()
+        process_group._warn_of_lasting_store()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warns
 
 

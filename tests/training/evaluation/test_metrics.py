@@ -11,7 +11,8 @@ from torchmetrics import classification
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.evaluation.metrics import EVAL_BATCH_SIZE, Best, choose_best, evaluate
+from syncbn.training.evaluation.evaluate import EVAL_BATCH_SIZE, evaluate
+from syncbn.training.evaluation.metrics import Best, choose_best
 from syncbn.training.losses.losses import CrossEntropy
 
 

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed import world
-from syncbn.training.launch import overrides as launch
-from syncbn.training.tasks import train as tasks
+from syncbn.training.launch import overrides
+from syncbn.training.launch.overrides import held_back
+from syncbn.training.launch.process_group import process_group
+from syncbn.training.tasks import run, train
 from syncbn.training.tracking import console
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import ROOT, compose_config
@@ -39,7 +41,7 @@ def only_rank(monkeypatch):
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
 def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
     def job():
-        with launch.process_group("cpu", "0", 60.0):
+        with process_group("cpu", "0", 60.0):
             assert dist.is_initialized()
             if error is not None:
                 raise error
@@ -54,7 +56,7 @@ def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
 
 def test_a_multirun_makes_one_group_after_the_other(only_rank):
     for job in ("0", "1"):
-        with launch.process_group("cpu", job, 60.0):
+        with process_group("cpu", job, 60.0):
             assert dist.get_world_size() == 1
 
 
@@ -94,15 +96,15 @@ def test_the_tracker_closes_after_the_process_group_so_that_no_rank_waits_for_an
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs/a").mkdir(parents=True)
     closed = []
-    close = tasks.Tracker.close
+    close = train.Tracker.close
 
     def watched(self, *, failed):
         closed.append((dist.is_initialized(), failed))
         close(self, failed=failed)
 
-    monkeypatch.setattr(tasks.Tracker, "close", watched)
+    monkeypatch.setattr(train.Tracker, "close", watched)
     config = compose_config(*SMALL, "duration=1", "run=a")
-    tasks.run(config, tmp_path / "outputs/a")
+    run.run(config, tmp_path / "outputs/a")
     assert closed == [(False, False)]
 
 
@@ -123,18 +125,18 @@ def test_half_of_a_launcher_s_variables_is_an_error_that_names_the_other_half(va
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
-        launch.check_variables()
+        world.check_variables()
 
 
 @pytest.mark.parametrize("task", ["task=eval", "+task=eval", "++task=export"])
 def test_a_task_with_load_keeps_what_is_meant_for_the_stored_configuration_from_hydra(task, monkeypatch):
-    monkeypatch.setattr(launch, "_held_back", [])
-    assert launch._hold_back([task, "load=outputs/a", "model.deep=3"]) == [task, "load=outputs/a"]
-    assert launch.held_back() == ["model.deep=3"]
+    monkeypatch.setattr(overrides, "_held_back", [])
+    assert overrides._hold_back([task, "load=outputs/a", "model.deep=3"]) == [task, "load=outputs/a"]
+    assert held_back() == ["model.deep=3"]
 
 
 @pytest.mark.parametrize("task", ["task=train", "++task=data"])
 def test_a_task_without_load_gives_hydra_everything(task, monkeypatch):
-    monkeypatch.setattr(launch, "_held_back", [])
-    assert launch._hold_back([task, "model.deep=3"]) == [task, "model.deep=3"]
-    assert launch.held_back() == []
+    monkeypatch.setattr(overrides, "_held_back", [])
+    assert overrides._hold_back([task, "model.deep=3"]) == [task, "model.deep=3"]
+    assert held_back() == []

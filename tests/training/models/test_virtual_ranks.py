@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from syncbn.stats.monitor import Monitor
-from syncbn.training.checkpoint.state import read
+from syncbn.training.checkpoint.files import read
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.models.virtual_ranks import VirtualBatchNorm, make_virtual

@@ -10,7 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm
-from syncbn.training.optim.update import Average, Reports, Update, all_finite, multiply
+from syncbn.training.optim.ema import Average
+from syncbn.training.optim.foreach import all_finite, multiply
+from syncbn.training.optim.update import Update
+from syncbn.training.trainer.deferred import Reports
 
 
 def build(**options):

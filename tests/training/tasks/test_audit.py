@@ -113,7 +113,7 @@ def test_few_samples_per_step_are_a_warning_by_the_ranks_that_are_summed_over(jo
 def test_task_audit_looks_at_the_data_and_at_damaged_statistics(job, capsys):
     run = job(*SMALL, "duration=40", "audit.level=off", "run=a")
     path = run / "checkpoints/best.pt"
-    from syncbn.training.checkpoint.state import read, write_atomically
+    from syncbn.training.checkpoint.files import read, write_atomically
 
     content = read(path, "load")
     content["model"]["backbone.stem.bn.running_mean"] += 50

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from syncbn import precise_bn, revert_sync_batchnorm
-from syncbn.training.checkpoint import state
+from syncbn.training.checkpoint import files
 from syncbn.training.config.schema import ConfigError, TrainingError
-from syncbn.training.data.dataset import load as load_data
+from syncbn.training.data.registry import load as load_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.world import rank, world_size
-from syncbn.training.tasks import export as exporting
-from syncbn.training.tasks import recalibrate as recalibrating
+from syncbn.training.tasks import export, recalibrate
 from syncbn.training.tasks.loaded import load
 from tests.training.jobs import compose_config, read_metrics, run_rank, start
 
@@ -162,7 +161,7 @@ def recalibrated_state(averaged, cwd, num_batches, accumulate):
     config = compose_config("task=recalibrate", f"load={averaged}")
     loaded = load(config, cwd / "elsewhere", Place(rank(), world_size(), torch.device("cpu"), torch.float32))
     loaded.config.accumulate = accumulate
-    recalibrating.recalibrate(loaded, num_batches)
+    recalibrate.recalibrate(loaded, num_batches)
     return loaded.model.state_dict()
 
 
@@ -253,8 +252,8 @@ def test_a_layer_that_cannot_be_synchronized_is_recalibrated_on_one_rank_alone(j
 def test_outputs_that_are_not_finite_are_not_exported(job, averaged, tmp_path):
     checkpoint = read(averaged / "checkpoints/best.pt")
     checkpoint["model"]["head.bias"][0] = torch.inf
-    del checkpoint[state.DIGEST]
-    state.write_atomically(tmp_path / "infinite.pt", checkpoint)
+    del checkpoint[files.DIGEST]
+    files.write_atomically(tmp_path / "infinite.pt", checkpoint)
     with pytest.raises(ConfigError, match=r"infinite.pt on validation samples are not finite"):
         job("task=export", f"load={tmp_path / 'infinite.pt'}", "run=x")
 
@@ -265,7 +264,7 @@ def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypat
         data.train.images[3, 0, 0, 0] = torch.nan
         return data
 
-    monkeypatch.setattr("syncbn.training.tasks.loaded.datasets.load", poisoned)
+    monkeypatch.setattr("syncbn.training.tasks.loaded.registry.load", poisoned)
     with pytest.raises(TrainingError, match=r"the statistics of backbone.stem.bn are not finite"):
         job("task=recalibrate", f"load={averaged}", "run=r")
     assert not (tmp_path / "outputs/r/recalibrated.pt").exists()
@@ -357,9 +356,9 @@ def check_a_broken_export(cwd, run):
     def write_something_else(*arguments):
         return lambda images: write(*arguments)(images) + 1e-6
 
-    write = exporting._WRITERS["pt2"]
+    write = export._WRITERS["pt2"]
     with (
-        patch.dict(exporting._WRITERS, pt2=write_something_else),
+        patch.dict(export._WRITERS, pt2=write_something_else),
         pytest.raises(ConfigError, match=r"export.formats: model.pt2 differs from the evaluated model by 1e-06 "),
     ):
         run_rank(cwd, ("task=export", f"load={run}", "run=x"))
@@ -390,7 +389,7 @@ def test_a_model_that_cannot_be_exported_is_a_clear_error(job, own_modules, tmp_
 
 
 def test_onnx_is_left_out_without_its_extra_and_an_error_if_asked_for(job, averaged, monkeypatch, caplog):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else util.find_spec(name))
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else util.find_spec(name))
     with caplog.at_level("INFO"):
         run = job("task=export", f"load={averaged}", "precision=fp32", "run=x")
     assert "no model.onnx: it needs onnxscript; pip install 'syncbn[export]'" in caplog.text

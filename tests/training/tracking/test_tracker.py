@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from syncbn.stats.monitor import LayerSnapshot
-from syncbn.training.config.schema import CosineConfig, TrackerConfig
+from syncbn.training.config.optim import CosineConfig
+from syncbn.training.config.run import TrackerConfig
 from syncbn.training.optim import schedules
 from syncbn.training.tracking.tracker import Tracker, _histograms
 from tests.training import wandb_servers

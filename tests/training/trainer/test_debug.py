@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from syncbn.training.config.schema import ConfigError, TrainingError
-from syncbn.training.data.dataset import load
-from syncbn.training.models import build as models
-from syncbn.training.trainer import overfit as overfitting
+from syncbn.training.data.registry import load
+from syncbn.training.models import build
+from syncbn.training.trainer import overfit
 from tests.training.jobs import ROOT, compose_config, read_metrics, start
 
 TINY = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4"]
@@ -22,8 +22,8 @@ TINY = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4"
 def test_a_sound_model_overfits_and_stops_as_soon_as_it_has(job, num_ranks):
     run = job("debug=overfit", *TINY, "run=a", num_ranks=num_ranks)
     evaluated = [record for record in read_metrics(run) if "val/accuracy" in record]
-    assert evaluated[-1]["val/accuracy"] >= overfitting.FITTED
-    assert all(record["val/accuracy"] < overfitting.FITTED for record in evaluated[:-1])
+    assert evaluated[-1]["val/accuracy"] >= overfit.FITTED
+    assert all(record["val/accuracy"] < overfit.FITTED for record in evaluated[:-1])
     assert evaluated[-1]["step"] < 300
 
 
@@ -43,7 +43,7 @@ def test_statistics_that_evaluation_uses_and_training_does_not_are_found(job):
 
 def test_more_samples_than_there_are_is_a_mistake():
     with pytest.raises(ConfigError, match="overfit: expected at most the 104 training samples, got 105"):
-        overfitting.only_a_few(load(compose_config(*TINY).data), 105)
+        overfit.only_a_few(load(compose_config(*TINY).data), 105)
 
 
 def test_every_rank_leaves_a_trace_and_one_a_table(job):
@@ -78,7 +78,7 @@ def test_a_timm_model_gets_the_channels_and_classes_of_the_data(tmp_path, monkey
         (tmp_path / "timm.py").write_text(TIMM)
         monkeypatch.syspath_prepend(tmp_path)
     config = compose_config("model=timm")
-    model = models.build(config.model, config.bn, in_channels=2, num_classes=7)
+    model = build.build(config.model, config.bn, in_channels=2, num_classes=7)
     monkeypatch.delitem(sys.modules, "timm")
     assert next(model.parameters()).shape[1] == 2
     assert list(model.parameters())[-1].shape == (7,)
@@ -90,7 +90,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"model\._target_=timm\.create_model: timm is not installed; pip install timm"
     ):
-        models.build(config.model, config.bn, in_channels=1, num_classes=10)
+        build.build(config.model, config.bn, in_channels=1, num_classes=10)
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]], ids=" ".join)
@@ -152,7 +152,7 @@ def test_every_choice_builds_its_data_and_model(choice, tmp_path, monkeypatch):
                  "model=unet_small": ["data=shapes"], "data=shapes": ["model=unet_small"]}  # fmt: skip
     config = compose_config(choice, *arguments.get(choice, []))
     data = load(config.data)
-    model = models.build(config.model, config.bn, data.num_channels, data.num_classes)
+    model = build.build(config.model, config.bn, data.num_channels, data.num_classes)
     sys.modules.pop("timm", None)
     images, targets = data.train_batch(torch.arange(2), 0, 0, torch.float32)
     assert model.eval()(images).shape == (2, data.num_classes, *targets.shape[1:])

@@ -12,7 +12,7 @@ from syncbn.nn.patterns import named_modules
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.losses.losses import CrossEntropy
 from syncbn.training.optim.update import Update
-from syncbn.training.trainer import execution as switches
+from syncbn.training.trainer import execution
 from tests.training.jobs import compose_config, read_metrics, run_job, run_rank
 
 # 1,437 digits: 287 a step leave 2 for the sixth, 479 a step leave nothing.
@@ -57,20 +57,20 @@ def test_a_run_that_inductor_compiles_follows_the_same_trajectory(tmp_path):
 
 def test_names_do_not_show_that_a_model_is_compiled():
     model = nn.Sequential(nn.Linear(2, 2))
-    compiled = switches.executed(model, "eager")
+    compiled = execution.executed(model, "eager")
     assert [name for name, _ in named_modules(compiled)] == ["", "0"]
     assert len(list(compiled.parameters())) == 2
     assert compiled(torch.randn(0, 2)).shape == (0, 2)
-    assert switches.executed(model, False) is model
+    assert execution.executed(model, False) is model
 
 
 def test_compile_says_at_start_what_is_missing(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(ConfigError, match=r"compile: Inductor needs a compiler .* /no/such/compiler; install it"):
-        switches.check(compose_config("compile=true"), CPU)
+        execution.check(compose_config("compile=true"), CPU)
     with pytest.raises(ConfigError, match=r"compile: expected true, false, or a backend .* got 'fast'"):
-        switches.check(compose_config("compile=fast"), CPU)
-    switches.check(compose_config("compile=aot_eager"), CPU)
+        execution.check(compose_config("compile=fast"), CPU)
+    execution.check(compose_config("compile=aot_eager"), CPU)
 
 
 @register_backend
@@ -83,16 +83,16 @@ def test_a_compiler_that_does_not_work_is_an_error_at_start():
         r"compile: broken does not work here: cc1plus: fatal error: omp.h: No such file; repair it, or set compile"
     )
     with pytest.raises(ConfigError, match=message):
-        switches.check(compose_config("compile=broken"), CPU)
+        execution.check(compose_config("compile=broken"), CPU)
 
 
 def test_tf32_on_a_cpu_is_an_error_at_start():
     with pytest.raises(ConfigError, match=r"tf32: expected an NVIDIA GPU .* got a CPU; set tf32=false"):
-        switches.check(compose_config("tf32=true"), CPU)
+        execution.check(compose_config("tf32=true"), CPU)
 
 
 def test_switches_are_put_back_for_the_next_job():
-    with pytest.raises(ZeroDivisionError), switches.applied(compose_config("deterministic=true")):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), execution.applied(compose_config("deterministic=true")):  # noqa: PT012
         inside = torch.are_deterministic_algorithms_enabled()
         1 / 0  # noqa: B018
     assert inside
@@ -103,7 +103,7 @@ def test_channels_last_lays_out_weights_and_images_and_changes_no_result(ranks, 
     runs = [ranks(2, run_rank, tmp_path, (*SHORT, f"channels_last={on}", f"run={on}"))[0] for on in ("false", "true")]
     check_equal(*map(last_model, runs))
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv3d(4, 8, 3), nn.Linear(4, 4), nn.Conv2d(4, 8, 1))
-    switches.lay_out(model)
+    execution.lay_out(model)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert model[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert model[3].weight.stride() == (4, 1, 4, 4)  # as its gradient's under autocast: else DDP warns
@@ -124,9 +124,9 @@ class Puts(nn.Module):
 
 def test_deterministic_refuses_what_is_not():
     model = Puts()
-    with switches.applied(compose_config("deterministic=true")), pytest.raises(RuntimeError, match="deterministic"):
+    with execution.applied(compose_config("deterministic=true")), pytest.raises(RuntimeError, match="deterministic"):
         model(torch.randn(2, 64))
-    with switches.applied(compose_config()):
+    with execution.applied(compose_config()):
         model(torch.randn(2, 64))
 
 

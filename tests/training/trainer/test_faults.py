@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.stopping import NonFiniteError
 from syncbn.training.losses.losses import CrossEntropy
-from syncbn.training.optim.update import Reports
+from syncbn.training.trainer.deferred import Reports
+from syncbn.training.trainer.faults import NonFiniteError
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import read_metrics, run_rank
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
-from syncbn.nn import rank_checks as debugging
+from syncbn.nn import rank_checks
 from syncbn.training.config.errors import RankError
 from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed.ddp import Wrapped
@@ -472,7 +472,7 @@ def check_names():
     place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
     model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3))
     wrapped = Wrapped(model, place, is_first=True, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
-    assert debugging.name_of(wrapped.model[1]) == "1"
+    assert rank_checks.name_of(wrapped.model[1]) == "1"
 
 
 def test_a_layer_keeps_its_name_in_the_wrapper(ranks):

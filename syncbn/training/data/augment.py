@@ -1,0 +1,36 @@
+"""Augmentation that depends on the sample and not on the rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncbn.training.data.randomness import integers
+
+_SHIFT_Y, _SHIFT_X, _FLIP = 2, 3, 4  # purposes of the draws, part of their keys
+
+
+def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int, *, fill: int = 0) -> Tensor:
+    """Shifts each image by up to `shift` pixels in both directions and mirrors half of them.
+
+    Args:
+        images: (N, C, H, W).
+        index: (N,) int64, the samples' positions in the data set, which decide what is drawn for them.
+        fill: what comes in at the border.
+    """
+    num, channels, height, width = images.shape
+    if num == 0 or (shift == 0 and not flip):
+        return images
+    if shift:
+        rows = torch.arange(height) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_Y)[:, None]
+        columns = torch.arange(width) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_X)[:, None]
+    else:
+        rows, columns = torch.arange(height).expand(num, -1), torch.arange(width).expand(num, -1)
+    if flip:
+        mirrored = integers(2, index, seed, epoch, _FLIP).bool()[:, None]
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, [shift] * 4, value=fill)
+    sample = torch.arange(num)[:, None, None, None]
+    channel = torch.arange(channels)[None, :, None, None]
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,71 @@
+"""The data sets that come with packages or are made up."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncbn.training.config.schema import ConfigError, DigitsConfig, FashionMnistConfig, SyntheticConfig
+from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.randomness import mix_key
+from syncbn.training.data.splits import SPLIT_SEED, stratified_indices
+
+FASHION_VAL_SAMPLES = 5000
+
+
+def load_digits(config: DigitsConfig) -> Data:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16.0
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    train, val, test = (Split(images[index], labels[index]) for index in stratified_indices(labels))
+    return Data(train, val, test, 10, config.shift, config.flip)
+
+
+def load_fashion_mnist(config: FashionMnistConfig) -> Data:
+    directory = Path(config.path)
+    images, labels = (_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1"))
+    test = Split(*(_read_idx(directory, f"t10k-{kind}") for kind in ("images-idx3", "labels-idx1")))
+    cut = len(labels) - FASHION_VAL_SAMPLES
+    if cut < 1:
+        raise ConfigError(f"data.path: expected more than {FASHION_VAL_SAMPLES} training images, got {len(labels)}")
+    end = min(cut, config.train_samples or cut)
+    train, val = Split(images[:end], labels[:end]), Split(images[cut:], labels[cut:])
+    return Data(train, val, test, 10, config.shift, config.flip)
+
+
+def _read_idx(directory: Path, stem: str) -> Tensor:
+    """An IDX file (MNIST's format: a big-endian header, then bytes): images as float32 / 255, labels as int64."""
+    candidates = [directory / f"{stem}-ubyte", directory / f"{stem}-ubyte.gz"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"data.path: expected the file {stem}-ubyte or {stem}-ubyte.gz in {str(directory)!r}, found neither;"
+            " install Debian's package dataset-fashion-mnist, or point data.path to the directory of the four IDX files"
+        )
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        num_dims = raw[3]
+        shape = [int.from_bytes(raw[4 + 4 * dim : 8 + 4 * dim], "big") for dim in range(num_dims)]
+        values = torch.frombuffer(bytearray(raw[4 + 4 * num_dims :]), dtype=torch.uint8).view(shape)
+        if raw[:3] != b"\x00\x00\x08" or num_dims not in (1, 3):
+            raise ValueError("not a header of unsigned bytes in one or three dimensions")
+    except (OSError, EOFError, IndexError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"data.path: {str(path)!r} is not a whole IDX file ({error}); fetch it again") from None
+    return values.to(torch.int64) if num_dims == 1 else values[:, None].to(torch.float32) / 255.0
+
+
+def make_synthetic(config: SyntheticConfig) -> Data:
+    generator = torch.Generator().manual_seed(mix_key(SPLIT_SEED, config.num_samples, config.num_classes))
+    shape = (config.channels, config.size, config.size)
+    patterns = torch.randn(config.num_classes, *shape, generator=generator)
+    labels = torch.arange(config.num_samples) % config.num_classes
+    images = patterns[labels] + config.noise * torch.randn(config.num_samples, *shape, generator=generator)
+    order = torch.randperm(config.num_samples, generator=generator)
+    cuts = [config.num_samples * 8 // 10, config.num_samples * 9 // 10]
+    train, val, test = (Split(images[index], labels[index]) for index in order.tensor_split(cuts))
+    return Data(train, val, test, config.num_classes, config.shift, config.flip)

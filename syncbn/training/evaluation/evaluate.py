@@ -1,0 +1,91 @@
+"""Evaluation: every sample of a split once, however many ranks share it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torchmetrics import Metric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.loader import Loader
+from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.distributed.stopping import StopAgreed, StopRequest
+from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
+from syncbn.training.losses.losses import Loss
+
+EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with running statistics, so it changes no result
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split,
+    loss: Loss,
+    place: Place,
+    stop: StopRequest | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    loader: Loader | None = None,
+) -> dict[str, float]:
+    """`loss`, for labels `accuracy`, and `metrics` over a split, the same on every rank; modes are restored.
+
+    Every rank has to call it: the metrics are reduced over the default process group. A metric of several numbers has a
+    name for each, `name/0`, `name/1`, ... Without a `loader` batches are prepared where they are needed.
+
+    Raises:
+        StopAgreed: `stop` was requested on any rank meanwhile.
+    """
+    shown: dict[str, Metric] = {**_accuracy(data, loss), **(metrics or {})}
+    for metric in shown.values():
+        metric.to(place.device).reset()
+    # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
+    loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
+    with _evaluating(model):
+        batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
+        indices = [batch.tensor_split(place.world_size)[place.rank] for batch in batches]
+        for images, targets in (loader or Loader(data, place)).eval_batches(split, indices):
+            if stop is not None and stop.agreed():
+                raise StopAgreed
+            if len(images) == 0:
+                continue
+            with place.forward_context():
+                outputs = model(images)
+            outputs = in_dtype(outputs, place.dtype)
+            total, number = loss(outputs, targets)
+            for name, metric in shown.items():
+                update_metric(name, metric, outputs, targets)
+            loss_sum.update(total)
+            count.update(number)
+    with warnings.catch_warnings():
+        # A rank without a sample of a small split has nothing to add, and that is fine.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        values: dict[str, float] = {}
+        for name, metric in shown.items():
+            values |= flattened(name, metric.compute())
+        return {**values, "loss": number_of(loss_sum.compute() / count.compute())}
+
+
+def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
+    """Of labels; there is none where the data has no classes."""
+    if data.num_classes is None:
+        return {}
+    ignore = getattr(loss, "ignore_index", None)
+    micro = MulticlassAccuracy(data.num_classes, average="micro", ignore_index=ignore, validate_args=False)
+    return {"accuracy": micro}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is restored, on every path."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

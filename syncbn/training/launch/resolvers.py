@@ -1,0 +1,54 @@
+"""The interpolations of `configs/`: the run directory that all ranks agree on, and what depends on the rank."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from syncbn.training.config.schema import ConfigError
+from syncbn.training.distributed.world import agent_keeps_store, agree, is_elastic, rank
+
+
+def register_resolvers() -> None:
+    """The interpolations that `configs/` uses."""
+    OmegaConf.register_new_resolver("syncbn.run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("syncbn.on_first_rank", lambda value: value if rank() == 0 else None, replace=True)
+    OmegaConf.register_new_resolver("syncbn.rank_suffix", lambda: f"-rank{rank()}" if rank() else "", replace=True)
+    OmegaConf.register_new_resolver("syncbn.choices", _choices, replace=True)
+    OmegaConf.register_new_resolver("syncbn.console_level", lambda: "INFO" if rank() == 0 else "ERROR", replace=True)
+
+
+def _choices(group: str) -> str:
+    """The choices of a config group, those of a user's --config-dir included, for `--help`."""
+    chosen = HydraConfig.get().runtime.choices.get(group)
+    options = GlobalHydra.instance().config_loader().get_group_options(group)
+    return ", ".join(f"{option}*" if option == chosen else option for option in sorted(options))
+
+
+def _run_name(run: str | None) -> str:
+    """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
+    if run is None:
+        if is_elastic() and not agent_keeps_store():  # the agreed stamp would go with the store, and the run with it
+            raise ConfigError("run: where torchrun's store ends with each attempt, a restart finds its run by name"
+                              " alone; give it one, run=...")  # fmt: skip
+        return agree("run_name", _reserve_stamp)
+    name = str(run)
+    if not re.fullmatch(r"[\w][\w.+-]*(/[\w][\w.+-]*)*", name) or ".." in name:
+        raise ConfigError(f"run: expected a directory name of letters, digits and .+-_ under outputs/, got {name!r}")
+    return name
+
+
+def _reserve_stamp() -> str:
+    """A time stamp whose directory nobody else has, not even a job that started at the same moment."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]:
+        with suppress(FileExistsError):
+            Path("outputs", name).mkdir(parents=True)
+            return name
+    raise ConfigError("run: 999 runs started in this second; name this one with run=...")

@@ -1,0 +1,38 @@
+"""One operator for many tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiplies tensors in place by a number on the device: one operator per type, however many tensors."""
+    for (device, _), group in by_type(tensors).items():
+        torch._foreach_mul_(group, factor.to(device))
+
+
+def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Whether every element is finite: a bool without dimensions on the device, decided there."""
+    bad = torch.zeros((), device=device)
+    for (place, dtype), group in by_type(tensors).items():
+        if dtype in (torch.float32, torch.float64):
+            # What torch's gradient scaler asks: one operator for all. The factor is 1.
+            found = torch.zeros((), device=place)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, torch.ones_like(found))
+        else:
+            found = ~get_total_norm(group, math.inf).isfinite()
+        bad = bad + found.to(device)
+    return bad == 0
+
+
+def by_type(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """Groups that one operator can take, each in order."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return groups

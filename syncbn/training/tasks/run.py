@@ -1,0 +1,74 @@
+"""What `train.py` does with a checked configuration: the process group, then the task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from syncbn.nn import rank_checks
+from syncbn.nn.groups import treat_as_world_of_one
+from syncbn.training.config.redaction import redact
+from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.data import registry
+from syncbn.training.distributed import world
+from syncbn.training.distributed.rank_context import Place
+from syncbn.training.launch.overrides import held_back
+from syncbn.training.launch.process_group import process_group
+from syncbn.training.tasks import audit, evaluate, export, recalibrate
+from syncbn.training.tasks.measure_data import measure_loading
+from syncbn.training.tasks.train import train
+from syncbn.training.tracking.summary import write_summary
+from syncbn.training.trainer import execution
+from syncbn.training.trainer.build import place_for
+
+# The tasks that take a run or checkpoint from `load`.
+WITH_LOAD = {
+    "eval": evaluate.run,
+    "audit": audit.run,
+    "recalibrate": recalibrate.run,
+    "export": export.run,
+}
+
+
+def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Runs the task on this rank; returns its metrics (the same on every rank).
+
+    Args:
+        job: a name that differs between the jobs of one multirun.
+        overrides: what was given on the command line; a resumed run compares it with its stored configuration.
+
+    Raises:
+        ConfigError: a mistake in the configuration, found before training starts.
+    """
+    if not world.is_distributed():
+        treat_as_world_of_one()
+    device = _device(config)
+    place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
+    rank_checks.enabled |= config.bn.debug
+    # The tracker ends after the group: the other ranks need not wait for an upload.
+    with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout):
+        if config.task in WITH_LOAD:
+            metrics = WITH_LOAD[config.task](config, run_dir, place)
+            if place.is_first and metrics:
+                given = [redact(override) for override in (*overrides, *held_back())]
+                write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
+            return metrics
+        if config.task == "data":
+            return measure_loading(config, place, registry.load(config.data))
+        execution.check(config, device)
+        with execution.applied(config):
+            return train(config, run_dir, place, overrides, tracking)
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is not available here; use device=cpu or device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
