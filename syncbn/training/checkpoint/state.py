@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from syncbn.training.checkpoint.files import BEST, by_step, read, step_of, write_atomically
+from syncbn.training.checkpoint.files import BEST, by_step, read, step_of, whole_step, write_atomically
 from syncbn.training.config.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -46,24 +47,38 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._failed: BaseException | None = None
 
-    def begin(self, step: int) -> None:
+    def find_best(self, resumed_from: Path, step: int) -> Path | None:
+        """The best model so far, of `step`: this run's own, or the one beside the checkpoint that it resumes from."""
+        candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
+        return next((path for path in candidates if path.exists() and whole_step(path) == step), None)
+
+    def begin(self, step: int, best: Path | None = None) -> None:
         """Makes the directory that of a run that has done `step` steps: what is later is set aside, as
         `step_*.pt.abandoned`, and half-written files of a killed job go.
+
+        Args:
+            best: the best model so far, which may be another run's; it is copied here.
         """
         for rest in self.directory.glob(".*.tmp"):
             rest.unlink()
         for later in by_step(self.directory):
             if step_of(later) > step:
                 later.rename(later.with_name(f"{later.name}.abandoned"))
+        own = self.directory / BEST
+        if best is not None and best != own:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary = own.with_name(f".{BEST}.tmp")
+            shutil.copyfile(best, temporary)
+            temporary.replace(own)  # never a part of it
 
-    def save(self, step: int, config: dict[str, Any]) -> None:
+    def save(self, step: int) -> None:
         """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, "config": config, **self.facts, **state})
+        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, **self.facts, **state})
 
-    def save_best(self, step: int, config: dict[str, Any], model: nn.Module) -> None:
+    def save_best(self, step: int, model: nn.Module) -> None:
         """Saves a model alone, as the best so far."""
-        content = {"step": step, "config": config, **self.facts, "model": model.state_dict()}
+        content = {"step": step, **self.facts, "model": model.state_dict()}
         self._submit(self.directory / BEST, content)
 
     def wait(self) -> None:

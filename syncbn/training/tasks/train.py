@@ -12,16 +12,11 @@ from omegaconf import OmegaConf
 
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
-from syncbn.training.config.parsing import to_dict
-from syncbn.training.config.redaction import redact, redacted
+from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import Config, ConfigError
-from syncbn.training.data import registry
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.stopping import StopRequest, deferred
-from syncbn.training.evaluation.metrics import build_metrics, choose_best
-from syncbn.training.losses import losses
-from syncbn.training.models.pretrained import Drift, load_subnet
 from syncbn.training.tasks import audit
 from syncbn.training.tasks.report import Report
 from syncbn.training.tracking import console
@@ -30,8 +25,7 @@ from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import read_summary, write_summary
 from syncbn.training.tracking.tracker import Tracker, cut_back
 from syncbn.training.trainer import overfit
-from syncbn.training.trainer.build import build_model, sampler_for
-from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
+from syncbn.training.trainer.build import build_components
 from syncbn.training.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,26 +48,12 @@ def _train(
     _require_shared(run_dir, checkpoint)
     if checkpoint is not None:
         config = merge_with_stored(config, checkpoint, overrides)
-    data = registry.load(config.data)
-    if config.overfit is not None:
-        data = overfit.only_a_few(data, config.overfit)
-    model = build_model(config, data, place)
-    drift = Drift()
-    for name, init in config.init.items() if checkpoint is None else ():
-        load_subnet(model, name, init)
-        drift.remember(model, name)
-    sampler = sampler_for(config, data, place)
-    plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build(config.loss, data)
-    outputs, targets = check_model(model, data, sampler, place, loss)
-    own_metrics = build_metrics(config.metrics, data.num_classes)
-    best = choose_best(config.best, own_metrics, data.num_classes, outputs, targets)
-    warn_of_dropout(model)
-    config_dict = redacted(to_dict(config))
+    components = build_components(config, place, resumes=checkpoint is not None)
+    model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if place.is_first:
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint))
-    record_classes(run_dir, data.class_names, place)
+    record_classes(run_dir, components.data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
         (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +61,7 @@ def _train(
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     if place.is_first and config.tracker.report:
         tracking.push(Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
-    trainer = Trainer(config, run_dir, place, data, sampler, model, loss, own_metrics, best, plan, tracker, drift, stop)
+    trainer = Trainer(components, run_dir, tracker, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
@@ -98,7 +78,7 @@ def _train(
         log.info("this run is finished; the test set has been used and is not used again")
         tracker.log(trainer.counters.step, {key: value for key, value in metrics.items() if key.startswith("test/")})
     else:
-        metrics = trainer.run(config_dict)
+        metrics = trainer.run()
     if place.is_first:
         given = [redact(override) for override in overrides]
         stopped = trainer.counters.step < trainer.num_steps

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
+from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.config.parsing import to_dict
+from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
-from syncbn.training.data import dataset
+from syncbn.training.data import dataset, registry
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
-from syncbn.training.models import build
+from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
+from syncbn.training.losses import losses
+from syncbn.training.losses.losses import Loss
+from syncbn.training.models.build import build_network
+from syncbn.training.models.pretrained import Drift, load_subnet
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
-from syncbn.training.trainer import execution
+from syncbn.training.trainer import execution, overfit
+from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,15 +34,63 @@ def build_model(config: Config, data: dataset.Data, place: Place) -> nn.Module:
     """The model with its initial weights, the same on every rank.
 
     Raises:
-        ConfigError: see `models.build`, `groups_per_rank` and `make_virtual`.
+        ConfigError: see `build_network`, `groups_per_rank` and `make_virtual`.
     """
     torch.manual_seed(config.seed)
-    model = build.build(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
+    model = build_network(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
     if config.bn.virtual_ranks is not None:
         make_virtual(model, groups_per_rank(config.bn, place.world_size))
     if place.channels_last:
         execution.lay_out(model)
     return model
+
+
+@dataclass(frozen=True)
+class RunComponents:
+    """What a training run is made of, built from its configuration and tried on some samples."""
+
+    config: Config
+    config_dict: dict[str, Any]
+    """The configuration as it may be written down: plain containers, without secrets."""
+    place: Place
+    data: dataset.Data
+    sampler: Sampler
+    model: nn.Module
+    loss: Loss
+    metrics: Mapping[str, Metric]
+    best: Best
+    plan: FreezePlan
+    drift: Drift
+
+
+def build_components(config: Config, place: Place, *, resumes: bool) -> RunComponents:
+    """Everything that a run trains with; every rank calls it.
+
+    Args:
+        resumes: a checkpoint is loaded afterwards, so pretrained sub-networks are not.
+
+    Raises:
+        ConfigError: what cannot be built, or does not fit together; see `build_model`, `check_model`,
+            `build_freeze_plan`.
+    """
+    data = registry.load(config.data)
+    if config.overfit is not None:
+        data = overfit.only_a_few(data, config.overfit)
+    model = build_model(config, data, place)
+    drift = Drift()
+    for name, init in config.init.items() if not resumes else ():
+        load_subnet(model, name, init)
+        drift.remember(model, name)
+    sampler = sampler_for(config, data, place)
+    plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
+    loss = losses.build(config.loss, data)
+    outputs, targets = check_model(model, data, sampler, place, loss)
+    metrics = build_metrics(config.metrics, data.num_classes)
+    best = choose_best(config.best, metrics, data.num_classes, outputs, targets)
+    warn_of_dropout(model)
+    return RunComponents(
+        config, redacted(to_dict(config)), place, data, sampler, model, loss, metrics, best, plan, drift
+    )
 
 
 def sampler_for(config: Config, data: dataset.Data, place: Place) -> Sampler:

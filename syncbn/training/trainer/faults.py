@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from syncbn.training.config.schema import TrainingError
+import torch
+
+from syncbn.training.config.errors import TrainingError
+from syncbn.training.data.dataset import Data
+from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed.rank_context import Place
 
 
 class NonFiniteError(TrainingError):
@@ -18,6 +23,22 @@ class NonFiniteError(TrainingError):
         by_rank = "; ".join(f"rank {rank}: {_listed(samples)}" for rank, samples in seen.items())
         where = f"samples with pixels that are not: {_listed(culprits)}" if culprits else f"samples of {by_rank}"
         super().__init__(f"step {step}: the {what} is not finite; training {where}")
+
+
+def find_fault(step: int, ranks: list[int], sampler: Sampler, data: Data, place: Place) -> NonFiniteError:
+    """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
+
+    One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
+
+    Args:
+        ranks: those whose loss was not finite; none: it was the gradient.
+    """
+    samples = {rank: sampler.samples(step, rank) for rank in (ranks if ranks else range(place.world_size))}
+    index, epoch = torch.cat(list(samples.values())), sampler.epoch_of(step)
+    images, _ = data.train_batch(index, sampler.seed, epoch, place.dtype)
+    culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
+    seen = {rank: part.tolist() for rank, part in samples.items()}
+    return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
 
 
 def _listed(numbers: list[int]) -> str:

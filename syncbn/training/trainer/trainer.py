@@ -20,46 +20,39 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
 
 from syncbn.nn.accumulate import accumulate_stats
 from syncbn.stats.monitor import Monitor
-from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.checkpoint.files import BEST, read, whole_step
+from syncbn.training.checkpoint.files import BEST, read
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.schema import Config
-from syncbn.training.data.dataset import Data, Split, describe_data
+from syncbn.training.data.dataset import Split, describe_data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import mix_key, seed_generators
-from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.ddp import Wrapped
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout
-from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
-from syncbn.training.evaluation.metrics import Best
-from syncbn.training.losses.losses import Loss
-from syncbn.training.models.pretrained import Drift
 from syncbn.training.optim import optimizers, schedules
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
+from syncbn.training.tracking.progress import Progress
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import execution, profiler
+from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.trainer.deferred import Reports
-from syncbn.training.trainer.faults import NonFiniteError
+from syncbn.training.trainer.faults import find_fault
+from syncbn.training.trainer.freezing import Freezing
 from syncbn.training.trainer.local_stats import LocalStatistics
 from syncbn.training.trainer.overfit import FITTED
 
@@ -71,27 +64,13 @@ _DROPOUT = 5  # purpose of the draw, part of its key
 class Trainer:
     """Trains one model; everything that it needs is handed in, built."""
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        place: Place,
-        data: Data,
-        sampler: Sampler,
-        model: nn.Module,
-        loss: Loss,
-        metrics: Mapping[str, Metric],
-        best: Best,
-        plan: FreezePlan,
-        tracker: Tracker,
-        drift: Drift,
-        stop: StopRequest,
-    ) -> None:
+    def __init__(self, components: RunComponents, run_dir: Path, tracker: Tracker, stop: StopRequest) -> None:
+        config, model, sampler, place = components.config, components.model, components.sampler, components.place
         # what is trained, and where
-        self.config, self.place, self.data, self.sampler = config, place, data, sampler
-        self.model, self.loss, self.plan = model, loss, plan
-        self.metrics, self.best = metrics, best
-        self.loader = Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch)
+        self.config, self.place, self.data, self.sampler = config, place, components.data, sampler
+        self.model, self.loss, self.plan = model, components.loss, components.plan
+        self.metrics, self.best = components.metrics, components.best
+        self.loader = Loader(self.data, place, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: Wrapped | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
@@ -112,6 +91,9 @@ class Trainer:
         self.local_statistics = LocalStatistics(
             [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
         )
+        self.freezing = Freezing(
+            self.plan, model, self.optimizer, tracker, forgets_momentum=config.optimizer.on_unfreeze == "reset"
+        )
         self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
         self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
         # what survives
@@ -119,7 +101,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
-            facts=describe_data(data),
+            facts={"config": components.config_dict, **describe_data(self.data)},
             model=model,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -127,16 +109,17 @@ class Trainer:
             **({} if self.update.average is None else {"average": self.update.average}),
             counters=self.counters,
             totals=self.totals,
-            drift=drift,
+            drift=components.drift,
             tracker=tracker,
             frozen=FrozenSwitches(model),
         )
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
-        self.tracker, self.monitor, self.clock, self.drift = tracker, Monitor(model), Throughput(), drift
+        self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
+        self.drift = components.drift
         self.profiler = profiler.build(config.profile, run_dir, place)
 
-    def run(self, config_dict: dict[str, Any]) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """Trains to the end; returns the final metrics.
 
         Raises:
@@ -149,10 +132,10 @@ class Trainer:
             if self.profiler is not None:
                 stack.enter_context(self.profiler)
             try:
-                self._run_steps(config_dict, show)
-                return self._finish(config_dict)
+                self._run_steps(show)
+                return self._finish()
             except StopAgreed:
-                self._save(config_dict)
+                self._save()
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
                 raise Stopped(self.counters.step) from None
             except ValueError as error:
@@ -166,10 +149,10 @@ class Trainer:
                     raise
                 raise timeout from error
 
-    def _run_steps(self, config_dict: dict[str, Any], show: console.ShowStep | None) -> None:
+    def _run_steps(self, show: console.ShowStep | None) -> None:
         self.clock.start()
         if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
-            self._validate(config_dict)  # a signal came before or while it was evaluated
+            self._validate()  # a signal came before or while it was evaluated
         while self.counters.step < self.num_steps and not self._is_fitted():
             if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
                 raise StopAgreed
@@ -183,16 +166,16 @@ class Trainer:
             save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
             # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
             waits = save_is_due or any(self._is_due(every) for every in (self.log_every, self.eval_every))
-            if not self._read_reports(config_dict, everything=waits):
+            if not self._read_reports(everything=waits):
                 return
             if self._is_due(self.log_every):
                 self._log(show)
             elif show is not None:
                 show(self.counters.step)
             if self._is_due(self.eval_every):
-                self._validate(config_dict)
+                self._validate()
             if save_is_due or self.counters.step == self.num_steps:
-                self._save(config_dict)
+                self._save()
 
     def _is_fitted(self) -> bool:
         return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
@@ -201,67 +184,45 @@ class Trainer:
         step = self.counters.step if step is None else step
         return step > 0 and (step % every == 0 or step == self.num_steps)
 
-    def _read_reports(self, config_dict: dict[str, Any], *, everything: bool) -> bool:
+    def _read_reports(self, *, everything: bool) -> bool:
         """What steps that are over have to say, the same on every rank; False: training ends here."""
         for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.reports.take(everything=everything):
             self.stop_agreed |= asked_to_stop > 0
             self.counters.steps_left_out += left_out > 0
             if not at_fault:
                 continue
-            fault = self._explain_fault(step, [rank for rank, bad in enumerate(is_bad) if bad])
+            fault = find_fault(
+                step, [rank for rank, bad in enumerate(is_bad) if bad], self.sampler, self.data, self.place
+            )
             if self.config.on_nonfinite == "skip":
                 log.warning("%s; the step is left out", fault)
                 continue
             self.reports.clear()
             self.update.restart(step)
             self.counters.step, self.counters.steps_left_out = step, self.counters.steps_left_out - 1
-            self._save(config_dict)  # the state before the step, from which on_nonfinite=skip can go on
+            self._save()  # the state before the step, from which on_nonfinite=skip can go on
             if self.config.on_nonfinite == "raise":
                 raise fault
             log.warning("%s; training stops before it", fault)
             return False
         return True
 
-    def _explain_fault(self, step: int, ranks: list[int]) -> NonFiniteError:
-        """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
-
-        One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
-        """
-        samples = {
-            rank: self.sampler.samples(step, rank) for rank in (ranks if ranks else range(self.place.world_size))
-        }
-        index, epoch = torch.cat(list(samples.values())), self.sampler.epoch_of(step)
-        images, _ = self.data.train_batch(index, self.config.seed, epoch, self.place.dtype)
-        culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
-        seen = {rank: part.tolist() for rank, part in samples.items()}
-        return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)
-
-    def _save(self, config_dict: dict[str, Any]) -> None:
+    def _save(self) -> None:
         with self.local_statistics.pooled(self.counters.step):
             if self.place.is_first:
-                self.checkpoints.save(self.counters.step, config_dict)
+                self.checkpoints.save(self.counters.step)
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint, which may be another run's, or an earlier one of this run."""
         self.checkpoints.load(path, "resume")
-        best = self.checkpoints.directory / BEST
-        candidates = [
-            candidate
-            for candidate in dict.fromkeys([best, path.with_name(BEST)])
-            if candidate.exists() and whole_step(candidate) == self.counters.best_step
-        ]
-        if not candidates and self.counters.best_step:
+        best = self.checkpoints.find_best(path, self.counters.best_step)
+        if best is None and self.counters.best_step:
             log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
             self.counters.forget_best()
         if self.place.world_size > 1:
             dist.barrier()  # all ranks have looked
         if self.place.is_first:
-            self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.begin(self.counters.step)
-            if candidates and candidates[0] != best:
-                temporary = best.with_name(f".{BEST}.tmp")
-                shutil.copyfile(candidates[0], temporary)
-                temporary.replace(best)  # never a part of it
+            self.checkpoints.begin(self.counters.step, best)
 
     def _train_step(self, step: int) -> None:
         if not self.model.training:
@@ -315,21 +276,8 @@ class Trainer:
             return
         if step > 0:
             self.local_statistics.pool(step)  # what is frozen from here on has to be the same on all ranks
-        changes = self.plan.apply(self.model, step)
-        for frozen in (True, False):
-            modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
-            if modules:
-                verb = "froze" if frozen else "unfroze"
-                more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
-                log.info("step %d: %s %s%s", step, verb, ", ".join(modules[:3]), more)
-        if self.config.optimizer.on_unfreeze == "reset":
-            for change in changes:
-                for parameter in self.model.get_submodule(change.module).parameters(recurse=False):
-                    if not change.frozen and change.switch != "stats":
-                        self.optimizer.state.pop(parameter, None)
-        if changes:
-            self.tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
-        if changes or self.wrapped is None:
+        changed = self.freezing.apply(step)
+        if changed or self.wrapped is None:
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
             self.wrapped = Wrapped(
@@ -338,48 +286,43 @@ class Trainer:
             )  # fmt: skip
 
     def _log(self, show: console.ShowStep | None) -> None:
-        step = self.counters.step
         loss, gradient_norm = self.totals.take()
-        metrics = {
-            "epoch": step / self.steps_per_epoch,
-            **({} if loss is None else {"train/loss": loss}),
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/samples_per_second": self.clock.samples_per_second(),
-        }
-        if self.config.clip_norm is not None and gradient_norm is not None:
-            metrics["train/grad_norm"] = gradient_norm
-        if self.counters.steps_left_out:
-            metrics["train/steps_left_out"] = self.counters.steps_left_out
+        progress = Progress(
+            self.counters.step,
+            self.num_steps,
+            epoch=self.counters.step / self.steps_per_epoch,
+            loss=loss,
+            lr=self.optimizer.param_groups[0]["lr"],
+            samples_per_second=self.clock.samples_per_second(),
+            gradient_norm=None if self.config.clip_norm is None else gradient_norm,
+            steps_left_out=self.counters.steps_left_out,
+        )
         if self.place.is_first:
-            self.tracker.log(step, metrics, self.monitor.snapshot())
+            self.tracker.log(self.counters.step, progress.metrics(), self.monitor.snapshot())
         if show is not None:
-            show(step, math.nan if loss is None else loss)
+            show(self.counters.step, math.nan if loss is None else loss)
         else:
-            log.info(
-                "step %d/%d  epoch %.2f  loss %.4f  lr %.4f  %.0f samples/s",
-                step, self.num_steps, metrics["epoch"], math.nan if loss is None else loss, metrics["train/lr"],
-                metrics["train/samples_per_second"],
-            )  # fmt: skip
+            log.info("%s", progress.line())
 
-    def _validate(self, config_dict: dict[str, Any]) -> None:
+    def _validate(self) -> None:
         step = self.counters.step
         with self.clock.paused():
             with self.local_statistics.pooled(self.counters.step):
-                metrics = self._validate_model(config_dict)
+                metrics = self._validate_model()
             names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
             if self.place.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
 
-    def _validate_model(self, config_dict: dict[str, Any]) -> dict[str, float]:
+    def _validate_model(self) -> dict[str, float]:
         step = self.counters.step
         values = self._evaluate(self.update.evaluated, self.data.val)
         if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self.counters.evaluated_step = step
         if self.counters.is_best(values, *self.best) and self.place.is_first:
-            self.checkpoints.save_best(step, config_dict, self.update.evaluated)
+            self.checkpoints.save_best(step, self.update.evaluated)
         return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
 
     def _all_ranks(self, here: bool) -> bool:
@@ -393,10 +336,10 @@ class Trainer:
     def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
         return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics, self.loader)
 
-    def _finish(self, config_dict: dict[str, Any]) -> dict[str, float]:
+    def _finish(self) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
         if self.counters.evaluated_step == 0:
-            self._validate(config_dict)  # training has ended before it was due
+            self._validate()  # training has ended before it was due
         self.checkpoints.wait()
         if self.place.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint

@@ -17,13 +17,13 @@ from syncbn.training.models.pretrained import Drift, load_subnet
 def make_checkpoints(directory, keep=2):
     model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3))
     parts = {"model": model, "frozen": frozen.FrozenSwitches(model)}
-    return model, state.Checkpoints(directory / "checkpoints", keep, **parts)
+    return model, state.Checkpoints(directory / "checkpoints", keep, facts={"config": {}}, **parts)
 
 
 def test_the_newest_are_kept(tmp_path):
     _, checkpoints = make_checkpoints(tmp_path)
     for step in (5, 20, 100):
-        checkpoints.save(step, {})
+        checkpoints.save(step)
     checkpoints.close()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000020.pt", "step_00000100.pt"]
@@ -35,7 +35,7 @@ def test_a_damaged_file_of_a_later_step_does_not_push_out_what_is_saved(tmp_path
     directory.mkdir()
     (directory / "step_00000010.pt").write_bytes(b"half of it")
     for step in (2, 4, 6):
-        checkpoints.save(step, {})
+        checkpoints.save(step)
     checkpoints.close()
     assert files.newest(tmp_path) == directory / "step_00000006.pt"
     assert not (directory / "step_00000004.pt").exists()
@@ -44,7 +44,7 @@ def test_a_damaged_file_of_a_later_step_does_not_push_out_what_is_saved(tmp_path
 def test_beginning_sets_a_future_aside_and_clears_what_a_kill_has_left(tmp_path):
     _, checkpoints = make_checkpoints(tmp_path, keep=9)
     for step in (2, 4, 6):
-        checkpoints.save(step, {})
+        checkpoints.save(step)
     checkpoints.wait()
     (tmp_path / "checkpoints/.step_00000008.pt.123.tmp").write_bytes(b"half of it")
     checkpoints.begin(4)
@@ -56,7 +56,7 @@ def test_beginning_sets_a_future_aside_and_clears_what_a_kill_has_left(tmp_path)
 def test_state_and_frozen_switches_come_back(tmp_path):
     model, checkpoints = make_checkpoints(tmp_path)
     model[1].freeze(affine=False)
-    checkpoints.save(7, {"seed": 1})
+    checkpoints.save(7)
     checkpoints.close()
     path = tmp_path / "checkpoints/step_00000007.pt"
     other, loading = make_checkpoints(tmp_path)
@@ -69,7 +69,7 @@ def test_state_and_frozen_switches_come_back(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_one(tmp_path, caplog):
     _, checkpoints = make_checkpoints(tmp_path, keep=9)
     for step in (1, 2, 3, 4, 5):
-        checkpoints.save(step, {})
+        checkpoints.save(step)
     checkpoints.close()
     paths = [tmp_path / f"checkpoints/step_{step:08d}.pt" for step in (1, 2, 3, 4, 5)]
     paths[4].write_bytes(paths[4].read_bytes()[:-100])  # truncated
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_
 def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path):
     model, checkpoints = make_checkpoints(tmp_path)
     expected = model[0].weight.clone()
-    checkpoints.save(1, {})
+    checkpoints.save(1)
     with torch.no_grad():
         model[0].weight.add_(1.0)  # while the first is perhaps still being written
     checkpoints.close()
@@ -103,14 +103,14 @@ def test_a_full_disk_is_reported_at_once_fails_the_job_at_its_end_and_keeps_the_
     tmp_path, caplog, monkeypatch
 ):
     _, checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(1, {})
+    checkpoints.save(1)
     checkpoints.wait()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    checkpoints.save(2, {})
+    checkpoints.save(2)
     checkpoints.wait()
     assert "step_00000002.pt failed, the last good checkpoint stays: [Errno 28] No space left" in caplog.text
     with pytest.raises(RuntimeError, match=r"a checkpoint could not be written: .*No space left"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from syncbn.training.checkpoint.files import read
-from syncbn.training.models import build
+from syncbn.training.models.build import build_network
 from tests.training.jobs import compose_config, read_metrics
 
 SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "precision=fp64", "duration=6",
@@ -56,7 +56,7 @@ def test_a_fused_run_is_resumed_audited_and_exported(job):
 def test_what_was_fused_and_what_was_left_is_logged(caplog):
     caplog.set_level("INFO")
     config = compose_config(*SMALL, "bn.fuse=true", "model.stages=2", "model.depth=1")
-    build.build(config.model, config.bn, 1, 10)
+    build_network(config.model, config.bn, 1, 10)
     assert "bn.fuse: fused 5 of 6 batch normalizations" in caplog.text
     assert "left backbone.stage2.0.shortcut.bn: no activation that could be fused follows it" in caplog.text
 
@@ -72,10 +72,10 @@ class Leaky(nn.Sequential):
 def test_lean_layers_are_logged_and_a_model_without_any_is_a_warning(caplog):
     caplog.set_level("INFO")
     config = compose_config(*SMALL, "bn.fuse=true", "bn.memory=lean")
-    model = build.build({"_target_": "tests.training.models.test_fuse.Leaky"}, config.bn, 1, 2)
+    model = build_network({"_target_": "tests.training.models.test_fuse.Leaky"}, config.bn, 1, 2)
     assert [model[1].memory, model[4].memory] == ["default", "lean"]
     assert "bn.memory: 1 of 2 batch normalizations are lean" in caplog.text
     assert "bn.memory: keep their input: 1: its output does not tell what went into relu" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    build.build(config.model, config.bn, 1, 10)
+    build_network(config.model, config.bn, 1, 10)
     assert "WARNING" in [record.levelname for record in caplog.records if "are lean" in record.message]

@@ -11,7 +11,7 @@ import yaml
 
 from syncbn.training.config.schema import ConfigError, TrainingError
 from syncbn.training.data.registry import load
-from syncbn.training.models import build
+from syncbn.training.models.build import build_network
 from syncbn.training.trainer import overfit
 from tests.training.jobs import ROOT, compose_config, read_metrics, start
 
@@ -78,7 +78,7 @@ def test_a_timm_model_gets_the_channels_and_classes_of_the_data(tmp_path, monkey
         (tmp_path / "timm.py").write_text(TIMM)
         monkeypatch.syspath_prepend(tmp_path)
     config = compose_config("model=timm")
-    model = build.build(config.model, config.bn, in_channels=2, num_classes=7)
+    model = build_network(config.model, config.bn, in_channels=2, num_classes=7)
     monkeypatch.delitem(sys.modules, "timm")
     assert next(model.parameters()).shape[1] == 2
     assert list(model.parameters())[-1].shape == (7,)
@@ -90,7 +90,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"model\._target_=timm\.create_model: timm is not installed; pip install timm"
     ):
-        build.build(config.model, config.bn, in_channels=1, num_classes=10)
+        build_network(config.model, config.bn, in_channels=1, num_classes=10)
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]], ids=" ".join)
@@ -152,7 +152,7 @@ def test_every_choice_builds_its_data_and_model(choice, tmp_path, monkeypatch):
                  "model=unet_small": ["data=shapes"], "data=shapes": ["model=unet_small"]}  # fmt: skip
     config = compose_config(choice, *arguments.get(choice, []))
     data = load(config.data)
-    model = build.build(config.model, config.bn, data.num_channels, data.num_classes)
+    model = build_network(config.model, config.bn, data.num_channels, data.num_classes)
     sys.modules.pop("timm", None)
     images, targets = data.train_batch(torch.arange(2), 0, 0, torch.float32)
     assert model.eval()(images).shape == (2, data.num_classes, *targets.shape[1:])

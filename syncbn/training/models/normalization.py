@@ -1,0 +1,68 @@
+"""Batch normalization as `bn` configures it: momentum and eps, synchronized over which ranks, fused."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.groups import new_bn_groups, new_world_group
+from syncbn.surgery.convert import convert_sync_batchnorm
+from syncbn.surgery.fuse import FusionReport, fuse
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.model import BnConfig
+
+log = logging.getLogger(__name__)
+
+
+def set_up(model: nn.Module, bn: BnConfig) -> None:
+    """Brings the batch normalization of a fresh model to its configuration, in place; may be a collective.
+
+    Raises:
+        ConfigError: a group that cannot be made, a layer whose behaviour would be lost.
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            if bn.momentum is not None:
+                layer.momentum = None if bn.momentum == "cumulative" else float(bn.momentum)
+            if bn.eps is not None:
+                layer.eps = bn.eps
+    if bn.sync:
+        try:
+            if bn.group != "world":
+                group = new_bn_groups(bn.group)
+            else:
+                group = new_world_group() if bn.own_group else None
+        except ValueError as error:
+            raise ConfigError(f"bn.group: {error}") from None
+        try:
+            convert_sync_batchnorm(model, group)
+        except TypeError as error:
+            reason = str(error).partition("; leave it out")[0]
+            raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
+    if bn.fuse:
+        reports = fuse(model, memory=bn.memory)
+        left = [report for report in reports if report.reason]
+        log.info("bn.fuse: fused %d of %d batch normalizations", len(reports) - len(left), len(reports))
+        _log_reasons("bn.fuse: left", {report.name: report.reason for report in left if report.reason})
+        if bn.memory == "lean":
+            _log_memory(reports)
+
+
+def _log_memory(reports: list[FusionReport]) -> None:
+    num_lean = sum(report.memory == "lean" for report in reports)
+    level = logging.INFO if num_lean else logging.WARNING
+    log.log(level, "bn.memory: %d of %d batch normalizations are lean", num_lean, len(reports))
+    keep = {report.name: report.memory_reason for report in reports if report.memory_reason}
+    _log_reasons("bn.memory: keep their input:", keep)
+
+
+def _log_reasons(what: str, reasons: dict[str, str]) -> None:
+    """A line per reason, however many layers it is the reason of."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name or "the model")
+    for reason, names in layers.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.info("%s %s%s: %s", what, ", ".join(names[:3]), more, reason)
