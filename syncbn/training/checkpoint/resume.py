@@ -15,10 +15,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.training.checkpoint.files import newest, read
+from syncbn.training.config.errors import listed
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config, ConfigError
-from syncbn.training.data.folders import _listed
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place
 
@@ -126,7 +126,7 @@ def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
     here = json.loads(path.read_text(encoding="utf-8")) if place.is_first and path.exists() else None
     stored = world.on_all_ranks(here)[0]
     if stored not in (None, list(names)):
-        raise ConfigError(f"data.path: this run began with the classes {_listed(stored)}, the data has"
-                          f" {_listed(names)}; start another run with run=...")  # fmt: skip
+        raise ConfigError(f"data.path: this run began with the classes {listed(stored)}, the data has"
+                          f" {listed(names)}; start another run with run=...")  # fmt: skip
     if stored is None and names and place.is_first:
         path.write_text(json.dumps(list(names)) + "\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from syncbn.training.config.duration import Duration
 
 
@@ -34,6 +36,12 @@ def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) 
         return Duration.parse(text, allow_minutes=minutes)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names and how many more there are: "a, b, c and 7 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig
-from syncbn.training.config.schema import ConfigError, ImageFolderConfig, MaskFolderConfig
+from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.schema import ImageFolderConfig, MaskFolderConfig
 from syncbn.training.data.dataset import IGNORE, Data, Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded
 from syncbn.training.data.splits import hold_out, stratified_indices
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_LISTED = 5  # names in a message
 
 
 def load_classes(config: ImageFolderConfig) -> Data:
@@ -49,7 +49,7 @@ def load_masks(config: MaskFolderConfig) -> Data:
     root, others = _root(config), Counter[str]()
     if not _splits(root):
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
-                          f" {_listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
+                          f" {listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
     values = [value if value < config.num_classes else -1 for value in range(256)]
     if config.ignore is not None:
         values[config.ignore] = IGNORE
@@ -88,7 +88,7 @@ def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True
     few = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if count < 10]
     if few:
         shares = "80/10/10" if with_test else "train 90/10"
-        raise ConfigError(f"data.path: splitting {shares} needs 10 images of every class, got fewer of {_listed(few)};"
+        raise ConfigError(f"data.path: splitting {shares} needs 10 images of every class, got fewer of {listed(few)};"
                           " or divide them yourself into train, val and test")  # fmt: skip
     return stratified_indices(labels) if with_test else hold_out(labels)
 
@@ -128,7 +128,7 @@ def _class_names(root: Path) -> list[str]:
     names = _directories(root)
     if len(names) < 2:
         raise ConfigError(f"data.path: expected a directory per class in {str(root)!r}, two or more, found"
-                          f" {_listed(names) or 'none'}")  # fmt: skip
+                          f" {listed(names) or 'none'}")  # fmt: skip
     return names
 
 
@@ -171,16 +171,11 @@ def _by_stem(directory: Path, others: Counter[str]) -> dict[str, Path]:
 def _require_same(what: str, expected: Sequence[str], found: Sequence[str], where: Path) -> None:
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
-        differences = [f"{word} {_listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
+        differences = [f"{word} {listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
         raise ConfigError(f"data.path: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
 
 
 def _show_others(root: Path, others: Counter[str]) -> None:
     if others:
-        kinds = _listed([f"{count} {kind}" for kind, count in sorted(others.items())])
+        kinds = listed([f"{count} {kind}" for kind, count in sorted(others.items())])
         log.info("%s: %d files that are no images are left out (%s)", root, sum(others.values()), kinds)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.fuse import FusionReport, fuse
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import BnConfig
 
 log = logging.getLogger(__name__)
@@ -64,5 +64,4 @@ def _log_reasons(what: str, reasons: dict[str, str]) -> None:
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name or "the model")
     for reason, names in layers.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        log.info("%s %s%s: %s", what, ", ".join(names[:3]), more, reason)
+        log.info("%s %s: %s", what, listed(names, 3), reason)

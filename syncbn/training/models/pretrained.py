@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.training.checkpoint.files import read_model_weights
+from syncbn.training.config.errors import listed
 from syncbn.training.config.model import InitConfig
 from syncbn.training.config.schema import ConfigError
 
@@ -40,7 +41,7 @@ class InitReport:
             "has besides": self.unexpected,
             "has in another shape": self.mismatched,
         }
-        return [f"{kind} {_some(keys)}" for kind, keys in kinds.items() if keys]
+        return [f"{kind} {listed(keys, 3)}" for kind, keys in kinds.items() if keys]
 
 
 def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
@@ -84,7 +85,7 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
         log.warning("%s: %s %s", key, config.path, problem)
     if report.missing_statistics:
         log.warning("%s: running statistics are missing, these layers normalize with mean 0 and variance 1: %s", key,
-                    _some(report.missing_statistics))  # fmt: skip
+                    listed(report.missing_statistics, 3))  # fmt: skip
     return report
 
 
@@ -102,13 +103,9 @@ def _below_prefix(
     if not found:
         heads = sorted({k.split(".")[0] + "." for k in weights})
         raise ConfigError(
-            f"{key}.prefix: no key of {config.path} begins with {config.prefix!r}; they begin with {_some(heads)}"
+            f"{key}.prefix: no key of {config.path} begins with {config.prefix!r}; they begin with {listed(heads, 3)}"
         )
     return found
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 class Drift:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.config.errors import listed
 from syncbn.training.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,7 @@ class Freezing:
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))
             if modules:
                 verb = "froze" if frozen else "unfroze"
-                more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
-                log.info("step %d: %s %s%s", step, verb, ", ".join(modules[:3]), more)
+                log.info("step %d: %s %s", step, verb, listed(modules, 3))
         if self._forgets_momentum:
             for change in changes:
                 for parameter in self._model.get_submodule(change.module).parameters(recurse=False):
