@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.auditing.dropout import DropoutTrace
+from syncbn.nn.batchnorm import width_of
+from syncbn.nn.call_stack import is_inside
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import unwrapped
 from syncbn.stats.calls import counted, has_lazy_layers, input_of
@@ -116,7 +117,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
             input.dtype,
             max(float(input.abs().max()) if input.numel() else 0.0, 0.0 if last is None else last.max_abs),
             max(trace.rate(given), 0.0 if last is None else last.dropout),
-            _inside_checkpoint() or (last is not None and last.under_checkpoint),
+            is_inside("torch.utils.checkpoint") or (last is not None and last.under_checkpoint),
         )
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -131,16 +132,6 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
             handle.remove()
 
 
-def _inside_checkpoint() -> bool:
-    """Whether a function of torch.utils.checkpoint is among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _pool(layers: dict[str, _BatchNorm], seen: dict[str, Seen]) -> None:
     """Sums the moments over all ranks, with one collective for all layers together."""
     if not layers or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -148,8 +139,7 @@ def _pool(layers: dict[str, _BatchNorm], seen: dict[str, Seen]) -> None:
     device = next((one.moments.packed.device for one in seen.values()), None)
     parts = []
     for name, layer in layers.items():
-        width = layer.__dict__.get("num_features")
-        nothing = torch.zeros(4 * int(width or 0) + 2, dtype=torch.float64, device=device)
+        nothing = torch.zeros(4 * width_of(layer) + 2, dtype=torch.float64, device=device)
         one = seen.get(name)
         parts.append(
             nothing if one is None else torch.cat([one.moments.packed, one.moments.packed.new_tensor([one.rows])])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
+from syncbn.nn.call_stack import foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import hold, is_held, own_parameters, release
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
@@ -26,11 +25,13 @@ if TYPE_CHECKING:
 
     from syncbn.nn.pool import Pool
 
-# Functions that replace layers of any class derived from torch's _BatchNorm: those of torch (and with it Lightning's
-# sync_batchnorm=True), timm and mmengine, and of apex.
-_CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_batchnorm")
-
 _OF_A_CONTEXT = ("_pool", "_record")  # what a context hangs on a layer; no copy has it
+
+
+def width_of(layer: nn.Module) -> int:
+    """C of a batch normalization of any class, 0 of a lazy one that has not seen it; `num_features` may raise."""
+    width: int = layer.__dict__.get("num_features", 0)
+    return width
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -211,7 +212,7 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | None = None,
     ) -> Tensor:
         """Chooses the row of the table of modes."""
-        num_features = self.__dict__["num_features"]
+        num_features = width_of(self)
         if input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(
                 f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
@@ -262,8 +263,15 @@ class SyncBatchNorm(_BatchNorm):
             TypeError: somebody else's converter asks, which is about to replace this layer by one of its own.
         """
         if not torch.compiler.is_compiling():
-            _refuse_converters(sys._getframe(1), self)
-        return self.__dict__["num_features"]
+            converter = foreign_converter()
+            if converter is not None:
+                raise TypeError(
+                    f"{converter} would replace a {type(self).__name__} of syncbn, which is synchronized already, by"
+                    " another class, and lose its frozen switches and process group; leave the conversion out (in"
+                    " Lightning: sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before"
+                    " it. Layers of other classes in front of this one may have been replaced already"
+                )
+        return width_of(self)
 
     @num_features.setter
     def num_features(self, value: int) -> None:
@@ -352,15 +360,3 @@ class SyncBatchNorm(_BatchNorm):
     def _frozen_text(self) -> str:
         frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
         return f"frozen={'+'.join(frozen)}" if frozen else ""
-
-
-def _refuse_converters(caller: FrameType, layer: nn.Module) -> None:
-    """Raises if the code that reads a layer's width is a converter that is not ours: it would lose the layer."""
-    if caller.f_code.co_name in _CONVERTERS and not caller.f_globals.get("__name__", "").startswith("syncbn."):
-        where = f"{caller.f_globals.get('__name__')}.{caller.f_code.co_name}"
-        raise TypeError(
-            f"{where} would replace a {type(layer).__name__} of syncbn, which is synchronized already, by another"
-            " class, and lose its frozen switches and process group; leave the conversion out (in Lightning:"
-            " sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before it. Layers of"
-            " other classes in front of this one may have been replaced already"
-        )

@@ -12,18 +12,17 @@ made anew, and it goes by this rank's own moments, which are the same but for ro
 
 from __future__ import annotations
 
-import inspect
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
+
+from syncbn import torch_compat
+from syncbn.nn.call_stack import function_context
+from syncbn.torch_compat import checkpoint_frame
 
 _FAR = 1e-3  # see _distance
 _KEPT_AFTER_USE = 8  # a graph that is kept may be recomputed again
@@ -59,14 +58,15 @@ class Rerun:
     @classmethod
     def of(cls, owner: object) -> Rerun | None:
         """For the coming forward pass; None where nothing can ever run it again. To be called in its gradient mode."""
-        backward_pass = torch._C._current_graph_task_id()
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        backward_pass = torch_compat.backward_pass()
+        hooks = torch_compat.saved_tensor_hooks()
         if backward_pass != -1:
-            return cls(owner, backward_pass, (hooks and _frame_of(hooks[0])) or _function_around("backward"))
+            frame = None if hooks is None else checkpoint_frame(hooks[0])
+            return cls(owner, backward_pass, frame or function_context("backward"))
         if torch.is_grad_enabled():
             # The hook that unpacks lives as long as any tensor that it may be asked for.
-            return None if hooks is None else cls(owner, None, _frame_of(hooks[0]), hooks[1])
-        context = _function_around("forward")
+            return None if hooks is None else cls(owner, None, checkpoint_frame(hooks[0]), hooks[1])
+        context = function_context("forward")
         return None if context is None else cls(owner, None, context, context)
 
     @property
@@ -87,7 +87,7 @@ class Rerun:
             return reduce(local) if recalled is None else recalled
         # Selective checkpointing records operators, and would miss in the second run those that are for us alone; it
         # may also keep the local moments, which must not change then.
-        with _disable_current_modes():
+        with torch_compat.hidden_from_modes():
             copy = local.clone()
         memory = Memory(local, reduce(copy), self._checkpoint)
         self._keeper.__dict__.setdefault("_syncbn_memories", []).append(memory)
@@ -116,10 +116,10 @@ class Rerun:
 
 def _nearest(memories: list[Memory], local: Tensor, backward_pass: int | None) -> Tensor:
     """The total of the memory whose local moments these are; an error where they differ by more than rounding."""
-    with _disable_current_modes():
+    with torch_compat.hidden_from_modes():
         distances = torch.stack([_distance(memory.local, local) for memory in memories])
         nearest = distances.argmin().view(1)
-        torch._assert_async(
+        torch_compat.assert_on_device(
             distances[nearest] < _FAR,
             "a training forward of a SyncBatchNorm inside of a backward pass fits no forward before it; call the model"
             " outside of autograd's hooks",
@@ -138,33 +138,6 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(one[0] == other[0], distance, torch.inf)
 
 
-def _frame_of(hook: Any) -> Any:
-    """torch's object for one call of checkpoint (use_reentrant=False), from the hook that packs tensors in it."""
-    for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
-        content = cell.cell_contents
-        if isinstance(content, weakref.ref):  # in the second run
-            content = content()
-        if type(content).__name__ == "_CheckpointFrame":
-            return content
-    return None
-
-
-def _function_around(method: str) -> FunctionCtx | None:
-    """The context of the outermost autograd function in whose forward or backward this runs."""
-    found = None
-    for frame in _callers():
-        if frame.f_code.co_name == method and isinstance(frame.f_locals.get("ctx"), FunctionCtx):
-            found = frame.f_locals["ctx"]
-    return found
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 @torch.compiler.assume_constant_result
 def refuse_checkpoint_around_compiled() -> None:
     """Runs when a graph is made.
@@ -172,8 +145,8 @@ def refuse_checkpoint_around_compiled() -> None:
     Raises:
         RuntimeError: it is made inside of a checkpoint, which would run it twice: it could not tell the second run.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if torch._C._current_graph_task_id() != -1 or (hooks is not None and _frame_of(hooks[0]) is not None):
+    hooks = torch_compat.saved_tensor_hooks()
+    if torch_compat.backward_pass() != -1 or (hooks is not None and checkpoint_frame(hooks[0]) is not None):
         raise RuntimeError(
             "a compiled SyncBatchNorm inside of torch.utils.checkpoint would move its statistics twice per step;"
             " compile around the checkpoint instead: torch.compile of a module that calls checkpoint"

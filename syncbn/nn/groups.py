@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+
+from syncbn.torch_compat import timeout_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -139,12 +140,3 @@ def spans_world(process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None
         return process_group is None
     group = as_group(process_group)
     return dist.is_initialized() and dist.get_world_size(group) == dist.get_world_size()
-
-
-def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long its collectives wait for other ranks; None where it does not say."""
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if options is not None:
-            return options._timeout
-    return None

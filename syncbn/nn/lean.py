@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from syncbn import torch_compat
 from syncbn.kernels import operators
 from syncbn.kernels.activations import LEAKY_SLOPE
 
@@ -96,7 +97,7 @@ def are_too_many(found: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _worst(found: Tensor, dtype: torch.dtype) -> Tensor:
-    torch._assert_async(
+    torch_compat.assert_on_device(
         ~are_too_many(found, dtype),
         'SyncBatchNorm(memory="lean"): weights of too many channels are 0, or too small against the bias, to tell the'
         ' input from the output; use memory="default" for this layer',

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from syncbn.torch_compat import is_compiled
+
 Patterns = str | Sequence[str]
 
 _WRAPPERS: dict[type, str] = {
@@ -22,7 +24,7 @@ _WRAPPERS: dict[type, str] = {
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
-    if type(module).__name__ == "OptimizedModule":  # torch.compile's; importing its class would import the compiler
+    if is_compiled(module):
         return "_orig_mod"
     own = getattr(type(module), "wrapped_child", None)  # of a wrapper that says so itself
     return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), own)

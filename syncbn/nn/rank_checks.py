@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from syncbn.nn.collectives import all_reduce_sum, sum_over_ranks
 from syncbn.nn.patterns import named_modules
+from syncbn.torch_compat import timeout_of
 
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
 
@@ -114,8 +115,7 @@ def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
     for known, channel in _channels:
         if known is group:
             return channel
-    options = getattr(group._get_backend(device), "options", None)
-    timeout = None if options is None else options._timeout  # as patient as the group itself
+    timeout = timeout_of(group, device)  # as patient as the group itself
     members = dist.get_process_group_ranks(group)
     channel = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=True)
     _channels.append((group, channel))

@@ -18,9 +18,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from syncbn.kernels import operators
+from syncbn.torch_compat import hidden_from_modes
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -64,4 +64,4 @@ def _squares(packed: Tensor) -> Tensor:
 
 def _hidden() -> AbstractContextManager[object]:
     """Hides what is for us alone from selective checkpointing, which would miss it in the second run."""
-    return nullcontext() if torch.compiler.is_compiling() else _disable_current_modes()
+    return nullcontext() if torch.compiler.is_compiling() else hidden_from_modes()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.nn import frozen
+from syncbn.torch_compat import ddp_around, num_parameters_reduced_by
 
 _SEEN, _HELD = (
     "_syncbn_seen",
@@ -35,7 +36,7 @@ def check_wrapper() -> None:
 
 @torch.compiler.assume_constant_result  # without a wrapper no freeze anywhere needs another graph
 def _is_wrapped() -> bool:
-    return DistributedDataParallel._active_ddp_module is not None
+    return ddp_around() is not None
 
 
 @torch.compiler.assume_constant_result  # runs when a graph is made; a change since then makes another graph
@@ -44,7 +45,7 @@ def _check_while_tracing(_: int) -> None:
 
 
 def _check() -> None:
-    wrapper = DistributedDataParallel._active_ddp_module
+    wrapper = ddp_around()
     if wrapper is None or wrapper.__dict__.get(_SEEN) == frozen.num_changes():
         return
     # Under reentrant checkpointing gradients are off in a forward that is trained all the same.
@@ -72,7 +73,7 @@ def _held_names(model: nn.Module) -> set[str]:
 
 def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
     """The first forward: DDP tells how many parameters it reduces, not which."""
-    reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
+    reduced = num_parameters_reduced_by(wrapper)
     if reduced is None or frozen.num_changes() == 0:
         return
     candidates = {

@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from syncbn.nn.bytecode import names_in
+
 if TYPE_CHECKING:
 
     class _Base(_BatchNorm):
@@ -207,7 +209,7 @@ def _reaches_batch_norm(cls: type, function: Any, seen: set[Any]) -> bool:
     if code is None or code in seen:
         return False
     seen.add(code)
-    names = set(_names_in(code))
+    names = names_in(code)
     if "batch_norm" in names or ("forward" in names and "super" in names):
         return True
     if "forward" in names and any(base.__name__ in names for base in cls.__mro__ if issubclass(base, _BatchNorm)):
@@ -217,11 +219,3 @@ def _reaches_batch_norm(cls: type, function: Any, seen: set[Any]) -> bool:
     if any(item is known for item in called for known in _BATCH_NORMS):
         return True
     return any(_reaches_batch_norm(cls, item, seen) for item in called if isinstance(item, types.FunctionType))
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    """The names that a code object uses, comprehensions and inner functions included."""
-    yield from (*code.co_names, *code.co_freevars)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.batchnorm import SyncBatchNorm, width_of
 from syncbn.nn.frozen import is_held
 from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.moments import Moments
@@ -175,7 +175,7 @@ class _Seen:
         """By this layer; `device` is that of a layer that has no tensor of its own."""
         device = next((tensor.device for tensor in layer.state_dict().values()), device)
         mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))
-        return cls(new_record(layer.__dict__["num_features"], device), mean, var)
+        return cls(new_record(width_of(layer), device), mean, var)
 
     def look(self, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """A hook for layers of other classes, before their forward."""
@@ -241,7 +241,7 @@ def _sums_over_ranks(layer: _BatchNorm) -> bool:
 
 
 def _has_width(layer: _BatchNorm) -> bool:
-    return layer.__dict__.get("num_features", 0) > 0  # a lazy layer learns it with its first batch
+    return width_of(layer) > 0  # a lazy layer learns it with its first batch
 
 
 def _defined(vector: Tensor | None) -> Tensor | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
 
+from syncbn.nn.bytecode import has_in_place_operator, instructions
 from syncbn.surgery.fusion_classes import Fused
 
 # Names whose values differ from call to call without the input saying so.
@@ -58,9 +57,7 @@ def traced(parent: nn.Module) -> fx.Graph | str | None:
 
 def _loses_a_change_in_place(forward: Any, graph: fx.Graph) -> bool:
     """Whether `a += b`, which a trace takes for `a = a + b`, may be seen by others who have `a`."""
-    codes = _codes(forward.__code__)
-    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
-    if not any(one.opname.startswith("BINARY_OP") and one.argrepr.endswith("=") for one in instructions):
+    if not has_in_place_operator(forward.__code__):
         return False
     lefts = [node.args[0] for node in graph.nodes if getattr(node.target, "__module__", "") == "_operator"]
     return any(isinstance(left, fx.Node) and (left.op == "placeholder" or len(left.users) > 1) for left in lefts)
@@ -82,7 +79,7 @@ def _not_the_same_every_time(parent: nn.Module, function: Any, seen: set[Any]) -
         known = code is not None and code in seen
         return None if known else f"{type(parent).__name__} wraps its forward, which a trace would lose"
     seen.add(code)
-    for instruction in (one for inner in _codes(code) for one in dis.get_instructions(inner)):
+    for instruction in instructions(code):
         reason, called = None, []
         name = instruction.argval
         if instruction.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"):
@@ -107,11 +104,3 @@ def _not_the_same_every_time(parent: nn.Module, function: Any, seen: set[Any]) -
             if reason is not None:
                 return reason
     return None
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code object and those inside of it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from syncbn.torch_compat import has_non_finite
+
 
 def multiply(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiplies tensors in place by a number on the device: one operator per type, however many tensors."""
@@ -19,11 +21,9 @@ def multiply(tensors: list[Tensor], factor: Tensor) -> None:
 def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Whether every element is finite: a bool without dimensions on the device, decided there."""
     bad = torch.zeros((), device=device)
-    for (place, dtype), group in by_type(tensors).items():
+    for (_, dtype), group in by_type(tensors).items():
         if dtype in (torch.float32, torch.float64):
-            # What torch's gradient scaler asks: one operator for all. The factor is 1.
-            found = torch.zeros((), device=place)
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, torch.ones_like(found))
+            found = has_non_finite(group)
         else:
             found = ~get_total_norm(group, math.inf).isfinite()
         bad = bad + found.to(device)

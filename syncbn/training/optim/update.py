@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
+from syncbn.torch_compat import scaler_state
 from syncbn.training.optim.ema import Average
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
 
@@ -131,18 +132,14 @@ class Update:
 
     def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
         if self.scaler.is_enabled():
-            before = [state.clone() for state in self._scale_and_age()]
+            before = [state.clone() for state in scaler_state(self.scaler)]
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            for state, value in zip(self._scale_and_age(), before, strict=True):
+            for state, value in zip(scaler_state(self.scaler), before, strict=True):
                 state.copy_(torch.where(at_fault, value, state))  # a fault says nothing about the scale
         else:
             self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as the scaler does
             self.optimizer.step()
-
-    def _scale_and_age(self) -> list[Tensor]:
-        """The scaler's state on the device; its public state dict would wait for it."""
-        return [self.scaler._scale, self.scaler._growth_tracker]  # type: ignore[list-item]
 
 
 class Buffers:
