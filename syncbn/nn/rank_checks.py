@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,18 @@ from syncbn.nn.patterns import named_modules
 from syncbn.torch_compat import timeout_of
 
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
+
+
+@contextmanager
+def enabling(wanted: bool) -> Iterator[None]:
+    """Checks inside if wanted, and where the environment asks for it; afterwards as before."""
+    global enabled
+    before, enabled = enabled, enabled or wanted
+    try:
+        yield
+    finally:
+        enabled = before
+
 
 _names = WeakIdKeyDictionary()  # layer -> name
 _calls = WeakIdKeyDictionary()  # layer -> number of collectives, by direction

@@ -48,9 +48,9 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
         treat_as_world_of_one()
     device = _device(config)
     place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
-    rank_checks.enabled |= config.bn.debug
+    checks = rank_checks.enabling(config.bn.debug)
     # The tracker ends after the group: the other ranks need not wait for an upload.
-    with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout):
+    with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout), checks:
         if config.task in WITH_LOAD:
             metrics = WITH_LOAD[config.task](config, run_dir, place)
             if place.is_first and metrics:
