@@ -54,7 +54,7 @@ def _audit(options: argparse.Namespace) -> int:
     from syncbn.auditing.rules import table
     from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
     from syncbn.training.checkpoint.files import read_model_weights
-    from syncbn.training.config.schema import ConfigError
+    from syncbn.training.config.errors import ConfigError
 
     try:
         state = read_model_weights(options.path, "PATH")

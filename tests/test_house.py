@@ -29,9 +29,7 @@ def test_no_file_imports_itself_by_a_way_round(imports):
 
 
 def test_few_arrows_run_between_the_folders_of_training(imports):
-    arrows = {
-        (folder_of(module), folder_of(imported)) for module, below in imports.items() for imported in below
-    }
+    arrows = {(folder_of(module), folder_of(imported)) for module, below in imports.items() for imported in below}
     arrows = {(one, other) for one, other in arrows if one and other and one != other}
     assert len(arrows) <= MOST_ARROWS, sorted(arrows)
     graphlib.TopologicalSorter({one: {b for a, b in arrows if a == one} for one, _ in arrows}).prepare()

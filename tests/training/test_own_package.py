@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from syncbn.training.config.data import OpenData
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.custom import load
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 

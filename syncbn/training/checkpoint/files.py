@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.training.checkpoint.files import newest, read
-from syncbn.training.config.errors import listed
+from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
-from syncbn.training.config.schema import SCHEMAS, Config, ConfigError
+from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.training.checkpoint.files import BEST, by_step, read, step_of, whole_step, write_atomically
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 
 
 def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **offered: Any) -> Any:

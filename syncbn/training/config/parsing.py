@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from syncbn.training.config.data import OpenData
+from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
 from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig
 from syncbn.training.config.run import (
     AuditConfig,
@@ -25,7 +26,7 @@ from syncbn.training.config.run import (
     SaveConfig,
     TrackerConfig,
 )
-from syncbn.training.config.schema import SCHEMAS, Config, ConfigError, parse_duration, require, require_choice
+from syncbn.training.config.schema import SCHEMAS, Config
 
 OPEN_GROUPS = ("model", "data", "loss")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)

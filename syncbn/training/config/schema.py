@@ -17,11 +17,7 @@ from syncbn.training.config.data import (
     ShapesConfig,
     SyntheticConfig,
 )
-from syncbn.training.config.errors import ConfigError as ConfigError
-from syncbn.training.config.errors import TrainingError as TrainingError
-from syncbn.training.config.errors import parse_duration as parse_duration
-from syncbn.training.config.errors import require as require
-from syncbn.training.config.errors import require_choice as require_choice
+from syncbn.training.config.errors import parse_duration, require, require_choice
 from syncbn.training.config.losses import CrossEntropyConfig
 from syncbn.training.config.model import BnConfig, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.config.optim import ConstantConfig, CosineConfig, SgdConfig

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.data import OpenData
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.randomness import mix_key
 

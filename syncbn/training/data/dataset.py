@@ -10,9 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from syncbn.training.config.schema import (
-    ConfigError,
-)
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.augment import augment
 
 IGNORE = 255  # in a mask: left out of loss and metrics

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, parse_bytes
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.distributed import world
 
 log = logging.getLogger(__name__)

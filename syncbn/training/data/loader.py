@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place

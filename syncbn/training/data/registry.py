@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from syncbn.training.config.data import OpenData
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.schema import (
-    ConfigError,
     DigitsConfig,
     FashionMnistConfig,
     HfConfig,

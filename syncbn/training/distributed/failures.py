@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from syncbn.training.config.errors import RankError
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError, RankError
 from syncbn.training.distributed import world
 from syncbn.training.distributed.world import attempt, is_distributed, rank, store, world_size
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed import Store

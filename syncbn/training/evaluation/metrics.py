@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torchmetrics import Metric
 
+from syncbn.training.config.errors import ConfigError, require
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.schema import ConfigError, require
 
 _ALWAYS = ("loss", "accuracy")
 

@@ -11,8 +11,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
 from syncbn.training.tracking.summary import SUMMARY, read_summary

@@ -16,9 +16,8 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.training.config.errors import RankError, printable
+from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
 from syncbn.training.config.redaction import redact
-from syncbn.training.config.schema import ConfigError, TrainingError
 from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, world_size
 from syncbn.training.tracking.summary import write_summary
 

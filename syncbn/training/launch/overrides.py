@@ -10,7 +10,8 @@ import os
 import re
 import sys
 
-from syncbn.training.config.schema import SCHEMAS, ConfigError
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.schema import SCHEMAS
 from syncbn.training.distributed.world import (
     check_variables,
     rank,

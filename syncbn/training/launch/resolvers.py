@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.distributed.world import agent_keeps_store, agree, is_elastic, rank
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.config.losses import CrossEntropyConfig
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.dataset import IGNORE, Data
 
 

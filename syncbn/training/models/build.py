@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.config.model import BnConfig, ResnetSmallConfig, UnetSmallConfig
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.models.normalization import set_up
 from syncbn.training.models.resnet import Norm, ResnetSmall, group_norm
 from syncbn.training.models.unet import UnetSmall

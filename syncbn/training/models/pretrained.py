@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.training.checkpoint.files import read_model_weights
-from syncbn.training.config.errors import listed
+from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
-from syncbn.training.config.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

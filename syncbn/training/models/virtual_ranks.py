@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.patterns import named_modules
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.model import BnConfig
-from syncbn.training.config.schema import ConfigError
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

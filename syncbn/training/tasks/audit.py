@@ -12,8 +12,9 @@ from torch import nn
 from syncbn.auditing.audit import audit
 from syncbn.auditing.rules import SEVERITIES, Finding, table
 from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.run import AuditConfig
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place

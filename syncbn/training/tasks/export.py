@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.surgery.revert import revert_sync_batchnorm
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.run import EXPORT_FORMATS
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import Place

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import require_secrets
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.config.redaction import redacted
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.failures import failing_together

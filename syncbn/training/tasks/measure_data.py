@@ -9,7 +9,8 @@ from itertools import islice
 import torch
 
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.loader import Batch, Loader

@@ -21,9 +21,10 @@ from syncbn.nn.patterns import named_modules
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.training.checkpoint import files
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
-from syncbn.training.config.schema import Config, ConfigError, TrainingError
+from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place

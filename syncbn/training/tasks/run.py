@@ -11,8 +11,9 @@ import torch
 
 from syncbn.nn import rank_checks
 from syncbn.nn.groups import treat_as_world_of_one
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import redact
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.data import registry
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place

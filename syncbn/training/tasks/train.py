@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import redact
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.stopping import StopRequest, deferred

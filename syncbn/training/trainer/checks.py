@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place, in_dtype

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.training.config.errors import printable
-from syncbn.training.config.schema import Config, ConfigError
+from syncbn.training.config.errors import ConfigError, printable
+from syncbn.training.config.schema import Config
 
 
 def check(config: Config, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.custom import OwnData
 from syncbn.training.data.dataset import Data, Split
 

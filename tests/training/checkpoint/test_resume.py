@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from syncbn.training.checkpoint.files import write_atomically
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.distributed.stopping import Stopped
 from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters

@@ -9,8 +9,8 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.training.checkpoint import files, frozen, state
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.model import InitConfig
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.models.pretrained import Drift, load_subnet
 
 

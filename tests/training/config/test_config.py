@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.schema import SCHEMAS, Config, ConfigError
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.schema import SCHEMAS, Config
 from tests.training.jobs import ROOT, compose_config, run_rank, start
 
 MISTAKES = [

@@ -8,8 +8,8 @@ import torch
 
 from syncbn.training.checkpoint.files import read, write_atomically
 from syncbn.training.config import redaction
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import HIDDEN, learn, redact, redacted
-from syncbn.training.config.schema import ConfigError
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import ROOT, start
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from syncbn.training.config.data import parse_bytes
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import dataset, decoding, registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.decoding import Decoded, Files

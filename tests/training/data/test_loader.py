@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data import loader, registry
 from syncbn.training.data.custom import OwnData
 from syncbn.training.data.loader import Loader

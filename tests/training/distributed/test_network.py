@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.distributed import network, world
 from syncbn.training.launch import process_group, resolvers
 

@@ -8,7 +8,7 @@ import torchmetrics
 from torch import nn
 from torchmetrics import classification
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.evaluation.evaluate import EVAL_BATCH_SIZE, evaluate

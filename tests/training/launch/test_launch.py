@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.distributed import world
 from syncbn.training.launch import overrides
 from syncbn.training.launch.overrides import held_back

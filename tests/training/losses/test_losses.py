@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.losses import CrossEntropyConfig
-from syncbn.training.config.schema import ConfigError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.losses.losses import CrossEntropy, build, check_loss
 from syncbn.training.models.unet import UnetSmall

@@ -9,7 +9,7 @@ from torch import nn
 
 from syncbn.stats.monitor import Monitor
 from syncbn.training.checkpoint.files import read
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.models.virtual_ranks import VirtualBatchNorm, make_virtual
 from tests.training.jobs import read_metrics

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from syncbn.__main__ import main
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from tests.training.jobs import read_metrics, start
 
 SMALL = ["model.width=4", "tracker=none", "duration=2"]

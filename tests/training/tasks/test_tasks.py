@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from syncbn import precise_bn, revert_sync_batchnorm
 from syncbn.training.checkpoint import files
-from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.registry import load as load_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from syncbn.training.config.schema import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.registry import load
 from syncbn.training.models.build import build_network
 from syncbn.training.trainer import overfit

@@ -9,7 +9,7 @@ from torch._dynamo import register_backend
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.patterns import named_modules
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.losses.losses import CrossEntropy
 from syncbn.training.optim.update import Update
 from syncbn.training.trainer import execution

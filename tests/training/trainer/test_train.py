@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
 from syncbn.nn import rank_checks
-from syncbn.training.config.errors import RankError
-from syncbn.training.config.schema import ConfigError
+from syncbn.training.config.errors import ConfigError, RankError
 from syncbn.training.distributed.ddp import Wrapped
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.distributed.stopping import deferred
