@@ -165,18 +165,6 @@ class ShapesConfig(LoadingConfig):
         require(0 <= self.ragged <= 1, "data.ragged", "a share between 0 and 1", self.ragged)
 
 
-def parse_bytes(text: str) -> int | None:
-    """A size such as 500MB or 2GB in bytes (powers of 1000); None for what is no size."""
-    found = _SIZE.fullmatch(text.strip())
-    return None if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
-
-
-def _check_classes(classes: list[int] | None) -> None:
-    if classes is not None:
-        distinct = len(classes) >= 2 and len(set(classes)) == len(classes)
-        require(distinct, "data.classes", "two or more labels, each once", classes)
-
-
 class OpenData(dict[str, Any]):
     """A data set of the user's own: `_target_`, its arguments, and how its batches are prepared."""
 
@@ -206,3 +194,27 @@ class OpenData(dict[str, Any]):
     def arguments(self) -> dict[str, Any]:
         """`_target_` and its arguments alone."""
         return {key: value for key, value in self.items() if key not in ("workers", "prefetch")}
+
+
+DataConfig = (
+    DigitsConfig
+    | FashionMnistConfig
+    | SyntheticConfig
+    | ImageFolderConfig
+    | MaskFolderConfig
+    | ShapesConfig
+    | HfConfig
+    | OpenData
+)
+
+
+def parse_bytes(text: str) -> int | None:
+    """A size such as 500MB or 2GB in bytes (powers of 1000); None for what is no size."""
+    found = _SIZE.fullmatch(text.strip())
+    return None if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
+
+
+def _check_classes(classes: list[int] | None) -> None:
+    if classes is not None:
+        distinct = len(classes) >= 2 and len(set(classes)) == len(classes)
+        require(distinct, "data.classes", "two or more labels, each once", classes)

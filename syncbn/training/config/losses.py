@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from syncbn.training.config.errors import require as require
 
@@ -18,3 +19,6 @@ class CrossEntropyConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", "0 or more and below 1", self.label_smoothing)
+
+
+LossConfig = CrossEntropyConfig | dict[str, Any]  # the latter: a `_target_` and its arguments

@@ -53,7 +53,7 @@ class BnConfig:
 
     sync: bool
     """Convert to SyncBatchNorm; False leaves statistics local to each rank."""
-    group: Any
+    group: str | int
     """The ranks to sum over: "world", "node", or a number of neighbouring ranks."""
     own_group: bool
     """Where `group` is the world: a process group for BN alone, so that its sums do not queue behind DDP's buckets."""
@@ -62,7 +62,7 @@ class BnConfig:
     """
     virtual_ranks: int | None
     """Local statistics as of so many ranks in all, a multiple of those that there are; see `virtual`."""
-    momentum: Any
+    momentum: float | str | None
     """None: as built; a number; "cumulative" for torch's momentum=None."""
     eps: float | None
     fuse: bool
@@ -88,8 +88,10 @@ class BnConfig:
             require(self.virtual_ranks >= 1, "bn.virtual_ranks", "null or 1 or more ranks", self.virtual_ranks)
             require(not self.sync, "bn.virtual_ranks", "null unless bn.sync=false", self.virtual_ranks)
             require(self.buffers == "pool", "bn.buffers", "pool with bn.virtual_ranks", self.buffers)
-        number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
-        valid = self.momentum in (None, "cumulative") or (number and 0 < self.momentum <= 1)
+        is_rate = (
+            isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool) and 0 < self.momentum <= 1
+        )
+        valid = self.momentum in (None, "cumulative") or is_rate
         require(valid, "bn.momentum", "null, cumulative, or a number above 0 and at most 1", self.momentum)
         require(self.eps is None or self.eps > 0, "bn.eps", "null or a number above 0", self.eps)
 
@@ -98,13 +100,13 @@ class BnConfig:
 class FreezeRuleConfig:
     """What a rule of the freeze plan selects (see `syncbn.FreezePlan`); times are durations."""
 
-    match: Any
-    exclude: Any = None
+    match: str | list[str]
+    exclude: str | list[str] | None = None
     stats: bool = True
     affine: bool = True
     weights: bool = False
-    start: Any = None
-    until: Any = None
+    start: str | int | float | None = None
+    until: str | int | float | None = None
 
 
 @dataclass
@@ -117,3 +119,6 @@ class InitConfig:
     """What its keys have in front; None: the name of the sub-network, where they have it."""
     strict: bool = True
     """Everything has to fit; False loads what does."""
+
+
+ModelConfig = ResnetSmallConfig | UnetSmallConfig | dict[str, Any]  # the last: a `_target_` and its arguments

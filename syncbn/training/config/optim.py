@@ -53,3 +53,7 @@ class ConstantConfig:
 
     def __post_init__(self) -> None:
         parse_duration("schedule.warmup", self.warmup)
+
+
+OptimizerConfig = SgdConfig
+ScheduleConfig = CosineConfig | ConstantConfig

@@ -7,10 +7,11 @@ is an error even where Hydra's `+` let it in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
-from functools import reduce
-from typing import Any, TypeVar
+from functools import cache, reduce
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -131,8 +132,9 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
         raise ConfigError(f"{prefix}: expected the keys {', '.join(f.name for f in fields(schema))}, got {node!r}")  # type: ignore[arg-type]
     _check_keys(schema, node, prefix)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(node))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        checked: type = _without_unions(schema)  # type: ignore[arg-type]  # mypy: no type variable is hashable
+        merged = OmegaConf.merge(OmegaConf.structured(checked), dict(node))
+        return _construct(schema, OmegaConf.to_container(merged, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: required, and not given") from None
     except ValidationError as error:
@@ -141,6 +143,49 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
         raise ConfigError(f"{_join(prefix, error.full_key)}: expected {expected}, got {value!r}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
+
+
+@cache
+def _without_unions(schema: type) -> type:
+    """The schema as OmegaConf can check it: where it has no type for what is meant (one of several schemas, a pattern
+    or a list of them) anything passes, and `__post_init__` and `parse` look.
+    """
+
+    def loosened(hint: Any) -> Any:
+        members = [member for member in get_args(hint) if member is not NoneType]
+        if get_origin(hint) in (Union, UnionType):
+            return hint if len(members) == 1 else Any
+        if get_origin(hint) is dict:
+            return dict[str, Any]
+        return _without_unions(hint) if is_dataclass(hint) and isinstance(hint, type) else hint
+
+    hints = _hints(schema)
+    loose: type = make_dataclass(
+        schema.__name__,
+        [
+            (one.name, loosened(hints[one.name]), field(default=one.default, default_factory=one.default_factory))
+            for one in fields(schema)
+        ],
+        kw_only=True,
+    )
+    return loose
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    """The types of the keys; anything for a group, which `parse` turns into its schema afterwards."""
+    hints = get_type_hints(schema)
+    return hints | dict.fromkeys(SCHEMAS, Any) if schema is Config else hints
+
+
+def _construct(schema: type[Schema], values: Any) -> Schema:
+    """An instance, and instances of the schemas within it; each checks itself."""
+    hints = _hints(schema)
+    return schema(
+        **{
+            name: _construct(hints[name], value) if is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _expected_type(schema: type, path: list[str]) -> str:

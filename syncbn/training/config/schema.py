@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from syncbn.training.config.data import (
+    DataConfig,
     DigitsConfig,
     FashionMnistConfig,
     HfConfig,
@@ -18,9 +19,16 @@ from syncbn.training.config.data import (
     SyntheticConfig,
 )
 from syncbn.training.config.errors import parse_duration, require, require_choice
-from syncbn.training.config.losses import CrossEntropyConfig
-from syncbn.training.config.model import BnConfig, ResnetSmallConfig, UnetSmallConfig
-from syncbn.training.config.optim import ConstantConfig, CosineConfig, SgdConfig
+from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
+from syncbn.training.config.model import (
+    BnConfig,
+    FreezeRuleConfig,
+    InitConfig,
+    ModelConfig,
+    ResnetSmallConfig,
+    UnetSmallConfig,
+)
+from syncbn.training.config.optim import ConstantConfig, CosineConfig, OptimizerConfig, ScheduleConfig, SgdConfig
 from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
@@ -42,7 +50,7 @@ class Config:
     seed: int
     device: str
     precision: str
-    compile: Any
+    compile: bool | str
     channels_last: bool
     tf32: bool
     deterministic: bool
@@ -64,15 +72,15 @@ class Config:
     recalibrate: RecalibrateConfig
     export: ExportConfig
     tracker: TrackerConfig
-    data: Any
-    model: Any
-    loss: Any
-    metrics: dict[str, Any]
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig
+    metrics: dict[str, dict[str, Any]]
     best: str
-    optimizer: Any
-    schedule: Any
-    freeze: dict[str, Any]
-    init: dict[str, Any]
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    freeze: dict[str, FreezeRuleConfig]
+    init: dict[str, InitConfig]
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export", "data"))

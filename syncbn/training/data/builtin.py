@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from syncbn.training.config.data import DigitsConfig, FashionMnistConfig, SyntheticConfig
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.schema import DigitsConfig, FashionMnistConfig, SyntheticConfig
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.randomness import mix_key
 from syncbn.training.data.splits import SPLIT_SEED, stratified_indices

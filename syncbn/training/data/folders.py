@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig
+from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.config.schema import ImageFolderConfig, MaskFolderConfig
 from syncbn.training.data.dataset import IGNORE, Data, Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded
 from syncbn.training.data.splits import hold_out, stratified_indices

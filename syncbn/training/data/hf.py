@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from syncbn.training.config.data import HfConfig
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.schema import HfConfig
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.folders import finish, split_labels

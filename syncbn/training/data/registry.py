@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import assert_never
 
 import torch
 
-from syncbn.training.config.data import OpenData
-from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.schema import (
+from syncbn.training.config.data import (
+    DataConfig,
     DigitsConfig,
     FashionMnistConfig,
     HfConfig,
     ImageFolderConfig,
     MaskFolderConfig,
+    OpenData,
     ShapesConfig,
     SyntheticConfig,
 )
-from syncbn.training.data.builtin import load_digits, load_fashion_mnist, make_synthetic
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.data import builtin, custom, folders, hf, shapes
 from syncbn.training.data.dataset import Data, Split
 
 
-def load(config: Any) -> Data:
+def load(config: DataConfig) -> Data:
     """The data set that the configuration names.
 
     Raises:
         ConfigError: files that are missing or not what they should be; the message names the key and the remedy.
     """
-    from syncbn.training.data import custom as own_data
-    from syncbn.training.data import folders, hf, shapes  # which build on this module
-
-    loaders: dict[type, Callable[[Any], Data]] = {
-        DigitsConfig: load_digits,
-        FashionMnistConfig: load_fashion_mnist,
-        SyntheticConfig: make_synthetic,
-        ShapesConfig: shapes.make,
-        ImageFolderConfig: folders.load_classes,
-        MaskFolderConfig: folders.load_masks,
-        HfConfig: hf.load,
-        OpenData: own_data.load,
-    }
-    data = loaders[type(config)](config)
+    match config:
+        case DigitsConfig():
+            data = builtin.load_digits(config)
+        case FashionMnistConfig():
+            data = builtin.load_fashion_mnist(config)
+        case SyntheticConfig():
+            data = builtin.make_synthetic(config)
+        case ShapesConfig():
+            data = shapes.make(config)
+        case ImageFolderConfig():
+            data = folders.load_classes(config)
+        case MaskFolderConfig():
+            data = folders.load_masks(config)
+        case HfConfig():
+            data = hf.load(config)
+        case OpenData():
+            data = custom.load(config)
+        case _:
+            assert_never(config)
     classes = getattr(config, "classes", None)
     return data if classes is None else _keep_classes(data, classes)
 

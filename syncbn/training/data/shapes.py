@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.training.config.schema import ShapesConfig
+from syncbn.training.config.data import ShapesConfig
 from syncbn.training.data.dataset import IGNORE, Data, Split
 from syncbn.training.data.randomness import mix_key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.losses import CrossEntropyConfig
+from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
 from syncbn.training.data.dataset import IGNORE, Data
 
 
@@ -45,13 +45,21 @@ class CrossEntropy:
         return total, (targets != self.ignore_index).sum(dtype=torch.float64)
 
 
-def build(config: Any, data: Data) -> Loss:
+def build(config: LossConfig, data: Data) -> Loss:
     """The loss of the configuration; in masks what is to be ignored needs no mention."""
-    if isinstance(config, CrossEntropyConfig):
-        if data.num_classes is None:
-            raise ConfigError(f"loss: {config.name} is for classes, which this data has not; choose loss=custom")
-        ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
-        return CrossEntropy(config.label_smoothing, ignore)
+    match config:
+        case CrossEntropyConfig():
+            if data.num_classes is None:
+                raise ConfigError(f"loss: {config.name} is for classes, which this data has not; choose loss=custom")
+            ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
+            return CrossEntropy(config.label_smoothing, ignore)
+        case dict():
+            return _build_own(config)
+        case _:
+            assert_never(config)
+
+
+def _build_own(config: dict[str, Any]) -> Loss:
     loss: Loss = build_target("loss", config)
     if not callable(loss):
         raise ConfigError(f"loss._target_={config['_target_']}: expected something to call, got {type(loss).__name__}")

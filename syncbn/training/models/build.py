@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, assert_never
 
 from torch import nn
 
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.model import BnConfig, ResnetSmallConfig, UnetSmallConfig
+from syncbn.training.config.model import BnConfig, ModelConfig, ResnetSmallConfig, UnetSmallConfig
 from syncbn.training.models.normalization import set_up
 from syncbn.training.models.resnet import Norm, ResnetSmall, group_norm
 from syncbn.training.models.unet import UnetSmall
@@ -18,7 +18,7 @@ from syncbn.training.models.unet import UnetSmall
 log = logging.getLogger(__name__)
 
 
-def build_network(config: Any, bn: BnConfig, in_channels: int, num_classes: int | None) -> nn.Module:
+def build_network(config: ModelConfig, bn: BnConfig, in_channels: int, num_classes: int | None) -> nn.Module:
     """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
 
     Arguments of a `_target_` that are the words `data.num_channels` or `data.num_classes` become what the data has.
@@ -28,14 +28,18 @@ def build_network(config: Any, bn: BnConfig, in_channels: int, num_classes: int 
     """
     if num_classes is None and not isinstance(config, dict):
         raise ConfigError(f"model: {config.name} is for classes, which this data has not; choose model=custom")
-    if isinstance(config, ResnetSmallConfig):
-        norm: Norm = group_norm if config.norm == "group" else nn.BatchNorm2d
-        size = (config.width, config.depth, config.stages)
-        model: nn.Module = ResnetSmall(in_channels, num_classes or 0, *size, norm)
-    elif isinstance(config, UnetSmallConfig):
-        model = UnetSmall(in_channels, num_classes or 0, config.width, config.depth)
-    else:
-        model = _build_own(config, in_channels, num_classes)
+    model: nn.Module
+    match config:
+        case ResnetSmallConfig():
+            norm: Norm = group_norm if config.norm == "group" else nn.BatchNorm2d
+            size = (config.width, config.depth, config.stages)
+            model = ResnetSmall(in_channels, num_classes or 0, *size, norm)
+        case UnetSmallConfig():
+            model = UnetSmall(in_channels, num_classes or 0, config.width, config.depth)
+        case dict():
+            model = _build_own(config, in_channels, num_classes)
+        case _:
+            assert_never(config)
     set_up(model, bn)
     return model
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import assert_never
 
 import torch
 from torch import nn
 
-from syncbn.training.config.optim import SgdConfig
+from syncbn.training.config.optim import OptimizerConfig, SgdConfig
 
 
-def build(config: Any, model: nn.Module) -> torch.optim.Optimizer:
+def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the configuration over all parameters, frozen ones too: its membership never changes."""
-    assert isinstance(config, SgdConfig)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=True,  # can leave a step out on the device; see update.py
-    )
+    match config:
+        case SgdConfig():
+            return torch.optim.SGD(
+                model.parameters(),
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                nesterov=config.nesterov,
+                fused=True,  # can leave a step out on the device; see update.py
+            )
+        case _:
+            assert_never(config)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from syncbn.training.config.data import FashionMnistConfig
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.schema import FashionMnistConfig
 from syncbn.training.data import registry
 from syncbn.training.data.augment import augment
 from syncbn.training.data.randomness import integers, mix, mix_key

@@ -178,7 +178,7 @@ def test_a_server_that_goes_in_the_middle_costs_a_warning_that_names_what_to_syn
 RESUMED = """
 import logging
 from pathlib import Path
-from syncbn.training.config.schema import TrackerConfig
+from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.tracker import Tracker
 
 logging.basicConfig(format="%(levelname)s %(message)s")
@@ -226,7 +226,7 @@ def test_without_a_key_nobody_is_asked_for_one(tmp_path, online, monkeypatch):
 KILLED = """
 import logging, os, signal, threading
 from pathlib import Path
-from syncbn.training.config.schema import TrackerConfig
+from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.tracker import Tracker
 
 logging.basicConfig(format="%(levelname)s %(message)s")
