@@ -23,7 +23,6 @@ from syncbn.training.tasks import audit, evaluate, export, recalibrate
 from syncbn.training.tasks.measure_data import measure_loading
 from syncbn.training.tasks.train import train
 from syncbn.training.tracking.summary import write_summary
-from syncbn.training.trainer import execution
 from syncbn.training.trainer.build import place_for
 
 # The tasks that take a run or checkpoint from `load`.
@@ -60,9 +59,7 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
             return metrics
         if config.task == "data":
             return measure_loading(config, place, registry.load(config.data))
-        execution.check(config, device)
-        with execution.applied(config):
-            return train(config, run_dir, place, overrides, tracking)
+        return train(config, run_dir, place, overrides, tracking)
 
 
 def _device(config: Config) -> torch.device:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from syncbn.nn import rank_checks
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError
@@ -25,8 +26,8 @@ from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import read_summary, write_summary
 from syncbn.training.tracking.tracker import Tracker, cut_back
-from syncbn.training.trainer import overfit
-from syncbn.training.trainer.build import build_components
+from syncbn.training.trainer import execution, overfit
+from syncbn.training.trainer.build import build_components, place_for
 from syncbn.training.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -39,16 +40,26 @@ def train(
     tracking.enter_context(deferred())
     stop = StopRequest()
     with stop.listen():
-        return _train(config, run_dir, place, overrides, tracking, stop)
+        checkpoint = checkpoint_to_resume(config, run_dir)
+        _require_shared(run_dir, checkpoint)
+        if checkpoint is not None:
+            config = merge_with_stored(config, checkpoint, overrides)
+        # By the configuration of the run, which the command that resumes it need not repeat.
+        place = place_for(config, place)
+        execution.check(config, place.device)
+        with execution.applied(config), rank_checks.enabling(config.bn.debug):
+            return _train(config, run_dir, place, checkpoint, overrides, tracking, stop)
 
 
 def _train(
-    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack, stop: StopRequest
+    config: Config,
+    run_dir: Path,
+    place: Place,
+    checkpoint: Path | None,
+    overrides: Sequence[str],
+    tracking: ExitStack,
+    stop: StopRequest,
 ) -> dict[str, float]:
-    checkpoint = checkpoint_to_resume(config, run_dir)
-    _require_shared(run_dir, checkpoint)
-    if checkpoint is not None:
-        config = merge_with_stored(config, checkpoint, overrides)
     components = build_components(config, place, resumes=checkpoint is not None)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if place.is_first:

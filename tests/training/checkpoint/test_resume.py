@@ -81,6 +81,22 @@ def test_a_changed_key_is_an_error_that_names_it_and_unnamed_keys_are_the_runs(j
     assert load_last(run)["config"]["data"]["name"] == "synthetic"
 
 
+def test_how_a_run_computes_is_its_own_configuration_s_business_named_again_or_not(job, monkeypatch):
+    run = job(*SMALL, "duration=1", "precision=fp64", "deterministic=true", "channels_last=true", "run=a")
+    seen = []
+    train_step = Trainer._train_step
+
+    def look(self, step):
+        seen.append((self.place.dtype, self.place.channels_last, torch.are_deterministic_algorithms_enabled()))
+        train_step(self, step)
+
+    monkeypatch.setattr(Trainer, "_train_step", look)
+    job("duration=2", "run=a")
+    assert seen == [(torch.float64, True, True)]
+    assert load_last(run)["model"]["head.weight"].dtype == torch.float64
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(job, caplog):
     run = job(*SMALL, "duration=3", "run=a")
     before = read_metrics(run)
