@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import reference
-from syncbn.kernels.triton.tiling import COMBINED_CHANNELS, WARPS, Layout, ceil_div, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import COMBINED_CHANNELS, WARPS, Layout, ceil_div, plan_passes, plan_sums
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -34,6 +34,7 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         RuntimeError: a context of the same layer is open already.
 
     Example:
+        >>> import torch
         >>> layer = SyncBatchNorm(3)
         >>> with accumulate_stats(layer):
         ...     for micro_batch in torch.randn(8, 3, 4, 4).split(2):

@@ -1,1 +1,3 @@
-"""Changing models without losing anything: convert, revert, freeze, unfreeze."""
+"""Changing models without losing anything: convert, revert, freeze, unfreeze, fuse."""
+
+from syncbn.surgery import old_pickles as old_pickles

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncbn.kernels import cuda, reference
-from syncbn.kernels.triton import tiling
+from syncbn.kernels.triton import launch_plan
 from tests.training.jobs import ROOT
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
@@ -29,18 +29,18 @@ def _tiles(request, monkeypatch):
     """Small tiles cut small inputs into as many parts as large ones."""
     if request.param == "small tiles":
         for name in ("_SUM_TILE", "_TILE", "_SMALL_TILE"):
-            monkeypatch.setattr(tiling, name, 128)
-        monkeypatch.setattr(tiling, "_PROGRAMS_PER_PROCESSOR", 16)
-        monkeypatch.setattr(tiling, "_TILES_PER_PROGRAM", 1)
-        monkeypatch.setattr(tiling, "_COMBINED_NUMBERS", 32)
+            monkeypatch.setattr(launch_plan, name, 128)
+        monkeypatch.setattr(launch_plan, "_PROGRAMS_PER_PROCESSOR", 16)
+        monkeypatch.setattr(launch_plan, "_TILES_PER_PROGRAM", 1)
+        monkeypatch.setattr(launch_plan, "_COMBINED_NUMBERS", 32)
     clear_plans()
     yield
     clear_plans()
 
 
 def clear_plans():
-    tiling.plan_sums.cache_clear()
-    tiling.plan_passes.cache_clear()
+    launch_plan.plan_sums.cache_clear()
+    launch_plan.plan_passes.cache_clear()
 
 
 def make(shape, dtype, layout="contiguous", mean=0.7, std=1.0):
@@ -260,7 +260,7 @@ PLANS = [((64, 64, 56, 56), 4), ((2, 2048, 7, 7), 2), ((256, 128), 8), ((1, 1, 2
 def test_plans_cover_every_value_once(shape, itemsize, rows):
     input = torch.empty(shape, device="meta")
     _, layout = cuda._dense(input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input)
-    sums, passes = tiling.plan_sums(layout, itemsize, 132), tiling.plan_passes(layout, itemsize, 132)
+    sums, passes = launch_plan.plan_sums(layout, itemsize, 132), launch_plan.plan_passes(layout, itemsize, 132)
     num_channels, planes, units, tiles, across, per_split = sums.sizes
     assert planes * units * sums.blocks["UNIT"] * (1 if layout.last else num_channels) == input.numel()
     assert across * sums.blocks["W"] >= (1 if layout.last else layout.size)
