@@ -5,12 +5,29 @@ whose sum is the mean, in the compute type (float64 for float64 inputs, float32 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncbn.kernels import activations
 from syncbn.kernels.packing import pack, unpack
+
+Function = Callable[..., Any]
+
+FAKES: dict[
+    str, Function
+] = {}  # by operator: empty tensors of the shapes, types and layouts that it returns, for tracing
+
+
+def _fake_of(operator: Function) -> Callable[[Function], Function]:
+    """Registers the fake implementation of an operator; it names the arguments that decide the shapes."""
+
+    def register(fake: Function) -> Function:
+        FAKES[operator.__name__] = fake
+        return fake
+
+    return register
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,6 +65,11 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     pivot = torch.where(mask, wide, 0.0).sum(dims) / counted.clamp(min=1.0)
     centred = torch.where(mask, wide - per_channel(pivot, input), 0.0)
     return pack(counted, pivot, centred.sum(dims), centred.square().sum(dims))
+
+
+@_fake_of(moments)
+def _(input: Tensor, mask: Tensor | None = None) -> Tensor:
+    return input.new_empty(4 * input.size(1) + 1, dtype=torch.float64)
 
 
 def finish(
@@ -91,6 +113,13 @@ def finish(
     return torch.stack([high, low]), invstd, count.clone()
 
 
+@_fake_of(finish)
+def _(packed: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, num_channels = others[-1], (packed.size(0) - 1) // 4
+    mean = packed.new_empty((2, num_channels), dtype=dtype)
+    return mean, packed.new_empty(num_channels, dtype=dtype), packed.new_empty(())
+
+
 def normalize(
     input: Tensor,
     mean: Tensor,
@@ -120,6 +149,11 @@ def normalize(
     return activations.apply_in_place(output, residual, activation)
 
 
+@_fake_of(normalize)
+def _(input: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
 def backward_reduce(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -135,6 +169,12 @@ def backward_reduce(
     wide_grad = grad.to(torch.float64)
     sums = torch.cat([wide_grad.sum(dims), (wide_grad * centred).sum(dims) * invstd.to(torch.float64)])
     return sums, sums.view(2, input.size(1)).to(dtype, copy=True)
+
+
+@_fake_of(backward_reduce)
+def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    num_channels = input.size(1)
+    return input.new_empty(2 * num_channels, dtype=torch.float64), input.new_empty((2, num_channels), dtype=dtype)
 
 
 def backward_elementwise(
@@ -154,11 +194,21 @@ def backward_elementwise(
     return (projected * per_channel(scale, input)).to(input.dtype)
 
 
+@_fake_of(backward_elementwise)
+def _(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
 def backward_elementwise_(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> None:
     """`backward_elementwise` in the memory of `grad`, which has the type of `input`."""
     grad.copy_(backward_elementwise(grad, input, mean, invstd, weight, sums, count))
+
+
+@_fake_of(backward_elementwise_)
+def _(*_: Any) -> None:
+    pass
 
 
 def backward_local(
@@ -169,6 +219,11 @@ def backward_local(
     """
     sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
     return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
+
+
+@_fake_of(backward_local)
+def _(grad: Tensor, input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input), input.new_empty((2, input.size(1)), dtype=others[-1])
 
 
 def _through_activation(
@@ -211,6 +266,13 @@ def activated_reduce(
     through = _through_activation(grad, input, mean, invstd, weight, bias, kept, activation)
     sums, affine = backward_reduce(through, input, mean, invstd, dtype)
     return sums, affine, torch.empty_like(input).copy_(through)
+
+
+@_fake_of(activated_reduce)
+def _(grad: Tensor, input: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_channels = input.size(1)
+    sums = input.new_empty(2 * num_channels, dtype=torch.float64)
+    return sums, input.new_empty((2, num_channels), dtype=others[-1]), torch.empty_like(input)
 
 
 def differentiable_backward(
