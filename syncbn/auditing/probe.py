@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.auditing.dropout import DropoutTrace
 from syncbn.nn.batchnorm import width_of
 from syncbn.nn.call_stack import is_inside
+from syncbn.nn.modes import restored_modes
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import unwrapped
 from syncbn.stats.calls import counted, has_lazy_layers, input_of
@@ -156,7 +157,6 @@ def _guarded(model: nn.Module) -> Iterator[None]:
     """Forward passes meet copies of all buffers; modes and torch's random numbers are put back."""
     modules = list(model.modules())
     buffers = {module: dict(module._buffers) for module in modules}
-    modes = {module: module.training for module in modules}
     copies: dict[int, Tensor] = {}
     for module in modules:
         for name, buffer in buffers[module].items():
@@ -167,12 +167,11 @@ def _guarded(model: nn.Module) -> Iterator[None]:
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(sorted(devices)):
+        with restored_modes(model), torch.random.fork_rng(sorted(devices)):
             yield
     finally:
         for module in modules:
             module._buffers.clear()
             module._buffers.update(buffers[module])
-            module.training = modes[module]
         for module, its_record in records.items():
             module.__dict__["_record"] = its_record

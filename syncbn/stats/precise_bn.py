@@ -18,6 +18,7 @@ from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.collectives import sum_over_ranks
 from syncbn.nn.even_steps import even_steps
 from syncbn.nn.groups import collective_group, spans_world
+from syncbn.nn.modes import evaluating
 from syncbn.nn.moments import Moments
 from syncbn.stats.calls import has_lazy_layers, input_of
 
@@ -63,7 +64,7 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
         plain = stack.enter_context(_watching(model))
         if not synchronized and not plain:
             raise ValueError("model: has no batch normalization with running statistics that are not frozen")
-        stack.enter_context(_training_alone(model, [*synchronized, *plain]))
+        stack.enter_context(evaluating(model, but=[*synchronized, *plain]))
         seen = 0
         for batch in even_steps(islice(batches, num_batches)):
             model(batch[0] if isinstance(batch, tuple | list) else batch)
@@ -118,17 +119,3 @@ def _watching(model: nn.Module) -> Iterator[dict[_BatchNorm, Moments | None]]:
             layer._buffers.update(own)
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _training_alone(model: nn.Module, layers: list[Any]) -> Iterator[None]:
-    """These layers in training mode, all others in evaluation mode; every mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for layer in layers:
-        layer.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

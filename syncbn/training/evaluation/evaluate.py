@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from syncbn.nn.modes import evaluating
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.rank_context import Place, in_dtype
@@ -44,7 +44,7 @@ def evaluate(
         metric.to(place.device).reset()
     # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
     loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
         indices = [batch.tensor_split(place.world_size)[place.rank] for batch in batches]
         for images, targets in (loader or Loader(data, place)).eval_batches(split, indices):
@@ -76,16 +76,3 @@ def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
     ignore = getattr(loss, "ignore_index", None)
     micro = MulticlassAccuracy(data.num_classes, average="micro", ignore_index=ignore, validate_args=False)
     return {"accuracy": micro}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is restored, on every path."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

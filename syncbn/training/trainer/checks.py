@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from syncbn.nn.modes import evaluating
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
@@ -102,20 +103,16 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
     """Evaluates the model; the innermost module that failed and why, or None, and the outputs. Modes are restored."""
-    modes = {module: module.training for module in model.modules()}
     names = {module: name or "the model" for name, module in model.named_modules()}
     running: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda module, _: running.append(names[module])) for module in model.modules()
     ]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return None, model(images)
     except Exception as error:
         return f"{running[-1]}: {' '.join(str(error).split())}", None
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
