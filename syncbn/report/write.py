@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from syncbn.atomic_write import write_text
 from syncbn.report.runs import read_runs, run_directories
 
 
@@ -37,12 +37,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
     from syncbn.report.page import page
 
     content = page(read_runs(directories))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, content)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncbn.atomic_write import replacing
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,25 +48,10 @@ def digest(value: Any) -> str:
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Writes so that `path` is at every moment the old file, the new file or absent, never a part of one.
-
-    A digest of the content goes in with it, which `read` checks.
-    """
+    """Writes a checkpoint, whole or not at all, with a digest of its content, which `read` checks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({**content, DIGEST: digest(content)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename too must survive a power cut
-    finally:
-        os.close(descriptor)
+    with replacing(path, durable=True) as temporary:
+        torch.save({**content, DIGEST: digest(content)}, temporary)
 
 
 def read(path: Path, key: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from syncbn.atomic_write import write_text
 from syncbn.training.checkpoint.files import newest, read
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.parsing import flatten, parse, to_dict
@@ -129,4 +130,4 @@ def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
         raise ConfigError(f"data.path: this run began with the classes {listed(stored)}, the data has"
                           f" {listed(names)}; start another run with run=...")  # fmt: skip
     if stored is None and names and place.is_first:
-        path.write_text(json.dumps(list(names)) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(list(names)) + "\n")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from syncbn.atomic_write import replacing
 from syncbn.training.checkpoint.files import BEST, by_step, read, step_of, whole_step, write_atomically
 from syncbn.training.config.errors import ConfigError
 
@@ -67,9 +68,8 @@ class Checkpoints:
         own = self.directory / BEST
         if best is not None and best != own:
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = own.with_name(f".{BEST}.tmp")
-            shutil.copyfile(best, temporary)
-            temporary.replace(own)  # never a part of it
+            with replacing(own) as temporary:
+                shutil.copyfile(best, temporary)
 
     def save(self, step: int) -> None:
         """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn.training.data.randomness import integers
-
-_SHIFT_Y, _SHIFT_X, _FLIP = 2, 3, 4  # purposes of the draws, part of their keys
+from syncbn.training.data.randomness import Draw, integers
 
 
 def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int, *, fill: int = 0) -> Tensor:
@@ -23,12 +21,12 @@ def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, ep
     if num == 0 or (shift == 0 and not flip):
         return images
     if shift:
-        rows = torch.arange(height) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_Y)[:, None]
-        columns = torch.arange(width) + integers(2 * shift + 1, index, seed, epoch, _SHIFT_X)[:, None]
+        rows = torch.arange(height) + integers(2 * shift + 1, index, seed, epoch, Draw.SHIFT_Y)[:, None]
+        columns = torch.arange(width) + integers(2 * shift + 1, index, seed, epoch, Draw.SHIFT_X)[:, None]
     else:
         rows, columns = torch.arange(height).expand(num, -1), torch.arange(width).expand(num, -1)
     if flip:
-        mirrored = integers(2, index, seed, epoch, _FLIP).bool()[:, None]
+        mirrored = integers(2, index, seed, epoch, Draw.FLIP).bool()[:, None]
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, [shift] * 4, value=fill)
     sample = torch.arange(num)[:, None, None, None]

@@ -12,9 +12,7 @@ from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.data.dataset import Data, Split
-from syncbn.training.data.randomness import mix_key
-
-_ITEM = 6  # purpose of the draw, part of its key
+from syncbn.training.data.randomness import Draw, mix_key
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class OwnData(Data):
         with torch.random.fork_rng(devices=[]):
             items = []
             for sample in index.tolist() or [0]:  # of an empty batch too the shape has to be known
-                torch.manual_seed(mix_key(*draw, sample, _ITEM))
+                torch.manual_seed(mix_key(*draw, sample, Draw.ITEM))
                 items.append(split[sample])
         images = torch.stack([torch.as_tensor(image) for image, *_ in items])[: len(index)]
         targets = torch.stack([torch.as_tensor(target) for _, target in items])[: len(index)]

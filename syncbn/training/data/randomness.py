@@ -2,8 +2,28 @@
 before.
 """
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
+
+
+class Draw(IntEnum):
+    """What a random number is for: part of its key, so that two purposes never share a number.
+
+    The numbers are part of what a seed means: a run that is resumed draws the same.
+    """
+
+    SHUFFLE = 1
+    """The order of the samples in an epoch."""
+    SHIFT_Y = 2
+    SHIFT_X = 3
+    FLIP = 4
+    MODEL = 5
+    """What the model draws in a step: dropout, stochastic depth."""
+    ITEM = 6
+    """What a user's own data set draws for a sample."""
+
 
 _MASK = (1 << 64) - 1
 # The constants of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").

@@ -9,9 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from syncbn.training.data.randomness import mix_key
-
-_SHUFFLE = 1  # purpose of the draw, part of its key
+from syncbn.training.data.randomness import Draw, mix_key
 
 
 @dataclass(frozen=True)
@@ -103,5 +101,5 @@ def _shards(sampler: Sampler, step: int) -> tuple[Shard, ...]:
 
 @lru_cache(maxsize=2)
 def _epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(mix_key(seed, epoch, _SHUFFLE))
+    generator = torch.Generator().manual_seed(mix_key(seed, epoch, Draw.SHUFFLE))
     return torch.randperm(num_samples, generator=generator)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from syncbn.atomic_write import write_text
 from syncbn.auditing.audit import audit
 from syncbn.auditing.rules import SEVERITIES, Finding, table
 from syncbn.surgery.freeze_plan import FreezePlan
@@ -60,7 +61,7 @@ def record(findings: list[Finding], step: int, run_dir: Path, place: Place, seve
     if not place.is_first:
         return
     content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
-    (run_dir / "audit.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(run_dir / "audit.json", json.dumps(content, indent=2) + "\n")
     to_show = [finding for finding in findings if finding.severity in severities]
     if to_show:
         console.CONSOLE.print(f"audit at step {step} (docs/audit.md)\n{table(to_show)}", markup=False)

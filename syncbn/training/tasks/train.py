@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
@@ -63,12 +64,12 @@ def _train(
     components = build_components(config, place, resumes=checkpoint is not None)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if place.is_first:
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict)), encoding="utf-8")
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint))
     record_classes(run_dir, components.data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
-        (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        write_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
     if place.is_first and config.tracker.report:

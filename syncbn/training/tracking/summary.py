@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from syncbn.atomic_write import write_text
+
 SUMMARY = "summary.json"
 
 
@@ -28,7 +30,7 @@ def write_summary(
     """
     numbers = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     content = {"step": step, "metrics": numbers, "overrides": overrides, "stopped": stopped, "failed": failed}
-    (run_dir / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(run_dir / SUMMARY, json.dumps(content, indent=1) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from syncbn.atomic_write import write_text
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
@@ -89,10 +90,7 @@ class Tracker:
             name: {kind: [_jsonable(value) for value in vector.tolist()] for kind, vector in layer.vectors().items()}
             for name, layer in layers.items()
         }
-        path = self._run_dir / "layers.json"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps({"step": step, "layers": vectors}) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
         if self._wandb is not None:
             self._wandb.do(lambda run: run.log({"step": step, "bn/layers": _table(layers)}))
 
@@ -166,6 +164,4 @@ def cut_back(metrics: Path, step: int | None) -> None:
         again = {"test"} | ({"freeze"} if record["step"] == step else set())
         if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
             kept.append(line + "\n")
-    temporary = metrics.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(metrics)
+    write_text(metrics, "".join(kept))

@@ -36,7 +36,7 @@ from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
 from syncbn.training.data.dataset import Split, describe_data
 from syncbn.training.data.loader import Batch, Loader
-from syncbn.training.data.randomness import mix_key, seed_generators
+from syncbn.training.data.randomness import Draw, mix_key, seed_generators
 from syncbn.training.distributed.ddp import Wrapped
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout
 from syncbn.training.distributed.rank_context import in_dtype
@@ -57,8 +57,6 @@ from syncbn.training.trainer.local_stats import LocalStatistics
 from syncbn.training.trainer.overfit import FITTED
 
 log = logging.getLogger(__name__)
-
-_DROPOUT = 5  # purpose of the draw, part of its key
 
 
 class Trainer:
@@ -229,7 +227,7 @@ class Trainer:
             self.model.train()
         self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
-        seed_generators(mix_key(self.config.seed, step, self.place.rank, _DROPOUT), self.place.device)
+        seed_generators(mix_key(self.config.seed, step, self.place.rank, Draw.MODEL), self.place.device)
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
         # Loss sum, count, asked to stop, and for each rank whether its loss is not finite.
