@@ -14,6 +14,7 @@ from syncbn.report.drawing import Panel
 from syncbn.report.drawing import curves as draw_curves
 from syncbn.report.heatmaps import heatmap as draw_heatmap
 from syncbn.report.heatmaps import histograms as draw_histograms
+from syncbn.report.metric_names import DRIFT, LEARNING_RATE, THROUGHPUT, TRAIN_LOSS, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.report.runs import Run
 from syncbn.report.tables import audit, config, differences, each, environment, layer_tables, overview, safe
 from syncbn.report.timeline import freeze_timeline
@@ -81,16 +82,14 @@ def page(runs: Sequence[Run]) -> str:
     def histogram(kind: str, title: str, text: str) -> Panel:
         return draw_histograms(runs, layers, kind, title, text)
 
-    others = sorted(
-        {key for run in runs for key in run.metrics if key.startswith("val/")} - {"val/loss", "val/accuracy"}
-    )
-    drifts = sorted({key for run in runs for key in run.metrics if key.startswith("drift/")})
+    others = sorted({name for run in runs for name in below(VAL, run.metrics)} - {VAL_LOSS, VAL_ACCURACY})
+    drifts = sorted({name for run in runs for name in below(DRIFT, run.metrics)})
     curve_panels = [
-        curves("Loss", _TEXTS["loss"], "loss", "train/loss", "val/loss"),
-        curves("Accuracy", _TEXTS["accuracy"], "share right", "val/accuracy"),
-        *(curves(key, "On the validation set.", key.removeprefix("val/"), key) for key in others),
-        *(curves(f"Drift of {key.removeprefix('drift/')}", _TEXTS["loaded"], "running std", key) for key in drifts),
-        curves("Learning rate", _TEXTS["lr"], "learning rate", "train/lr"),
+        curves("Loss", _TEXTS["loss"], "loss", TRAIN_LOSS, VAL_LOSS),
+        curves("Accuracy", _TEXTS["accuracy"], "share right", VAL_ACCURACY),
+        *(curves(key, "On the validation set.", key.removeprefix(f"{VAL}/"), key) for key in others),
+        *(curves(f"Drift of {key.removeprefix(f'{DRIFT}/')}", _TEXTS["loaded"], "running std", key) for key in drifts),
+        curves("Learning rate", _TEXTS["lr"], "learning rate", LEARNING_RATE),
     ]
     heat_panels = [
         heatmap("drift", "Drift", _TEXTS["drift"], "running std"),
@@ -104,7 +103,7 @@ def page(runs: Sequence[Run]) -> str:
         histogram("running_mean", "running mean", "Healthy: the last batch lies where the running mean does."),
         histogram("running_var", "running variance", "Healthy: above 1e-8, and the last batch lies there too."),
     ]
-    speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", "train/samples_per_second")
+    speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT)
     document = Document()
     targets: list[str] = []
 

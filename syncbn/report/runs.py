@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from syncbn.report.metric_names import layer_and_kind
+
 _MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with one of them is that of a run
 _MIDDLE = "..."
 
@@ -175,8 +177,8 @@ def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, dict[int, f
             value = _number(raw)
             if value is None or key == "step":
                 continue
-            if key.startswith("bn/") and key.count("/") > 1:
-                layer, _, kind = key.removeprefix("bn/").rpartition("/")
+            if (of_layer := layer_and_kind(key)) is not None:
+                layer, kind = of_layer
                 by_layer.setdefault(layer, {}).setdefault(kind, {})[step] = value
             else:
                 metrics.setdefault(key, {})[step] = value

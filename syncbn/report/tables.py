@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from syncbn.report.drawing import color
+from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TRAIN_LOSS, VAL
 from syncbn.report.runs import Run
 
 _SEVERITIES = ("error", "warning", "info")
@@ -18,7 +19,7 @@ def overview(runs: Sequence[Run]) -> str:
     rows = []
     for k, (run, final) in enumerate(zip(runs, finals, strict=True)):
         numbers = [_number(final[name]) if name in final else "" for name in names]
-        epoch = run.last("epoch")
+        epoch = run.last(EPOCH)
         where = f"{run.last_step}" + ("" if epoch is None else f" (epoch {epoch:.4g})")
         swatch = f'<span class="swatch" style="background:{color(k)}"></span>' if len(runs) > 1 else ""
         rows.append([f"{swatch}{safe(run.label)}", safe(_state(run)), where, *numbers])
@@ -37,12 +38,12 @@ def _finals(run: Run) -> dict[str, float]:
     given = (run.summary or {}).get("metrics")
     if isinstance(given, dict) and given:
         return {str(name): float(value) for name, value in given.items() if isinstance(value, (int, float, str))}
-    wanted = ("val/", "test/", "drift/", "train/loss", "train/samples_per_second")
+    wanted = (f"{VAL}/", f"{TEST}/", f"{DRIFT}/", TRAIN_LOSS, THROUGHPUT)
     return {name: table[max(table)] for name, table in run.metrics.items() if name.startswith(wanted)}
 
 
 def _order(name: str) -> int:
-    groups = ("test/", "val/", "drift/", "train/")
+    groups = (f"{TEST}/", f"{VAL}/", f"{DRIFT}/", f"{TRAIN}/")
     return next((k for k, group in enumerate(groups) if name.startswith(group)), len(groups))
 
 

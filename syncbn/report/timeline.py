@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bokeh.models import ColumnDataSource, HoverTool, Legend, LegendItem, Range1d
 
 from syncbn.report.drawing import COLORS, WIDTH, Panel, escaped, name_rows, plot, steps_axis
+from syncbn.report.metric_names import module_and_switch
 from syncbn.report.runs import Run
 
 SWITCHES = {"stats": COLORS[0], "affine": COLORS[4], "weights": COLORS[3]}
@@ -64,9 +65,10 @@ def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
     """Per module and switch the spans in which it was frozen; what is never thawed ends with the run."""
     found: dict[str, dict[str, _Bars]] = {}
     for key, table in run.metrics.items():
-        module, _, switch = key.removeprefix("freeze/").rpartition("/")
-        if not key.startswith("freeze/") or switch not in SWITCHES:
+        parts = module_and_switch(key)
+        if parts is None or parts[1] not in SWITCHES:
             continue
+        module, switch = parts
         spans, since = [], None
         for step, value in table.items():
             if value and since is None:

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.distributed import world
@@ -75,10 +76,10 @@ def print_table(sweep_dir: Path) -> None:
         return
     summaries = [(job.name, read_summary(job) or {}) for job in jobs]
     found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
-    splits = ("val", "test", "precise/val", "precise/test")
+    splits = (VAL, TEST, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
     names = [name for name in found if name.rpartition("/")[0] in splits]  # not each class
     names = [name for name in names if not name.endswith("/loss")] or names
-    names += sorted(name for name in found if name.startswith("drift/"))
+    names += sorted(below(DRIFT, found))
     given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]
     common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
     rows = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.report.metric_names import DRIFT
 from syncbn.training.checkpoint.files import read_model_weights
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
@@ -133,7 +134,7 @@ class Drift:
                 ((_mean_of(modules[name]) - mean).abs() / (var + modules[name].eps).sqrt()).max()
                 for name, (mean, var) in layers.items()
             ]
-            drifts[f"drift/{subnet}"] = float(torch.stack(moved).max()) if moved else 0.0  # waits; evaluation only
+            drifts[f"{DRIFT}/{subnet}"] = float(torch.stack(moved).max()) if moved else 0.0  # waits; evaluation only
         return drifts
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from syncbn.report.metric_names import PRECISE, prefixed
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.tasks.loaded import load
@@ -19,7 +20,7 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     rows = []
     if config.eval.precise_bn is not None:
         found = recalibrate(loaded, config.eval.precise_bn)
-        metrics |= {f"precise/{name}": value for name, value in loaded.evaluate("val", "test").items()}
+        metrics |= prefixed(PRECISE, loaded.evaluate("val", "test"))
         rows.append(("precise statistics of", found.describe()))
     loaded.record(run_dir, metrics)
     if place.is_first:

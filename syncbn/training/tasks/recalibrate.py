@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import named_modules
+from syncbn.report.metric_names import DRIFT, PRECISE, prefixed
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.training.checkpoint import files
@@ -69,8 +70,8 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     before = loaded.evaluate("val")
     found = recalibrate(loaded, config.recalibrate.batches)
     after = loaded.evaluate("val")
-    drift = {f"drift/{name}": moved.mean for name, moved in found.layers.items()}
-    metrics = before | {f"precise/{name}": value for name, value in after.items()} | drift
+    drift = prefixed(DRIFT, {name: moved.mean for name, moved in found.layers.items()})
+    metrics = before | prefixed(PRECISE, after) | drift
     if place.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data)

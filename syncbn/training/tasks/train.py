@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
+from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError
@@ -89,7 +90,7 @@ def _train(
     _announce(run_dir, trainer, overrides)
     if metrics is not None:
         log.info("this run is finished; the test set has been used and is not used again")
-        tracker.log(trainer.counters.step, {key: value for key, value in metrics.items() if key.startswith("test/")})
+        tracker.log(trainer.counters.step, {name: metrics[name] for name in below(TEST, metrics)})
     else:
         metrics = trainer.run()
     if place.is_first:
@@ -98,7 +99,7 @@ def _train(
         write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
         _print_summary(metrics, run_dir, trainer)
     if config.overfit is not None:
-        overfit.judge(config.overfit, metrics["val/accuracy"], metrics["val/loss"], trainer.counters.step, model)
+        overfit.judge(config.overfit, metrics[VAL_ACCURACY], metrics[VAL_LOSS], trainer.counters.step, model)
     return metrics
 
 
@@ -145,14 +146,14 @@ def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None
 
 def _by_split(name: str) -> int:
     """The order of the summary: validation, test, the rest."""
-    return next((place for place, split in enumerate(("val/", "test/")) if name.startswith(split)), 2)
+    return next((place for place, split in enumerate((VAL, TEST)) if name.startswith(f"{split}/")), 2)
 
 
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
-    names = sorted((name for name in metrics if not name.startswith("train/")), key=_by_split)
+    names = sorted((name for name in metrics if not name.startswith(f"{TRAIN}/")), key=_by_split)
     rows = [(name, f"{metrics[name]:.4f}") for name in names]
     rows += [
-        ("train/samples_per_second", f"{metrics['train/samples_per_second']:.0f}"),
+        (THROUGHPUT, f"{metrics[THROUGHPUT]:.0f}"),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
         ("run directory", shown(run_dir)),

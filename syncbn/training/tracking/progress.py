@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from syncbn.report.metric_names import EPOCH, GRADIENT_NORM, LEARNING_RATE, STEPS_LEFT_OUT, THROUGHPUT, TRAIN_LOSS
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -25,15 +27,15 @@ class Progress:
     def metrics(self) -> dict[str, float]:
         """For the tracker; what is None, and a count of 0, is left out."""
         metrics = {
-            "epoch": self.epoch,
-            **({} if self.loss is None else {"train/loss": self.loss}),
-            "train/lr": self.lr,
-            "train/samples_per_second": self.samples_per_second,
+            EPOCH: self.epoch,
+            **({} if self.loss is None else {TRAIN_LOSS: self.loss}),
+            LEARNING_RATE: self.lr,
+            THROUGHPUT: self.samples_per_second,
         }
         if self.gradient_norm is not None:
-            metrics["train/grad_norm"] = self.gradient_norm
+            metrics[GRADIENT_NORM] = self.gradient_norm
         if self.steps_left_out:
-            metrics["train/steps_left_out"] = self.steps_left_out
+            metrics[STEPS_LEFT_OUT] = self.steps_left_out
         return metrics
 
     def line(self) -> str:

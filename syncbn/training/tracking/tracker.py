@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
+from syncbn.report.metric_names import BN, LAYER_TABLE, of_layer
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
@@ -73,11 +74,11 @@ class Tracker:
         record: dict[str, Any] = {"step": step, **metrics}
         of_layers = {name: layer.scalars() for name, layer in (layers or {}).items()}
         for name, scalars in of_layers.items():
-            record |= {f"bn/{name}/{key}": value for key, value in scalars.items()}
+            record |= {of_layer(name, key): value for key, value in scalars.items()}
         for key, worst in _WORST.items():
             values = [scalars[key] for scalars in of_layers.values() if key in scalars]
             if values:  # what is not a number is worse than all numbers, and compares with none
-                record[f"bn/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
+                record[f"{BN}/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
         self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
         if self._wandb is not None:
             self._wandb.do(lambda run: run.log({**record, **_histograms(layers or {})}))
@@ -92,7 +93,7 @@ class Tracker:
         }
         write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
         if self._wandb is not None:
-            self._wandb.do(lambda run: run.log({"step": step, "bn/layers": _table(layers)}))
+            self._wandb.do(lambda run: run.log({"step": step, LAYER_TABLE: _table(layers)}))
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Final values, in wandb's summary."""
@@ -126,7 +127,7 @@ def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
 
 def _histograms(layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
     return {
-        f"bn/{name}/hist/{kind}": _histogram(finite)
+        of_layer(name, f"hist/{kind}"): _histogram(finite)
         for name, layer in layers.items()
         for kind, vector in layer.vectors().items()
         if len(finite := vector[vector.isfinite()])

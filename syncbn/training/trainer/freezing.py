@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import nn
 
+from syncbn.report.metric_names import of_switch
 from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.config.errors import listed
 from syncbn.training.tracking.tracker import Tracker
@@ -47,5 +48,5 @@ class Freezing:
                     if not change.frozen and change.switch != "stats":
                         self._optimizer.state.pop(parameter, None)
         if changes:
-            self._tracker.log(step, {f"freeze/{c.module}/{c.switch}": float(c.frozen) for c in changes})
+            self._tracker.log(step, {of_switch(one.module, one.switch): float(one.frozen) for one in changes})
         return bool(changes)

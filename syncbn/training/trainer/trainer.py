@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
+from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, below, prefixed
 from syncbn.stats.monitor import Monitor
 from syncbn.training.checkpoint.files import BEST, read
 from syncbn.training.checkpoint.frozen import FrozenSwitches
@@ -307,9 +308,9 @@ class Trainer:
         with self.clock.paused():
             with self.local_statistics.pooled(self.counters.step):
                 metrics = self._validate_model()
-            names = dict.fromkeys([f"val/{self.best.by}", "val/loss"])
+            names = dict.fromkeys([f"{VAL}/{self.best.by}", VAL_LOSS])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
-            self.tracker.log(step, {"epoch": step / self.steps_per_epoch, **metrics})
+            self.tracker.log(step, {EPOCH: step / self.steps_per_epoch, **metrics})
             if self.place.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
 
@@ -321,7 +322,7 @@ class Trainer:
         self.counters.evaluated_step = step
         if self.counters.is_best(values, *self.best) and self.place.is_first:
             self.checkpoints.save_best(step, self.update.evaluated)
-        return {f"val/{name}": value for name, value in values.items()} | self.drift.measure(self.model)
+        return prefixed(VAL, values) | self.drift.measure(self.model)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
@@ -346,11 +347,11 @@ class Trainer:
         model = copy.deepcopy(self.update.evaluated)
         model.load_state_dict(read(self.checkpoints.directory / BEST, "run")["model"])
         final = {
-            **{f"val/{name}": value for name, value in self.counters.best.items()},
-            **{f"test/{name}": value for name, value in self._evaluate(model, self.data.test).items()},
-            "train/samples_per_second": self.clock.overall(),
+            **prefixed(VAL, self.counters.best),
+            **prefixed(TEST, self._evaluate(model, self.data.test)),
+            THROUGHPUT: self.clock.overall(),
             **drift,
         }
-        self.tracker.log(self.counters.step, {k: v for k, v in final.items() if k.startswith("test/")})
+        self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
         self.tracker.summarize(final)
         return final
