@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,8 @@ def read(path: Path, key: str) -> dict[str, Any]:
 
 def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
     """A model's state dict, from a run directory (its best checkpoint), a checkpoint, or a bare state dict."""
-    if path.is_dir():
-        path = best_or_newest(path, key)
-    content = read(path, key)
+    stored = read_best_or_newest(path, key)
+    path, content = stored.path, stored.content
     weights = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
     if not all(isinstance(value, Tensor) for value in weights.values()):
         raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors")
@@ -96,33 +96,56 @@ def _without_wrapper(name: str) -> str:
     return ".".join(part for part in parts if part != "_orig_mod")
 
 
-def newest(run_dir: Path) -> Path | None:
+@dataclass(frozen=True)
+class Stored:
+    """A file of a run that has been read, with its digest checked: once, however many ask for what is in it."""
+
+    path: Path
+    content: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> Stored:
+        """See `read`."""
+        return cls(path, read(path, key))
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return int(self.content["step"])
+
+
+def newest(run_dir: Path) -> Stored | None:
     """The newest training checkpoint of a run directory that is whole; a warning for each that is not."""
-    return next((path for path in reversed(by_step(run_dir / "checkpoints")) if whole_step(path) is not None), None)
+    whole = (read_whole(path) for path in reversed(by_step(run_dir / "checkpoints")))
+    return next((stored for stored in whole if stored is not None), None)
 
 
-def whole_step(path: Path) -> int | None:
-    """The step of a run's checkpoint that is whole; None, with a warning, for any other file."""
+def read_whole(path: Path) -> Stored | None:
+    """A run's checkpoint that is whole; None, with a warning, for any other file."""
     try:
-        content = read(path, "resume")
+        stored = Stored.read(path, "resume")
     except ConfigError as error:
         log.warning("%s; it is passed over", error)
         return None
-    if "step" in content and "model" in content:
-        return int(content["step"])
+    if "step" in stored.content and "model" in stored.content:
+        return stored
     log.warning("%s is not a checkpoint of a run; it is passed over", path)
     return None
 
 
-def best_or_newest(run_dir: Path, key: str) -> Path:
-    """The best checkpoint of a run directory, else its newest, else what task=recalibrate has left there."""
-    best, recalibrated = run_dir / "checkpoints" / BEST, run_dir / RECALIBRATED
-    found = best if best.is_file() else newest(run_dir)
-    if found is None and recalibrated.is_file():
-        found = recalibrated
-    if found is None:
-        raise ConfigError(f"{key}: {str(run_dir)!r} has no checkpoint under checkpoints/")
-    return found
+def read_best_or_newest(path: Path, key: str) -> Stored:
+    """A file, or of a run directory the best checkpoint, else its newest, else what task=recalibrate has left there."""
+    if not path.is_dir():
+        return Stored.read(path, key)
+    best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
+    if best.is_file():
+        return Stored.read(best, key)
+    stored = newest(path)
+    if stored is None and recalibrated.is_file():
+        stored = Stored.read(recalibrated, key)
+    if stored is None:
+        raise ConfigError(f"{key}: {str(path)!r} has no checkpoint under checkpoints/")
+    return stored
 
 
 def step_of(path: Path) -> int:

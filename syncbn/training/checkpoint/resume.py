@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
-from syncbn.training.checkpoint.files import newest, read
+from syncbn.training.checkpoint.files import Stored, newest
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
@@ -35,7 +35,7 @@ _GROUPS = (*SCHEMAS, "freeze", "tracker")
 _ANYTHING = ("experiment", "debug")  # choices that may set any key
 
 
-def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
+def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
     """The checkpoint that this run goes on from; None for a new run.
 
     A path is where a run begins. Once the run has checkpoints of its own it goes on from those, unless the path is one
@@ -60,16 +60,16 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
         if found is None:
             raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
         return found
-    return path
+    return Stored.read(path, "resume")
 
 
-def merge_with_stored(config: Config, path: Path, overrides: Sequence[str]) -> Config:
-    """The configuration of the run that `path` belongs to, with what the command line may change.
+def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[str]) -> Config:
+    """The configuration of the run that the checkpoint belongs to, with what the command line may change.
 
     Raises:
         ConfigError: a key given on the command line differs from the stored one and may not change.
     """
-    stored, current = read(path, "resume")["config"], to_dict(config)
+    path, stored, current = checkpoint.path, checkpoint.content["config"], to_dict(config)
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
     for key, value in before.items():

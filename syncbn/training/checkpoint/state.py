@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
-from syncbn.training.checkpoint.files import BEST, by_step, read, step_of, whole_step, write_atomically
+from syncbn.training.checkpoint.files import BEST, Stored, by_step, read_whole, step_of, write_atomically
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,11 @@ class Checkpoints:
     def find_best(self, resumed_from: Path, step: int) -> Path | None:
         """The best model so far, of `step`: this run's own, or the one beside the checkpoint that it resumes from."""
         candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
-        return next((path for path in candidates if path.exists() and whole_step(path) == step), None)
+        for path in candidates:
+            stored = read_whole(path) if path.exists() else None
+            if stored is not None and stored.step == step:
+                return path
+        return None
 
     def begin(self, step: int, best: Path | None = None) -> None:
         """Makes the directory that of a run that has done `step` steps: what is later is set aside, as
@@ -94,14 +98,13 @@ class Checkpoints:
         if self._failed is not None:
             raise RuntimeError(f"a checkpoint could not be written: {self._failed}") from self._failed
 
-    def load(self, path: Path, key: str) -> int:
+    def load(self, stored: Stored, key: str) -> int:
         """Puts the state back into the parts; returns the number of steps done."""
-        content = read(path, key)
         for name, part in self.parts.items():
-            if name not in content:
-                raise ConfigError(f"{key}: {path} is not a training checkpoint, it has no {name!r}")
-            load_into(part, content[name], path, key)
-        return int(content["step"])
+            if name not in stored.content:
+                raise ConfigError(f"{key}: {stored.path} is not a training checkpoint, it has no {name!r}")
+            load_into(part, stored.content[name], stored.path, key)
+        return stored.step
 
     def _submit(self, path: Path, content: dict[str, Any]) -> None:
         self.wait()  # at most one in flight

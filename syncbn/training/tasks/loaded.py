@@ -102,11 +102,10 @@ def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
     if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
     assert config.load is not None
-    path = Path(config.load)
-    path = files.best_or_newest(path, "load") if path.is_dir() else path
+    stored = files.read_best_or_newest(Path(config.load), "load")
+    path, checkpoint = stored.path, stored.content
     if run_dir.resolve() in path.resolve().parents:
         raise ConfigError(f"run: {shown(run_dir)} holds what load names, which is never changed; choose another name")
-    checkpoint = files.read(path, "load")
     if "config" not in checkpoint or "model" not in checkpoint:
         raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
     return path, checkpoint

@@ -57,7 +57,7 @@ def _train(
     config: Config,
     run_dir: Path,
     place: Place,
-    checkpoint: Path | None,
+    checkpoint: files.Stored | None,
     overrides: Sequence[str],
     tracking: ExitStack,
     stop: StopRequest,
@@ -66,7 +66,7 @@ def _train(
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if place.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
-        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint))
+        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint.path))
     record_classes(run_dir, components.data.class_names, place)
     environment = describe(place, overrides)
     if place.is_first:
@@ -78,7 +78,7 @@ def _train(
     trainer = Trainer(components, run_dir, tracker, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-        log.info("resumed from %s at step %d", shown(checkpoint), trainer.counters.step)
+        log.info("resumed from %s at step %d", shown(checkpoint.path), trainer.counters.step)
     elif place.is_first:
         trainer.checkpoints.begin(0)
     metrics = _metrics_of_finished(run_dir, trainer)
@@ -112,12 +112,12 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
     return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
 
 
-def _require_shared(run_dir: Path, checkpoint: Path | None) -> None:
+def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
     """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
     mark = run_dir / ".shared"
     if world.rank() == 0:
         mark.touch()
-    found = world.on_all_ranks(None if checkpoint is None else checkpoint.name)
+    found = world.on_all_ranks(None if checkpoint is None else checkpoint.path.name)
     visible = world.on_all_ranks(mark.exists())
     if world.rank() == 0:
         mark.unlink()

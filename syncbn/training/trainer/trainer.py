@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from syncbn.nn.accumulate import accumulate_stats
 from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, below, prefixed
 from syncbn.stats.monitor import Monitor
-from syncbn.training.checkpoint.files import BEST, read
+from syncbn.training.checkpoint.files import BEST, Stored, read
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
@@ -211,10 +211,10 @@ class Trainer:
             if self.place.is_first:
                 self.checkpoints.save(self.counters.step)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, stored: Stored) -> None:
         """Goes on from a checkpoint, which may be another run's, or an earlier one of this run."""
-        self.checkpoints.load(path, "resume")
-        best = self.checkpoints.find_best(path, self.counters.best_step)
+        self.checkpoints.load(stored, "resume")
+        best = self.checkpoints.find_best(stored.path, self.counters.best_step)
         if best is None and self.counters.best_step:
             log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
             self.counters.forget_best()

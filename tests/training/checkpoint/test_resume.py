@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.training.checkpoint.files import write_atomically
+from syncbn.training.checkpoint import files
+from syncbn.training.checkpoint.files import Stored, write_atomically
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
@@ -95,6 +96,15 @@ def test_how_a_run_computes_is_its_own_configuration_s_business_named_again_or_n
     assert seen == [(torch.float64, True, True)]
     assert load_last(run)["model"]["head.weight"].dtype == torch.float64
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_checkpoint_is_read_and_hashed_once_at_a_resume(job, monkeypatch):
+    job(*SMALL, "duration=2", "run=a")
+    hashed = []
+    monkeypatch.setattr(files, "digest", lambda content, digest=files.digest: hashed.append(content) or digest(content))
+    job("duration=3", "run=a")
+    at_start = [content["step"] for content in hashed if content["step"] == 2 and "optimizer" in content]
+    assert at_start == [2]
 
 
 def test_a_finished_run_says_what_it_said_and_uses_the_test_set_no_more(job, caplog):
@@ -228,10 +238,10 @@ def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, mon
         config = compose_config(f"resume={resume}")
         with monkeypatch.context() as restarted:
             restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-            assert checkpoint_to_resume(config, tmp_path / "own") == own
+            assert checkpoint_to_resume(config, tmp_path / "own").path == own
     # Started again by hand with another run's checkpoint: that was where it began.
-    assert checkpoint_to_resume(config, tmp_path / "own") == own
-    assert checkpoint_to_resume(config, tmp_path / "fresh") == first / "checkpoints/step_00000002.pt"
+    assert checkpoint_to_resume(config, tmp_path / "own").path == own
+    assert checkpoint_to_resume(config, tmp_path / "fresh").path == first / "checkpoints/step_00000002.pt"
 
 
 @pytest.mark.parametrize("options", [["bn.sync=false"], ["bn.group=1"]], ids=str)
@@ -265,13 +275,13 @@ def stored_run(directory, *overrides):
 def test_what_may_not_change_is_named(job, tmp_path, overrides, key):
     path = stored_run(tmp_path)
     with pytest.raises(ConfigError, match=f"^{key}: the run that"):
-        merge_with_stored(compose_config(*overrides), path, overrides)
+        merge_with_stored(compose_config(*overrides), Stored.read(path, "resume"), overrides)
 
 
 def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):
     path = stored_run(tmp_path, "seed=5", "freeze=backbone")
     overrides = ["duration=9ep", "save.every=1ep", "tracker=none", "log_every=7"]
-    merged = merge_with_stored(compose_config(*overrides), path, overrides)
+    merged = merge_with_stored(compose_config(*overrides), Stored.read(path, "resume"), overrides)
     assert (merged.seed, merged.duration, merged.save.every, merged.tracker.mode) == (5, "9ep", "1ep", "disabled")
     assert list(merged.freeze) == ["backbone"]
-    assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path) == path
+    assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path).path == path

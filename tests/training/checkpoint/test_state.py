@@ -37,7 +37,7 @@ def test_a_damaged_file_of_a_later_step_does_not_push_out_what_is_saved(tmp_path
     for step in (2, 4, 6):
         checkpoints.save(step)
     checkpoints.close()
-    assert files.newest(tmp_path) == directory / "step_00000006.pt"
+    assert files.newest(tmp_path).path == directory / "step_00000006.pt"
     assert not (directory / "step_00000004.pt").exists()
 
 
@@ -60,7 +60,7 @@ def test_state_and_frozen_switches_come_back(tmp_path):
     checkpoints.close()
     path = tmp_path / "checkpoints/step_00000007.pt"
     other, loading = make_checkpoints(tmp_path)
-    assert loading.load(path, "resume") == 7
+    assert loading.load(files.Stored.read(path, "resume"), "resume") == 7
     assert torch.equal(other[0].weight, model[0].weight)
     assert other[1].stats_frozen
     assert not other[1].affine_frozen
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_
     content = torch.load(paths[2], weights_only=True)
     content["model"]["0.weight"][0, 0] += 1e-3  # tampered with
     torch.save(content, paths[2])
-    assert files.newest(tmp_path) == paths[1]
+    assert files.newest(tmp_path).path == paths[1]
     assert len(caplog.records) == 3
     assert "has been changed since it was written" in caplog.text
     with pytest.raises(ConfigError, match=r"load: .*its digest does not fit"):
