@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.images import ImageData
 from syncbn.training.models.resnet import ResnetSmall
 from tests.training.data.test_data import fashion_files
 from tests.training.jobs import ROOT
@@ -25,7 +26,7 @@ def gap(monkeypatch):
 
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(96, 1, 12, 12, generator=generator), torch.arange(96) % 10
-    data = Data(Split(images, labels), Split(images, labels), Split(images, labels), 10, 0, False)
+    data = ImageData(Split(images, labels), Split(images, labels), Split(images, labels), 10, 0, False)
     return gap, data
 
 

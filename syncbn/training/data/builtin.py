@@ -10,24 +10,25 @@ from torch import Tensor
 
 from syncbn.training.config.data import DigitsConfig, FashionMnistConfig, SyntheticConfig
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.randomness import mix_key
 from syncbn.training.data.splits import SPLIT_SEED, stratified_indices
 
 FASHION_VAL_SAMPLES = 5000
 
 
-def load_digits(config: DigitsConfig) -> Data:
+def load_digits(config: DigitsConfig) -> ImageData:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16.0
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     train, val, test = (Split(images[index], labels[index]) for index in stratified_indices(labels))
-    return Data(train, val, test, 10, config.shift, config.flip)
+    return ImageData(train, val, test, 10, config.shift, config.flip)
 
 
-def load_fashion_mnist(config: FashionMnistConfig) -> Data:
+def load_fashion_mnist(config: FashionMnistConfig) -> ImageData:
     directory = Path(config.path)
     images, labels = (_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1"))
     test = Split(*(_read_idx(directory, f"t10k-{kind}") for kind in ("images-idx3", "labels-idx1")))
@@ -36,7 +37,7 @@ def load_fashion_mnist(config: FashionMnistConfig) -> Data:
         raise ConfigError(f"data.path: expected more than {FASHION_VAL_SAMPLES} training images, got {len(labels)}")
     end = min(cut, config.train_samples or cut)
     train, val = Split(images[:end], labels[:end]), Split(images[cut:], labels[cut:])
-    return Data(train, val, test, 10, config.shift, config.flip)
+    return ImageData(train, val, test, 10, config.shift, config.flip)
 
 
 def _read_idx(directory: Path, stem: str) -> Tensor:
@@ -60,7 +61,7 @@ def _read_idx(directory: Path, stem: str) -> Tensor:
     return values.to(torch.int64) if num_dims == 1 else values[:, None].to(torch.float32) / 255.0
 
 
-def make_synthetic(config: SyntheticConfig) -> Data:
+def make_synthetic(config: SyntheticConfig) -> ImageData:
     generator = torch.Generator().manual_seed(mix_key(SPLIT_SEED, config.num_samples, config.num_classes))
     shape = (config.channels, config.size, config.size)
     patterns = torch.randn(config.num_classes, *shape, generator=generator)
@@ -69,4 +70,4 @@ def make_synthetic(config: SyntheticConfig) -> Data:
     order = torch.randperm(config.num_samples, generator=generator)
     cuts = [config.num_samples * 8 // 10, config.num_samples * 9 // 10]
     train, val, test = (Split(images[index], labels[index]) for index in order.tensor_split(cuts))
-    return Data(train, val, test, config.num_classes, config.shift, config.flip)
+    return ImageData(train, val, test, config.num_classes, config.shift, config.flip)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Data
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.randomness import Draw, mix_key
 
 
 @dataclass(frozen=True)
-class OwnData(Data):
-    """Items are (image, target): a float tensor (C, ...), normalized as the user wants it, and anything that is a
-    tensor or number. What an item draws from torch's random numbers is a function of (seed, epoch, sample), so that
-    own augmentation is the same at any world size; other generators are the user's to seed.
+class CustomData:
+    """Three map-style datasets of torch's kind: `train`, `val`, `test`.
+
+    Items are (image, target): a float tensor (C, ...), normalized as the user wants it, and a tensor or number. What an
+    item draws from torch's random numbers is a function of (seed, epoch, sample), so that own augmentation is the same
+    at any world size; other generators are the user's to seed.
     """
+
+    train: Any
+    val: Any
+    test: Any
+    num_classes: int | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None: what targets are is the loss's business."""
+        return ()
 
     @property
     def num_channels(self) -> int:
@@ -42,9 +56,18 @@ class OwnData(Data):
         """Images and targets of these samples, stacked."""
         return self._batch(self.train, index, (seed, epoch), dtype)
 
-    def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these samples, stacked."""
         return self._batch(split, index, (0, 0), dtype)
+
+    def normalized_by(self, mean: Tensor, std: Tensor) -> CustomData:
+        """The same: nothing is normalized here."""
+        return self
+
+    def first(self, num_samples: int) -> CustomData:
+        """See `Data`."""
+        few = Subset(self.train, range(num_samples))
+        return replace(self, train=few, val=few, test=few)
 
     def _batch(self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]):
@@ -65,7 +88,7 @@ def load(config: OpenData) -> Data:
         ConfigError: it lacks one of them, one is empty, or its items are not pairs that begin with a tensor.
     """
     built, key = build_target("data", config.arguments), f"data._target_={config.name}"
-    if isinstance(built, Data):
+    if isinstance(built, ImageData | CustomData):
         return built
     splits: list[Any] = []
     for name in ("train", "val", "test"):
@@ -81,4 +104,4 @@ def load(config: OpenData) -> Data:
             raise ConfigError(f"{key}: expected items (image tensor, target), {name}[0] is a {type(item).__name__}")
         splits.append(split)
     train, val, test = splits
-    return OwnData(train, val, test, num_classes=getattr(built, "num_classes", None), shift=0, flip=False)
+    return CustomData(train, val, test, getattr(built, "num_classes", None))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data.augment import augment
 
 IGNORE = 255  # in a mask: left out of loss and metrics
-STATS_SAMPLES = 1000  # of images that are decoded when asked for, these many give mean and standard deviation
 
 
 class Rows(Protocol):
@@ -45,66 +42,59 @@ class Split:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
-class Data:
-    """The three splits, what normalizes their pixels, and how the training ones are augmented."""
+class Data(Protocol):
+    """A data set for a run: three splits, and batches of them.
 
-    train: Split
-    val: Split
-    test: Split
-    num_classes: int | None
-    """None where the targets are no classes."""
-    shift: int
-    flip: bool
-    class_names: tuple[str, ...] = ()
-    """Of the labels 0, 1, ..., where the data set has names."""
-    trained_stats: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation to normalize with, those of a training that is over; None: of these images."""
+    `ImageData` holds images, decoded or not; `CustomData` anything that a user's own datasets give.
+    """
+
+    @property
+    def train(self) -> Any:
+        """What a split is, only the data set itself knows; it has a length."""
+
+    @property
+    def val(self) -> Any:
+        """See `train`."""
+
+    @property
+    def test(self) -> Any:
+        """See `train`."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """None where the targets are no classes."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels 0, 1, ..., where the data set has names; else empty."""
 
     @property
     def num_channels(self) -> int:
         """Channels of an image."""
-        return self.train.images.shape[1]
 
     @property
     def has_masks(self) -> bool:
         """Whether every pixel has a label, and not the image."""
-        return len(self.train.labels.shape) > 1
+
+    @property
+    def pixel_stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (1, C, 1, 1), float64, that normalize the pixels; the same on every rank."""
 
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images and their labels, (N,) or (N, H, W) int64.
+        """Images and targets of these training samples; what is drawn depends on (seed, epoch, sample) alone.
 
-        What is drawn depends on (seed, epoch, sample) alone. A mask moves with its image; what comes in is ignored.
+        Args:
+            index: (N,) int64, positions in the split; N may be 0.
         """
-        images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
-        images = augment(images, index, self.shift, self.flip, seed, epoch)
-        if self.has_masks:
-            labels = augment(labels[:, None], index, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
-        return self._normalize(images, dtype), labels
 
-    def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normalized images and their labels, (N,) or (N, H, W) int64."""
-        return self._normalize(split.images[index], dtype), split.labels[index].to(torch.int64)
+    def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Images and targets of these samples of a split, without augmentation."""
 
-    @cached_property
-    def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (1, C, 1, 1) of the training images, float64; the same on every rank.
+    def normalized_by(self, mean: Tensor, std: Tensor) -> Data:
+        """The same data, its pixels normalized by these numbers instead of its own."""
 
-        Of images that are decoded when asked for: over STATS_SAMPLES of them, evenly spaced.
-        """
-        if self.trained_stats is not None:
-            return self.trained_stats
-        images = self.train.images
-        if isinstance(images, Tensor) and images.is_floating_point():
-            std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
-        else:
-            num = len(images) if isinstance(images, Tensor) else min(len(images), STATS_SAMPLES)
-            mean, std = _byte_stats(images, torch.arange(num) * len(images) // num)
-        return mean, std.clamp(min=1e-6)
-
-    def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        mean, std = self.pixel_stats
-        return (_as_floats(images, dtype) - mean.to(dtype)) / std.to(dtype)
+    def first(self, num_samples: int) -> Data:
+        """The first training samples, not augmented, as training, validation and test set."""
 
 
 def describe_data(data: Data) -> dict[str, Any]:
@@ -127,21 +117,4 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
             f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
             f" data has {', '.join(data.class_names) or 'none with names'}"
         )
-    return replace(data, trained_stats=(stored["mean"], stored["std"]))
-
-
-def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1, C, 1, 1) of bytes, as numbers between 0 and 1; the sums are exact."""
-    sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
-    for part in index.split(32):
-        values = images[part].to(torch.int64)
-        sums += torch.stack([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3))])
-    count = len(index) * images.shape[2] * images.shape[3]
-    total, squares = sums.to(torch.float64)
-    variance = (squares - total * total / count) / max(1, count - 1)
-    return (total / count / 255)[None, :, None, None], (variance.sqrt() / 255)[None, :, None, None]
-
-
-def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers between 0 and 1."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    return data.normalized_by(stored["mean"], stored["std"])

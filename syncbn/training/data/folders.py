@@ -13,8 +13,9 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.data.dataset import IGNORE, Data, Split
+from syncbn.training.data.dataset import IGNORE, Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ SPLITS = ("train", "val", "test")
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def load_classes(config: ImageFolderConfig) -> Data:
+def load_classes(config: ImageFolderConfig) -> ImageData:
     """`data=image_folder`: `train/`, `val/` and `test/` that each hold a directory per class, or those directories.
 
     Without `val/` a tenth of `train/` validates.
@@ -43,7 +44,7 @@ def load_classes(config: ImageFolderConfig) -> Data:
     return finish(data, config, len(names), names)
 
 
-def load_masks(config: MaskFolderConfig) -> Data:
+def load_masks(config: MaskFolderConfig) -> ImageData:
     """`data=mask_folder`: `train/`, `val/` and `test/` that each hold `images/` and `masks/`, with equal names."""
     root, others = _root(config), Counter[str]()
     if not _splits(root):
@@ -64,7 +65,7 @@ def load_masks(config: MaskFolderConfig) -> Data:
     return finish(splits, config, config.num_classes, ())
 
 
-def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> Data:
+def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> ImageData:
     """Data of images that are decoded when asked for, with a cache if they fit."""
     for name, split in zip(SPLITS, splits, strict=True):
         if len(split) == 0:
@@ -74,7 +75,7 @@ def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, nam
     sizes = ", ".join(f"{len(split)} {name}" for name, split in zip(SPLITS, splits, strict=True))
     log.info("%s: %s, %d classes", config.path, sizes, num_classes)
     train, val, test = splits
-    return Data(train, val, test, num_classes, config.shift, config.flip, tuple(names))
+    return ImageData(train, val, test, num_classes, config.shift, config.flip, tuple(names))
 
 
 def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from syncbn.training.config.data import HfConfig
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.folders import finish, split_labels
+from syncbn.training.data.images import ImageData
 
 _NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -48,7 +49,7 @@ class Column:
         return f"row {position} of {self.split}"
 
 
-def load(config: HfConfig) -> Data:
+def load(config: HfConfig) -> ImageData:
     """`data=hf`: what `save_to_disk` wrote, with the splits train, validation (or val) and test, or a single one.
 
     Without validation a tenth of train is held out for it.

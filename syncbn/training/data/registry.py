@@ -21,6 +21,7 @@ from syncbn.training.config.data import (
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import builtin, custom, folders, hf, shapes
 from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.images import ImageData
 
 
 def load(config: DataConfig) -> Data:
@@ -29,6 +30,7 @@ def load(config: DataConfig) -> Data:
     Raises:
         ConfigError: files that are missing or not what they should be; the message names the key and the remedy.
     """
+    data: Data
     match config:
         case DigitsConfig():
             data = builtin.load_digits(config)
@@ -53,6 +55,7 @@ def load(config: DataConfig) -> Data:
 
 
 def _keep_classes(data: Data, classes: list[int]) -> Data:
+    assert isinstance(data, ImageData)  # the schemas that have `classes` are of images
     assert data.num_classes is not None
     if unknown := sorted(set(classes) - set(range(data.num_classes))):
         raise ConfigError(f"data.classes: expected labels between 0 and {data.num_classes - 1}, got {unknown}")

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.data import ShapesConfig
-from syncbn.training.data.dataset import IGNORE, Data, Split
+from syncbn.training.data.dataset import IGNORE, Split
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.randomness import mix_key
 
 NAMES = ("background", "square", "disk", "triangle")
 MAX_SHAPES = 4  # in an image
 
 
-def make(config: ShapesConfig) -> Data:
+def make(config: ShapesConfig) -> ImageData:
     """`data=shapes`: uint8 images (N, 3, size, size) and masks; a sample depends on the data's seed and itself alone.
 
     Colours are random, so that the shape decides. From each mask a band of random height is ignored, so that the
@@ -24,7 +25,7 @@ def make(config: ShapesConfig) -> Data:
     cuts = [config.num_samples * 8 // 10, config.num_samples * 9 // 10]
     parts = zip(images.tensor_split(cuts), masks.tensor_split(cuts), strict=True)
     train, val, test = (Split(*part) for part in parts)
-    return Data(train, val, test, config.num_classes, config.shift, config.flip, NAMES[: config.num_classes])
+    return ImageData(train, val, test, config.num_classes, config.shift, config.flip, NAMES[: config.num_classes])
 
 
 def _sample(config: ShapesConfig, position: int) -> tuple[Tensor, Tensor]:

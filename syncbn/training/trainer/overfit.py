@@ -6,16 +6,11 @@ What cannot do that has a mistake somewhere between the images and the optimizer
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from syncbn.training.config.errors import ConfigError, TrainingError
-from syncbn.training.data.custom import OwnData
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Data
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +23,7 @@ def only_a_few(data: Data, num_samples: int) -> Data:
         raise ConfigError(f"overfit: expected at most the {len(data.train)} training samples, got {num_samples}")
     if data.num_classes is None:
         raise ConfigError("overfit: goes by accuracy, and this data has no classes; give it num_classes")
-    if isinstance(data, OwnData):
-        train: Any = data.train  # a data set of the user's
-        own: Any = Subset(train, range(num_samples))
-        return replace(data, train=own, val=own, test=own)
-    index = torch.arange(num_samples)
-    few = Split(data.train.images[index], data.train.labels[index])
-    return replace(data, train=few, val=few, test=few, shift=0, flip=False)
+    return data.first(num_samples)
 
 
 def judge(num_samples: int, accuracy: float, loss: float, step: int, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from syncbn.training.config.data import parse_bytes
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data import dataset, decoding, registry
+from syncbn.training.data import decoding, images, registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.decoding import Decoded, Files
 from tests.training.checkpoint.test_resume import SMALL
@@ -239,7 +239,7 @@ def test_the_statistics_are_those_of_the_training_pixels(tmp_path):
 
 
 def test_of_many_images_they_are_those_of_a_fixed_evenly_spaced_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "STATS_SAMPLES", 4)
+    monkeypatch.setattr(images, "STATS_SAMPLES", 4)
     save_classes(tmp_path, {"a": 10, "b": 10})
     data = folder(tmp_path)
     pixels = data.train.images[torch.tensor([0, 4, 8, 12])].to(torch.float64) / 255

@@ -15,7 +15,7 @@ import torch
 
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data import loader, registry
-from syncbn.training.data.custom import OwnData
+from syncbn.training.data.custom import CustomData
 from syncbn.training.data.loader import Loader
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import Place
@@ -70,7 +70,7 @@ def test_what_workers_cannot_be_given_is_an_error_that_names_the_remedy():
         pass
 
     part = Local(torch.zeros(6, 2), torch.zeros(6))
-    data = OwnData(part, part, part, num_classes=None, shift=0, flip=False)
+    data = CustomData(part, part, part)
     with pytest.raises(ConfigError, match=r"data.workers: the data set cannot be sent .*Local.*or use data.workers=0"):
         batches_of(data, HERE, 1, steps=[0], evaluate_after=0)
     assert len(batches_of(data, HERE, 0, steps=[0], evaluate_after=0)) == 5

@@ -9,7 +9,8 @@ from torch import nn
 from torchmetrics import classification
 
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.images import ImageData
 from syncbn.training.distributed.rank_context import Place
 from syncbn.training.evaluation.evaluate import EVAL_BATCH_SIZE, evaluate
 from syncbn.training.evaluation.metrics import Best, choose_best
@@ -26,7 +27,7 @@ def check_exact(num):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3)).double()
     split = make_split(num)
-    data = Data(split, split, split, num_classes=3, shift=0, flip=False)
+    data = ImageData(split, split, split, num_classes=3, shift=0, flip=False)
     place = Place(rank, world_size, torch.device("cpu"), torch.float64)
     metrics = evaluate(model, data, split, CrossEntropy(), place)
     outputs = model(data.eval_batch(split, torch.arange(num), torch.float64)[0])

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.losses import CrossEntropyConfig
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.images import ImageData
 from syncbn.training.losses.losses import CrossEntropy, build, check_loss
 from syncbn.training.models.unet import UnetSmall
 
@@ -26,7 +27,7 @@ def test_labels_to_ignore_count_for_nothing():
 def test_in_masks_what_is_to_be_ignored_needs_no_mention():
     config = CrossEntropyConfig("cross_entropy", label_smoothing=0.0, ignore_index=None)
     masks, labels = (
-        Data(split, split, split, num_classes=2, shift=0, flip=False)
+        ImageData(split, split, split, num_classes=2, shift=0, flip=False)
         for split in (Split(torch.zeros(1, 1, 2, 2), torch.zeros(shape)) for shape in ((1, 2, 2), (1,)))
     )
     assert build(config, masks).ignore_index == 255

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.training.data.dataset import Data
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.losses.losses import CrossEntropy
 from syncbn.training.trainer.deferred import Reports
@@ -23,7 +23,7 @@ WORLDS = [1, 2]
 
 def run_poisoned(cwd, overrides, sample, lag=None):
     """The job with NaN in the pixels of one training sample."""
-    original = Data.train_batch
+    original = ImageData.train_batch
 
     def poisoned(self, index, *rest):
         images, labels = original(self, index, *rest)
@@ -31,7 +31,7 @@ def run_poisoned(cwd, overrides, sample, lag=None):
 
     reports = functools.partial(Reports, lag=lag)
     with (
-        mock.patch.object(Data, "train_batch", poisoned),
+        mock.patch.object(ImageData, "train_batch", poisoned),
         mock.patch("syncbn.training.trainer.trainer.Reports", reports),
     ):
         return run_rank(cwd, overrides)
