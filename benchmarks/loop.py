@@ -42,7 +42,7 @@ from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.data import registry
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.launch import resolvers
 from syncbn.training.losses import losses
@@ -106,11 +106,11 @@ def configure(overrides: list[str], num_steps: int) -> Config:
         return parse(compose("train", [f"duration={num_steps}", f"eval_every={num_steps}", *overrides]))
 
 
-def bare_loop(loop: Loop, config: Config, place: Place, num_steps: int) -> None:
+def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) -> None:
     """What one would write by hand."""
     data = registry.load(config.data)
-    model = build_model(config, data, place)
-    sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, place.rank, place.world_size)
+    model = build_model(config, data, context)
+    sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, context.rank, context.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizer = optimizers.build(config.optimizer, model)
     schedule = LambdaLR(optimizer, schedules.build(config.schedule, num_steps, sampler.steps_per_epoch))
@@ -119,19 +119,19 @@ def bare_loop(loop: Loop, config: Config, place: Place, num_steps: int) -> None:
     for step in range(num_steps):
         loop.at_step(step)
         [shard] = sampler.shards(step)
-        images, labels = data.train_batch(shard.index, config.seed, sampler.epoch_of(step), place.dtype)
+        images, labels = data.train_batch(shard.index, config.seed, sampler.epoch_of(step), context.dtype)
         optimizer.zero_grad(set_to_none=True)
         total, _ = loss(wrapped(images), labels)
-        (total * (place.world_size / shard.num_global)).backward()
+        (total * (context.world_size / shard.num_global)).backward()
         optimizer.step()
         schedule.step()
 
 
-def trainer_loop(_: Loop, config: Config, place: Place, directory: Path) -> None:
+def trainer_loop(_: Loop, config: Config, context: RankContext, directory: Path) -> None:
     """What train.py runs."""
     directory.mkdir(exist_ok=True)
     with ExitStack() as tracking:
-        train.train(config, directory, place, [], tracking)
+        train.train(config, directory, context, [], tracking)
 
 
 def trainers_in_threads() -> ExitStack:
@@ -165,8 +165,8 @@ def main() -> None:
     torch.set_num_threads(1)
     resolvers.register_resolvers()
     dist.init_process_group("gloo")
-    place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
-    scratch = [tempfile.mkdtemp() if place.is_first else ""]
+    context = RankContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
+    scratch = [tempfile.mkdtemp() if context.is_first else ""]
     dist.broadcast_object_list(scratch)
     num_steps = WARM_UP + TURN * arguments.rounds + 1
     plain = configure(arguments.overrides, num_steps)
@@ -176,11 +176,11 @@ def main() -> None:
     with trainers_in_threads():
         if arguments.compare is None:
             for name in ("bare", "bare again"):
-                loops[name] = Loop(partial(bare_loop, config=plain, place=place, num_steps=num_steps))
+                loops[name] = Loop(partial(bare_loop, config=plain, context=context, num_steps=num_steps))
         for number, (name, overrides) in enumerate(trained.items()):
             config = configure([*arguments.overrides, *overrides], num_steps)
             loops[name] = Loop(
-                partial(trainer_loop, config=config, place=place, directory=Path(scratch[0], str(number)))
+                partial(trainer_loop, config=config, context=context, directory=Path(scratch[0], str(number)))
             )
         order = list(loops.values())
         for round_ in range(1 + arguments.rounds + 1):  # the warm-up comes first, and what follows the last turn last
@@ -188,7 +188,7 @@ def main() -> None:
             for loop in order:
                 dist.barrier()
                 loop.take_turn()
-    if place.is_first:
+    if context.is_first:
         seconds = {name: loop.seconds for name, loop in loops.items()}
         report(seconds, "bare" if arguments.compare is None else list(trained)[-2], plain, arguments.json)
     gc.collect()

@@ -24,7 +24,7 @@ from syncbn.training.checkpoint import files
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.trainer.build import build_model
 
 DATA = Path(__file__).parents[1] / "docs/data"
@@ -85,8 +85,8 @@ def of_both_modes(config: Config, content: dict[str, Any], data: dataset.Data) -
 
     In evaluation mode they are normalized by running statistics; in training mode each group of them by its own.
     """
-    place = Place(0, 1, torch.device("cpu"), torch.float32)
-    model = build_model(config, data, place)
+    context = RankContext(0, 1, torch.device("cpu"), torch.float32)
+    model = build_model(config, data, context)
     found: Row = {}
     for mode, training in (("eval", False), ("train", True)):
         model.load_state_dict(content["model"])

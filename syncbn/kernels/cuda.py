@@ -70,7 +70,7 @@ def finish(
         programs.finish[(num_programs,)](
             packed, running_mean, running_var, num_batches_tracked, mean, invstd, count,
             0.0 if momentum is None else float(momentum), float(eps), num_channels,
-            CUMULATIVE=is_cumulative, BLOCK=_FINISH_BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+            CUMULATIVE=is_cumulative, BLOCK_CHANNELS=_FINISH_BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return mean, invstd, count
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.kernels.activations import ACTIVATIONS
 from syncbn.nn.call_stack import foreign_converter
 from syncbn.nn.conversion import convert
-from syncbn.nn.frozen import hold, is_held, own_parameters, release
+from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
 from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
@@ -288,7 +288,9 @@ class SyncBatchNorm(_BatchNorm):
     @property
     def affine_frozen(self) -> bool:
         """Whether weight and bias are held: no gradient, and so no update (unless `requires_grad` was set by hand)."""
-        return is_held(self) and not any(parameter.requires_grad for parameter in own_parameters(self).values())
+        return has_frozen_parameters(self) and not any(
+            parameter.requires_grad for parameter in own_parameters(self).values()
+        )
 
     def freeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
         """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and
@@ -308,7 +310,7 @@ class SyncBatchNorm(_BatchNorm):
                 )
             self._stats_frozen = True
         if affine:
-            hold([self])
+            freeze_parameters([self])
         return self
 
     def unfreeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
@@ -316,7 +318,7 @@ class SyncBatchNorm(_BatchNorm):
         if stats:
             self._stats_frozen = False
         if affine:
-            release([self])
+            unfreeze_parameters([self])
         return self
 
     @classmethod

@@ -29,7 +29,7 @@ _KEPT_AFTER_USE = 8  # a graph that is kept may be recomputed again
 _memories = WeakIdKeyDictionary()  # layer (or running mean) -> weak references to its memories, the oldest first
 
 
-class Memory:
+class SavedMoments:
     """The moments of one forward pass of one layer: this rank's own, and the sum over all ranks.
 
     Args:
@@ -42,13 +42,13 @@ class Memory:
         self.used_in = -1  # the backward pass that has recalled it
 
 
-class Rerun:
+class Recomputation:
     """What a forward pass has to do for checkpointing: remember its moments, or recall those of its first run.
 
     Args:
         owner: the layer, or what else is the same object in both runs; None for nothing.
         backward_pass: torch's number of the backward pass that this runs in; None in a first run.
-        checkpoint: see `Memory`; None where it cannot be told.
+        checkpoint: see `SavedMoments`; None where it cannot be told.
         keeper: the object whose lifetime a memory shares.
     """
 
@@ -56,7 +56,7 @@ class Rerun:
         self.owner, self.backward_pass, self._checkpoint, self._keeper = owner, backward_pass, checkpoint, keeper
 
     @classmethod
-    def of(cls, owner: object) -> Rerun | None:
+    def of(cls, owner: object) -> Recomputation | None:
         """For the coming forward pass; None where nothing can ever run it again. To be called in its gradient mode."""
         backward_pass = torch_compat.backward_pass()
         hooks = torch_compat.saved_tensor_hooks()
@@ -89,7 +89,7 @@ class Rerun:
         # may also keep the local moments, which must not change then.
         with torch_compat.hidden_from_modes():
             copy = local.clone()
-        memory = Memory(local, reduce(copy), self._checkpoint)
+        memory = SavedMoments(local, reduce(copy), self._checkpoint)
         self._keeper.__dict__.setdefault("_syncbn_memories", []).append(memory)
         alive = [other for reference in _memories.get(self.owner, ()) if (other := reference()) is not None]
         # Who keeps the graph of past steps (a loss that is summed up undetached) must not keep all of their moments.
@@ -114,7 +114,7 @@ class Rerun:
         return _nearest(fresh[::-1] or alive[::-1], local, self.backward_pass) if alive else None
 
 
-def _nearest(memories: list[Memory], local: Tensor, backward_pass: int | None) -> Tensor:
+def _nearest(memories: list[SavedMoments], local: Tensor, backward_pass: int | None) -> Tensor:
     """The total of the memory whose local moments these are; an error where they differ by more than rounding."""
     with torch_compat.hidden_from_modes():
         distances = torch.stack([_distance(memory.local, local) for memory in memories])

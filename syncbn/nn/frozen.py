@@ -15,7 +15,7 @@ def num_changes() -> int:
     return _num_changes
 
 
-def is_held(module: nn.Module) -> bool:
+def has_frozen_parameters(module: nn.Module) -> bool:
     """Whether the module's own parameters are held."""
     return getattr(module, _MEMORY, None) is not None
 
@@ -29,7 +29,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def hold(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
+def freeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
     """Takes the gradient, present and future, from the modules' own parameters; idempotent.
 
     Without a gradient (`grad is None`) torch's optimizers skip a parameter altogether: weight decay and momentum too.
@@ -38,16 +38,15 @@ def hold(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
         root: the model, in which a parameter may be tied to one that is held already: its memory is then shared.
     """
     global _num_changes
-    free = [module for module in modules if not is_held(module)]
+    free = [module for module in modules if not has_frozen_parameters(module)]
     remembered = {
         id(parameter): getattr(held, _MEMORY).get(name, parameter.requires_grad)
         for held in (root.modules() if root is not None else ())
-        if is_held(held)
+        if has_frozen_parameters(held)
         for name, parameter in own_parameters(held).items()
     }
-    for (
-        module
-    ) in free:  # all memories first: of two tied parameters, the second must not remember the first's being held
+    # All memories first: of two tied parameters, the second must not remember that the first was frozen.
+    for module in free:
         before = {name: remembered.get(id(p), p.requires_grad) for name, p in own_parameters(module).items()}
         setattr(module, _MEMORY, before)
     for module in free:
@@ -57,11 +56,11 @@ def hold(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
             parameter.grad = None
 
 
-def release(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
-    """Gives `requires_grad` back as it was before `hold`, but for what another module of `root` still holds."""
+def unfreeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
+    """Gives `requires_grad` back as it was before `freeze_parameters`, but for what is frozen elsewhere in `root`."""
     global _num_changes
     for module in modules:
-        if not is_held(module):
+        if not has_frozen_parameters(module):
             continue
         _num_changes += 1
         before = getattr(module, _MEMORY)
@@ -69,6 +68,6 @@ def release(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None
         for name, parameter in own_parameters(module).items():
             parameter.requires_grad_(before.get(name, parameter.requires_grad))
     for held in root.modules() if root is not None else ():
-        if is_held(held):
+        if has_frozen_parameters(held):
             for parameter in own_parameters(held).values():
                 parameter.requires_grad_(False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from syncbn.kernels import activations, operators, reference
 from syncbn.nn import lean
-from syncbn.nn.checkpointing import Rerun, refuse_checkpoint_around_compiled
+from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.rank_checks import reduce
 from syncbn.nn.recorder import sum_and_record
@@ -35,7 +35,7 @@ class _NormalizeByBatch(torch.autograd.Function):
         mask: Tensor | None,
         pool: Tensor | None,
         owner: nn.Module | None,
-        rerun: Rerun | None,
+        recomputation: Recomputation | None,
         record: Tensor | None,
         residual: Tensor | None,
         activation: str | None,
@@ -47,7 +47,7 @@ class _NormalizeByBatch(torch.autograd.Function):
             return sum_and_record(local, lambda payload: reduce(payload, group, owner, "watched forward"), record)
 
         packed = operators.moments(input, mask)
-        packed = over_ranks(packed) if rerun is None else rerun.total(packed, over_ranks)
+        packed = over_ranks(packed) if recomputation is None else recomputation.total(packed, over_ranks)
         mean, invstd, count = operators.finish(
             packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
         )
@@ -198,21 +198,21 @@ def normalize_by_batch(
     """
     if not is_distributed() and mask is None and input.size(1) > 0 and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
-    rerun = None
+    recomputation = None
     if torch.compiler.is_compiling():
         owner = None
         if torch.compiler.is_dynamo_compiling():
             refuse_checkpoint_around_compiled()
     else:
-        rerun = Rerun.of(owner if owner is not None else running_mean)
-    if pool is not None or (rerun is not None and rerun.is_second):
+        recomputation = Recomputation.of(owner if owner is not None else running_mean)
+    if pool is not None or (recomputation is not None and recomputation.is_second):
         running_mean = running_var = num_batches_tracked = None
-    if rerun is not None and rerun.is_second:
+    if recomputation is not None and recomputation.is_second:
         pool = None
     is_lean = is_lean and torch.is_grad_enabled()  # else nothing is kept, and no weight can be wrong for it
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-        mask, pool, owner, rerun, record, residual, activation, is_lean,
+        mask, pool, owner, recomputation, record, residual, activation, is_lean,
     )  # fmt: skip
 
 

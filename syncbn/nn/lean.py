@@ -31,9 +31,9 @@ from syncbn import torch_compat
 from syncbn.kernels import operators
 from syncbn.kernels.activations import LEAKY_SLOPE
 
-INVERTIBLE = (None, "leaky_relu")
-_UP_TO = 4.0
-_SHARE = 8
+INVERTIBLE_ACTIVATIONS = (None, "leaky_relu")
+_MAX_CONDITION = 4.0
+_KEPT_SHARE = 8
 
 
 def check_lean(activation: str | None, mask: Tensor | None = None, residual: Tensor | None = None) -> None:
@@ -42,7 +42,7 @@ def check_lean(activation: str | None, mask: Tensor | None = None, residual: Ten
     Raises:
         ValueError: the name of the activation, a mask, or a residual.
     """
-    if activation not in INVERTIBLE:
+    if activation not in INVERTIBLE_ACTIVATIONS:
         raise ValueError(
             f'memory="lean" keeps the output, which does not tell what went into {activation!r}; the activation has to'
             ' be None or "leaky_relu"'
@@ -76,14 +76,14 @@ def channels_to_keep(
     if found is None:
         return None
     if found.device.type == "cpu" and not torch.compiler.is_compiling():
-        index = (~(found <= _UP_TO)).nonzero().view(-1)
+        index = (~(found <= _MAX_CONDITION)).nonzero().view(-1)
         return index if index.numel() else None
     return _worst(found, dtype)
 
 
 def budget(num_channels: int) -> int:
     """Of how many channels the input is kept where the host must not look."""
-    return max(1, num_channels // _SHARE)
+    return max(1, num_channels // _KEPT_SHARE)
 
 
 def limit(dtype: torch.dtype) -> float:

@@ -85,19 +85,19 @@ def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, dev
     """Compares with the other ranks of the group what they are about to sum; a collective of its own."""
     calls = _calls.setdefault(_BARE if owner is None else owner, {})
     calls[direction] = calls.get(direction, 0) + 1
-    mine = Place(name_of(owner), direction, calls[direction])
-    places: list[Place] = [mine] * dist.get_world_size(group)
+    mine = CallSite(name_of(owner), direction, calls[direction])
+    sites: list[CallSite] = [mine] * dist.get_world_size(group)
     try:
-        dist.all_gather_object(places, mine, group=_channel(group, device))
+        dist.all_gather_object(sites, mine, group=_channel(group, device))
     except RuntimeError as error:
         raise CollectiveError(
             f"the {direction} pass of {mine.name}",
             f"rank {dist.get_rank()} waits in {mine}; not all other ranks have come to a layer of this group: {error}",
         ) from error
-    if all(place.fits(places[0]) for place in places):
+    if all(site.fits(sites[0]) for site in sites):
         return
     ranks = dist.get_process_group_ranks(group)
-    listed = "; ".join(f"rank {rank}: {place}" for rank, place in zip(ranks, places, strict=True))
+    listed = "; ".join(f"rank {rank}: {site}" for rank, site in zip(ranks, sites, strict=True))
     raise CollectiveError(
         f"the {direction} pass of {mine.name}",
         f"the ranks are not in the same place, and would have waited for each other: {listed}",
@@ -105,14 +105,14 @@ def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, dev
 
 
 @dataclass(frozen=True)
-class Place:
+class CallSite:
     """Where a rank is: a layer, "forward" or "backward", and how often it has been there."""
 
     name: str
     direction: str
     call: int
 
-    def fits(self, other: Place) -> bool:
+    def fits(self, other: CallSite) -> bool:
         """Whether both are the same place. One rank's model may be a part of something larger, and then its names are
         longer; and a name may be unknown.
         """

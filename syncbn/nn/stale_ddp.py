@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.nn import frozen
 from syncbn.torch_compat import ddp_around, num_parameters_reduced_by
 
-_SEEN, _HELD = (
-    "_syncbn_seen",
-    "_syncbn_held",
-)  # on the wrapper: number of changes, and what was held at its first forward
+# On the wrapper: how often anything had been frozen or unfrozen when it was last looked at, and what was frozen at its
+# first forward.
+_SEEN, _HELD = "_syncbn_seen", "_syncbn_held"
 
 
 def check_wrapper() -> None:
@@ -66,7 +65,7 @@ def _held_names(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if frozen.is_held(module)
+        if frozen.has_frozen_parameters(module)
         for name in frozen.own_parameters(module)
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.batchnorm import SyncBatchNorm, width_of
-from syncbn.nn.frozen import is_held
+from syncbn.nn.frozen import has_frozen_parameters
 from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
@@ -229,7 +229,7 @@ def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
 
 def _is_affine_frozen(layer: _BatchNorm) -> bool:
     own = list(layer.parameters(recurse=False))
-    return not any(parameter.requires_grad for parameter in own) if own else is_held(layer)
+    return not any(parameter.requires_grad for parameter in own) if own else has_frozen_parameters(layer)
 
 
 def _sums_over_ranks(layer: _BatchNorm) -> bool:

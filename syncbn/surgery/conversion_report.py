@@ -14,7 +14,7 @@ from syncbn.nn.patterns import named_modules
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerConversion:
     """What conversion makes, or has made, of one normalization layer."""
 
     name: str
@@ -25,13 +25,13 @@ class LayerReport:
     reason: str
 
 
-def conversion_report(module: nn.Module) -> list[LayerReport]:
+def conversion_report(module: nn.Module) -> list[LayerConversion]:
     """What every normalization layer of `module` is, before or after conversion."""
     reports = []
     for name, layer in named_modules(module):
         described = _describe(layer)
         if described is not None:
-            reports.append(LayerReport(name, *described))
+            reports.append(LayerConversion(name, *described))
     return reports
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.nn.batchnorm import SyncBatchNorm
-from syncbn.nn.frozen import hold, is_held, own_parameters, release
+from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
 from syncbn.nn.patterns import Patterns, select
 
 
@@ -70,7 +70,7 @@ def frozen_switches(module: nn.Module) -> set[str]:
     switches = set()
     if isinstance(module, SyncBatchNorm) and module.stats_frozen:
         switches.add("stats")
-    if is_held(module):
+    if has_frozen_parameters(module):
         switches.add("affine" if isinstance(module, _BatchNorm) else "weights")
     return switches
 
@@ -88,8 +88,8 @@ def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool
             change(module, stats=True, affine=False)
         else:
             parameters[frozen].append(module)
-    release(parameters[False], root)
-    hold(parameters[True], root)
+    unfreeze_parameters(parameters[False], root)
+    freeze_parameters(parameters[True], root)
 
 
 def freezable(

@@ -24,7 +24,7 @@ from syncbn.surgery.fusion_tracing import traced
 
 
 @dataclass(frozen=True)
-class FusionReport:
+class FusionOutcome:
     """What `fuse` has made of one layer."""
 
     name: str
@@ -45,7 +45,7 @@ _Outcome = tuple[Any, ...]  # the fields of a report, less the name
 
 def fuse(
     module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None = (), memory: str = "default"
-) -> list[FusionReport]:
+) -> list[FusionOutcome]:
     """Lets every selected `SyncBatchNorm` of `module` do the activation that follows it, and an addition between them,
     in its own pass over the activation; in place.
 
@@ -104,7 +104,7 @@ def fuse(
         elif graph is not None:
             found |= {id(child): (None, False, graph) for child in parent.children() if id(child) in wanted}
     default = (None, False, "no module was found that calls it")
-    return [FusionReport(name, *found.get(id(layer), default)) for name, layer in layers.items()]
+    return [FusionOutcome(name, *found.get(id(layer), default)) for name, layer in layers.items()]
 
 
 def unfuse(module: nn.Module) -> None:
@@ -201,7 +201,7 @@ def _why_not_lean(layer: SyncBatchNorm, site: Site) -> str:
     """Why the output of what a layer becomes will not tell its input; "" where it will."""
     if site.residual is not None:
         return "its output does not tell what was added"
-    if site.kind not in lean.INVERTIBLE:
+    if site.kind not in lean.INVERTIBLE_ACTIVATIONS:
         return f"its output does not tell what went into {site.kind}"
     found = lean.conditions(layer.weight, layer.bias, site.kind, torch.float32)
     if found is not None and not found.is_meta and bool(lean.are_too_many(found, torch.float32)):

@@ -263,14 +263,14 @@ def test_plans_cover_every_value_once(shape, itemsize, rows):
     sums, passes = launch_plan.plan_sums(layout, itemsize, 132), launch_plan.plan_passes(layout, itemsize, 132)
     num_channels, planes, units, tiles, across, per_split = sums.sizes
     assert planes * units * sums.blocks["UNIT"] * (1 if layout.last else num_channels) == input.numel()
-    assert across * sums.blocks["W"] >= (1 if layout.last else layout.size)
-    assert tiles == across * -(-planes // sums.blocks["R"])
+    assert across * sums.blocks["BLOCK_COLS"] >= (1 if layout.last else layout.size)
+    assert tiles == across * -(-planes // sums.blocks["BLOCK_ROWS"])
     assert sums.grid[1] * per_split >= tiles > (sums.grid[1] - 1) * per_split
     assert sums.grid[1] <= 65535
     _, rows_, units, across = passes.sizes
     assert rows_ * units * passes.blocks["UNIT"] == input.numel()
-    assert passes.grid[0] == across * -(-rows_ // passes.blocks["R"]) < 2**31
-    assert sums.blocks["WIDE"] == passes.blocks["WIDE"] == (input.numel() > 2**31)
+    assert passes.grid[0] == across * -(-rows_ // passes.blocks["BLOCK_ROWS"]) < 2**31
+    assert sums.blocks["INT64_OFFSETS"] == passes.blocks["INT64_OFFSETS"] == (input.numel() > 2**31)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,9 @@ def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, t
     }  # fmt: skip
     assert all("spilled=0" in line for line in programs), done.stdout
     if dtype == "float32":
-        assert all("ld.global.v4" in line for line in programs if "'UNIT': 4, 'R': 2, 'W': 1024" in line)
+        assert all(
+            "ld.global.v4" in line for line in programs if "'UNIT': 4, 'BLOCK_ROWS': 2, 'BLOCK_COLS': 1024" in line
+        )
 
 
 def test_the_dispatcher_has_them_all_and_nothing_imports_triton_before_it_is_needed():

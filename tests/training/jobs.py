@@ -20,13 +20,13 @@ from hydra.core.global_hydra import GlobalHydra
 
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch import overrides as command_line
 from syncbn.training.launch.overrides import open_override
 from syncbn.training.launch.resolvers import register_resolvers
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
-from syncbn.training.trainer.build import place_for
+from syncbn.training.trainer.build import context_for
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
@@ -164,12 +164,12 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         run_dir = Path("outputs", config.run or "unnamed").resolve()
         run_dir.mkdir(parents=True, exist_ok=True)
-        place = place_for(config, Place(rank, world_size, torch.device("cpu"), torch.float32))
+        context = context_for(config, RankContext(rank, world_size, torch.device("cpu"), torch.float32))
         if config.task in WITH_LOAD:
-            WITH_LOAD[config.task](config, run_dir, place)
+            WITH_LOAD[config.task](config, run_dir, context)
         else:
             with ExitStack() as tracking:
-                train(config, run_dir, place, overrides, tracking)
+                train(config, run_dir, context, overrides, tracking)
         return run_dir
     finally:
         command_line._held_back.clear()

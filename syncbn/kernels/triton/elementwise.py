@@ -41,11 +41,13 @@ def sigmoid(z):
 @triton.jit(do_not_specialize=SIZES)
 def normalize(
     input, output, mean, invstd, weight, bias, residual, num_channels, rows, units, tiles_across,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """`reference.normalize`."""
-    offset, exists, channel, known = elementwise_tile(num_channels, rows, units, tiles_across, LAST, UNIT, R, W, WIDE)
+    offset, exists, channel, known = elementwise_tile(
+        num_channels, rows, units, tiles_across, CHANNELS_LAST, UNIT, BLOCK_ROWS, BLOCK_COLS, INT64_OFFSETS
+    )
     x = tl.load(input + offset, mask=exists)
     y = normalized(x, mean, invstd, weight, bias, num_channels, channel, known, x.dtype)
     y = with_residual(y, residual, offset, exists, x.dtype)
@@ -61,10 +63,13 @@ def normalize(
 @triton.jit(do_not_specialize=SIZES)
 def backward_elementwise(
     grad, input, output, mean, invstd, weight, sums, count, num_channels, rows, units, tiles_across,
-    LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """`reference.backward_elementwise`."""
-    offset, exists, channel, known = elementwise_tile(num_channels, rows, units, tiles_across, LAST, UNIT, R, W, WIDE)
+    offset, exists, channel, known = elementwise_tile(
+        num_channels, rows, units, tiles_across, CHANNELS_LAST, UNIT, BLOCK_ROWS, BLOCK_COLS, INT64_OFFSETS
+    )
     x = tl.load(input + offset, mask=exists).to(mean.dtype.element_ty)
     g = tl.load(grad + offset, mask=exists).to(mean.dtype.element_ty)
     high = tl.load(mean + channel, mask=known)

@@ -67,8 +67,8 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
     return _Sums(
         (programs, splits),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        {**_common(layout, unit, height, width), "ALONE": splits == 1, **options},
-        {"K": at_a_time, "BLOCK": COMBINED_CHANNELS, **options},
+        {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options},
+        {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": COMBINED_CHANNELS, **options},
     )
 
 
@@ -99,7 +99,13 @@ def _common(layout: Layout, unit: int, height: int, width: int) -> dict[str, int
     rows = layout.planes if layout.last else layout.planes * layout.channels
     # A tile may begin inside of the activation and end behind it.
     needs_wide = (rows + height) * (layout.size + width) >= 2**31
-    return {"LAST": layout.last, "UNIT": unit, "R": height, "W": width, "WIDE": needs_wide}
+    return {
+        "CHANNELS_LAST": layout.last,
+        "UNIT": unit,
+        "BLOCK_ROWS": height,
+        "BLOCK_COLS": width,
+        "INT64_OFFSETS": needs_wide,
+    }
 
 
 def _unit(size: int, itemsize: int) -> int:

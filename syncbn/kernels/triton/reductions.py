@@ -2,15 +2,16 @@
 
 An activation is read in the order of memory, as one of two layouts. In planes (contiguous), a value of sample n,
 channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), row n
-holds the values of all channels, at n * C + c. `LAST` says which; a tile is R rows by W columns.
+holds the values of all channels, at n * C + c. `CHANNELS_LAST` says which; a tile is
+`BLOCK_ROWS` by `BLOCK_COLS`.
 
 Sums are taken in float64: the passes are bound by memory, and the sums of two programs then add without further care.
 Each program sums a fixed part in a fixed order, and no two write to the same place, so results have the same bits every
 time on the same device. Double-double arithmetic is as in `packing`; programs are compiled without fusing a product
 into a sum (which would break it), and say `tl.fma` where that is wanted.
 
-`UNIT` divides the length of a row, which tells the compiler how wide its loads may be. With `WIDE`, offsets are 64 bits
-wide.
+`UNIT` divides the length of a row, which tells the compiler how wide its loads may be. With `INT64_OFFSETS`, offsets
+are 64 bits wide.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,75 +35,81 @@ from syncbn.kernels.triton.tiles import SIZES, channels_of, reduced_tile, row_le
 @triton.jit(do_not_specialize=SIZES)
 def moments(
     input, partial, packed, count, num_channels, planes, units, tiles, tiles_across, tiles_per_split,
-    LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ALONE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Sums of x - pivot and its square over a part of a channel, the pivot being the channel's first value.
 
-    Into `partial` (splits, 2, C), or, where one program has the whole channel (`ALONE`), into `packed`.
+    Into `partial` (splits, 2, C), or, where one program has the whole channel (`SINGLE_SPLIT`), into `packed`.
     """
     block, split = tl.program_id(0), tl.program_id(1)
-    if WIDE:
+    if INT64_OFFSETS:
         block, split = block.to(tl.int64), split.to(tl.int64)
-    size = row_length(units, UNIT, WIDE)
-    channel = channels_of(block, LAST, W)
+    size = row_length(units, UNIT, INT64_OFFSETS)
+    channel = channels_of(block, CHANNELS_LAST, BLOCK_COLS)
     inside = channel < num_channels
-    if LAST:
+    if CHANNELS_LAST:
         pivot = tl.load(input + channel, mask=inside, other=0.0).to(tl.float64)
     else:
         pivot = tl.load(input + block * size).to(tl.float64)
-    first = tl.zeros([R, W], tl.float64)
-    second = tl.zeros([R, W], tl.float64)
+    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
+    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
     start = split * tiles_per_split
     for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
-        offset, exists = reduced_tile(tile, block, num_channels, planes, size, tiles_across, LAST, R, W)
+        offset, exists = reduced_tile(
+            tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
+        )
         x = tl.load(input + offset, mask=exists, other=0.0).to(tl.float64)
         centred = tl.where(exists, x - pivot, 0.0)
         first += centred
         second = tl.fma(centred, centred, second)
-    first_total, second_total = total_per_channel(first, LAST), total_per_channel(second, LAST)
-    if ALONE:
+    first_total, second_total = total_per_channel(first, CHANNELS_LAST), total_per_channel(second, CHANNELS_LAST)
+    if SINGLE_SPLIT:
         store_packed(packed, channel, num_channels, count, pivot, first_total, second_total)
     else:
-        place = partial + split * 2 * num_channels + channel
-        tl.store(place, first_total, mask=inside)
-        tl.store(place + num_channels, second_total, mask=inside)
+        address = partial + split * 2 * num_channels + channel
+        tl.store(address, first_total, mask=inside)
+        tl.store(address + num_channels, second_total, mask=inside)
 
 
 @triton.jit
-def _sum_partial(partial, channel, num_channels, splits, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """Both sums over the splits, in a fixed order."""
-    first = tl.zeros([K, BLOCK], tl.float64)
-    second = tl.zeros([K, BLOCK], tl.float64)
-    for start in range(0, splits, K):
-        split = start + tl.arange(0, K)[:, None]
-        place = partial + split * 2 * num_channels + channel[None, :]
+    first = tl.zeros([BLOCK_SPLITS, BLOCK_CHANNELS], tl.float64)
+    second = tl.zeros([BLOCK_SPLITS, BLOCK_CHANNELS], tl.float64)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)[:, None]
+        address = partial + split * 2 * num_channels + channel[None, :]
         exists = (split < splits) & (channel < num_channels)[None, :]
-        first += tl.load(place, mask=exists, other=0.0)
-        second += tl.load(place + num_channels, mask=exists, other=0.0)
+        first += tl.load(address, mask=exists, other=0.0)
+        second += tl.load(address + num_channels, mask=exists, other=0.0)
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "stride"])
 def combine_moments(
-    input, partial, packed, count, num_channels, splits, stride, K: tl.constexpr, BLOCK: tl.constexpr
+    input, partial, packed, count, num_channels, splits, stride, BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The sums of `moments` over its splits, packed; `stride` leads from one channel's first value to the next."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     pivot = tl.load(input + channel.to(tl.int64) * stride, mask=channel < num_channels, other=0.0).to(tl.float64)
-    first, second = _sum_partial(partial, channel, num_channels, splits, K, BLOCK)
+    first, second = _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS, BLOCK_CHANNELS)
     store_packed(packed, channel, num_channels, count, pivot, first, second)
 
 
 @triton.jit(do_not_specialize=["num_channels"])
 def finish(
     packed, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, momentum: tl.float64,
-    eps: tl.float64, num_channels, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.float64, num_channels, CUMULATIVE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`reference.finish`. With `CUMULATIVE`, and only then, there has to be one program: it reads what it counts up."""
     count = tl.load(packed)
     n = tl.maximum(count, 1.0)
-    counts = tl.zeros([BLOCK], tl.float64) + count  # Triton's interpreter cannot combine a comparison of one number
-    rate = tl.zeros([BLOCK], tl.float64)
+    counts = (
+        tl.zeros([BLOCK_CHANNELS], tl.float64) + count
+    )  # Triton's interpreter cannot combine a comparison of one number
+    rate = tl.zeros([BLOCK_CHANNELS], tl.float64)
     if not CUMULATIVE:
         rate += momentum
     if num_batches_tracked is not None:  # noqa: SIM102 - decided when it is compiled, the other one when it runs
@@ -116,8 +123,8 @@ def finish(
     if tl.program_id(0) == 0:
         tl.store(count_copy, count)
 
-    for start in range(tl.program_id(0) * BLOCK, num_channels, tl.num_programs(0) * BLOCK):
-        channel = start + tl.arange(0, BLOCK)
+    for start in range(tl.program_id(0) * BLOCK_CHANNELS, num_channels, tl.num_programs(0) * BLOCK_CHANNELS):
+        channel = start + tl.arange(0, BLOCK_CHANNELS)
         inside = channel < num_channels
         part = packed + 1 + channel
         sum_high, sum_low = two_sum(tl.load(part, mask=inside, other=0.0),
@@ -162,28 +169,30 @@ def _store_sums(sums, affine, invstd, channel, num_channels, first, second):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
-    grad, input, mean, invstd, weight, bias, kept, through, partial, sums, affine, num_channels, planes, units, tiles,
-    tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, WIDE: tl.constexpr, ALONE: tl.constexpr,
+    grad, input, mean, invstd, weight, bias, kept, through, partial, sums, affine, num_channels, planes, units,
+    tiles, tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g * (x - mean) over a part of a channel, as `moments`; `ALONE` into `sums` and `affine`.
+    """Sums of g and g * (x - mean) over a part of a channel, as `moments`; `SINGLE_SPLIT` into `sums` and `affine`.
 
     With an `ACTIVATION`, g goes through it first, and is written to `through` (`reference.activated_reduce`).
     """
     block, split = tl.program_id(0), tl.program_id(1)
-    if WIDE:
+    if INT64_OFFSETS:
         block, split = block.to(tl.int64), split.to(tl.int64)
-    size = row_length(units, UNIT, WIDE)
-    channel = channels_of(block, LAST, W)
+    size = row_length(units, UNIT, INT64_OFFSETS)
+    channel = channels_of(block, CHANNELS_LAST, BLOCK_COLS)
     inside = channel < num_channels
     # One float64 number holds both float32 parts of the mean; of a float64 mean it is the high part.
     high = tl.load(mean + channel, mask=inside, other=0.0).to(tl.float64)
     low = tl.load(mean + num_channels + channel, mask=inside, other=0.0).to(tl.float64)
-    first = tl.zeros([R, W], tl.float64)
-    second = tl.zeros([R, W], tl.float64)
+    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
+    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
     start = split * tiles_per_split
     for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
-        offset, exists = reduced_tile(tile, block, num_channels, planes, size, tiles_across, LAST, R, W)
+        offset, exists = reduced_tile(
+            tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
+        )
         g = tl.load(grad + offset, mask=exists, other=0.0)
         x = tl.load(input + offset, mask=exists, other=0.0)
         if ACTIVATION is not None:
@@ -206,20 +215,20 @@ def backward_sums(
         centred = tl.where(exists, (x - high) - low, 0.0)
         first += g
         second = tl.fma(g, centred, second)
-    first_total, second_total = total_per_channel(first, LAST), total_per_channel(second, LAST)
-    if ALONE:
+    first_total, second_total = total_per_channel(first, CHANNELS_LAST), total_per_channel(second, CHANNELS_LAST)
+    if SINGLE_SPLIT:
         _store_sums(sums, affine, invstd, channel, num_channels, first_total, second_total)
     else:
-        place = partial + split * 2 * num_channels + channel
-        tl.store(place, first_total, mask=inside)
-        tl.store(place + num_channels, second_total, mask=inside)
+        address = partial + split * 2 * num_channels + channel
+        tl.store(address, first_total, mask=inside)
+        tl.store(address + num_channels, second_total, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def combine_backward_sums(
-    partial, invstd, sums, affine, num_channels, splits, K: tl.constexpr, BLOCK: tl.constexpr
+    partial, invstd, sums, affine, num_channels, splits, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The sums of `backward_sums` over its splits, in float64 and in the type of weight and bias."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, second = _sum_partial(partial, channel, num_channels, splits, K, BLOCK)
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first, second = _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS, BLOCK_CHANNELS)
     _store_sums(sums, affine, invstd, channel, num_channels, first, second)

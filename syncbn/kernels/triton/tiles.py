@@ -11,42 +11,44 @@ SIZES = ["count", "num_channels", "planes", "units", "rows", "tiles", "tiles_acr
 
 
 @triton.jit
-def row_length(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
+def row_length(units, UNIT: tl.constexpr, INT64_OFFSETS: tl.constexpr):
+    if INT64_OFFSETS:
         units = units.to(tl.int64)
     return units * UNIT
 
 
 @triton.jit
-def reduced_tile(tile, block, num_channels, planes, size, tiles_across, LAST: tl.constexpr, R: tl.constexpr,
-                  W: tl.constexpr):  # fmt: skip
-    """Offsets of one tile of a channel (`LAST`: of W channels), and which of them exist."""
-    down, across = tl.arange(0, R)[:, None], tl.arange(0, W)[None, :]
-    if LAST:
-        n = tile * R + down
-        column = block * W + across
+def reduced_tile(
+    tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Offsets of one tile of a channel (`CHANNELS_LAST`: of BLOCK_COLS channels), and which of them exist."""
+    down, across = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
+    if CHANNELS_LAST:
+        n = tile * BLOCK_ROWS + down
+        column = block * BLOCK_COLS + across
         offset = n * size + column
     else:
-        n = (tile // tiles_across) * R + down
-        column = (tile % tiles_across) * W + across
+        n = (tile // tiles_across) * BLOCK_ROWS + down
+        column = (tile % tiles_across) * BLOCK_COLS + across
         offset = (n * num_channels + block) * size + column
     return offset, (n < planes) & (column < size)
 
 
 @triton.jit
-def channels_of(block, LAST: tl.constexpr, W: tl.constexpr):
-    """The channels of a program that reduces: W of them, or the one."""
-    if LAST:
-        channel = block * W + tl.arange(0, W)
+def channels_of(block, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The channels of a program that reduces: BLOCK_COLS of them, or the one."""
+    if CHANNELS_LAST:
+        channel = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     else:
         channel = block
     return channel
 
 
 @triton.jit
-def total_per_channel(values, LAST: tl.constexpr):
+def total_per_channel(values, CHANNELS_LAST: tl.constexpr):
     """Of a tile, per channel."""
-    if LAST:
+    if CHANNELS_LAST:
         total = tl.sum(values, 0)
     else:
         total = tl.sum(tl.sum(values, 1), 0)
@@ -54,16 +56,20 @@ def total_per_channel(values, LAST: tl.constexpr):
 
 
 @triton.jit
-def elementwise_tile(num_channels, rows, units, tiles_across, LAST: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
-                      W: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Offsets of one tile of the whole activation, which of them exist, and the channels, (R, 1) or (1, W)."""
+def elementwise_tile(
+    num_channels, rows, units, tiles_across, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """Offsets of one tile of the whole activation, which of them exist, and the channels, (BLOCK_ROWS, 1) or
+    (1, BLOCK_COLS).
+    """
     tile = tl.program_id(0)
-    if WIDE:
+    if INT64_OFFSETS:
         tile = tile.to(tl.int64)
-    width = row_length(units, UNIT, WIDE)
-    row = (tile // tiles_across) * R + tl.arange(0, R)[:, None]
-    column = (tile % tiles_across) * W + tl.arange(0, W)[None, :]
-    if LAST:
+    width = row_length(units, UNIT, INT64_OFFSETS)
+    row = (tile // tiles_across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = (tile % tiles_across) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    if CHANNELS_LAST:
         channel = column
         known = column < width
     else:

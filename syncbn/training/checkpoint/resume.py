@@ -21,7 +21,7 @@ from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
 
@@ -117,17 +117,17 @@ def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
     return given & keys
 
 
-def record_classes(run_dir: Path, names: Sequence[str], place: Place) -> None:
+def record_classes(run_dir: Path, names: Sequence[str], context: RankContext) -> None:
     """Keeps which class has which number in `classes.json` of the run.
 
     Raises:
         ConfigError: the run that goes on began with other classes.
     """
     path = run_dir / "classes.json"
-    here = json.loads(path.read_text(encoding="utf-8")) if place.is_first and path.exists() else None
+    here = json.loads(path.read_text(encoding="utf-8")) if context.is_first and path.exists() else None
     stored = world.on_all_ranks(here)[0]
     if stored not in (None, list(names)):
         raise ConfigError(f"data.path: this run began with the classes {listed(stored)}, the data has"
                           f" {listed(names)}; start another run with run=...")  # fmt: skip
-    if stored is None and names and place.is_first:
+    if stored is None and names and context.is_first:
         write_text(path, json.dumps(list(names)) + "\n")

@@ -26,7 +26,7 @@ from torch import Tensor
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 Batch = tuple[Tensor, Tensor]  # images and labels
 Task = tuple[Any, ...]  # name of a method of Data, and its arguments
@@ -50,10 +50,10 @@ class Loader:
         TrainingError: a worker has died.
     """
 
-    def __init__(self, data: Data, place: Place, *, workers: int = 0, prefetch: int = 2) -> None:
-        self.data, self.place, self.num_workers = data, place, workers
+    def __init__(self, data: Data, context: RankContext, *, workers: int = 0, prefetch: int = 2) -> None:
+        self.data, self.context, self.num_workers = data, context, workers
         self._num_ahead = workers * prefetch
-        self._pins = place.device.type == "cuda"
+        self._pins = context.device.type == "cuda"
         self._workers: ProcessPoolExecutor | None = None
         self._lifeline: Connection | None = None  # workers end when it is closed, by us or because we are gone
         self._pinning: ThreadPoolExecutor | None = None
@@ -77,7 +77,7 @@ class Loader:
         """A batch for each index, in their order."""
         names = [name for name in ("train", "val", "test") if getattr(self.data, name) is split]
         assert names, "a split of this loader's data"
-        yield from self._prepare(("eval_batch", names[0], index, self.place.dtype) for index in indices)
+        yield from self._prepare(("eval_batch", names[0], index, self.context.dtype) for index in indices)
 
     def close(self) -> None:
         """Ends the workers; what they have prepared is lost."""
@@ -98,7 +98,7 @@ class Loader:
     def _train_tasks(self, sampler: Sampler, seed: int, step: int) -> Iterator[Task]:
         while True:  # an epoch follows the other; who asks knows when to stop
             for shard in sampler.shards(step):
-                yield "train_batch", shard.index, seed, sampler.epoch_of(step), self.place.dtype
+                yield "train_batch", shard.index, seed, sampler.epoch_of(step), self.context.dtype
             step += 1
 
     def _prepare(self, tasks: Iterator[Task]) -> Iterator[Batch]:
@@ -143,7 +143,7 @@ class Loader:
         images, labels = batch
         if self._pins and not images.is_pinned():
             images, labels = images.pin_memory(), labels.pin_memory()
-        return self.place.put(images), labels.to(self.place.device, non_blocking=True)
+        return self.context.put(images), labels.to(self.context.device, non_blocking=True)
 
 
 def _do(data: Data, task: Task) -> Batch:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 _WARM_UP_PASSES = 2  # the first records the order of gradients, the second's forward rebuilds the buckets by it
 
 
-class Wrapped:
+class WrappedModel:
     """A model to train on all ranks of a place, by DDP; as it is where there is one rank.
 
     A few totals of a step (the sum of the loss, what it counts) are needed from all ranks before the weights move. They
@@ -35,20 +35,20 @@ class Wrapped:
     def __init__(
         self,
         model: nn.Module,
-        place: Place,
+        context: RankContext,
         *,
         is_first: bool,
         num_totals: int,
-        loss_of: Callable[[Wrapped], Tensor],
+        loss_of: Callable[[WrappedModel], Tensor],
     ) -> None:
-        self.model, self._world_size = model, place.world_size
+        self.model, self._world_size = model, context.world_size
         self._ddp: DistributedDataParallel | None = None
-        if place.world_size == 1:
+        if context.world_size == 1:
             return
-        self._carrying = _Carrying(model, num_totals, place.device)
+        self._carrying = _Carrying(model, num_totals, context.device)
         self._ddp = DistributedDataParallel(
             self._carrying,
-            device_ids=[place.device] if place.device.type == "cuda" else None,
+            device_ids=[context.device] if context.device.type == "cuda" else None,
             init_sync=is_first,
             # Synchronized statistics are equal on all ranks by construction; local ones are pooled when they are used.
             forward_sync_buffers=False,
@@ -56,7 +56,7 @@ class Wrapped:
         )
         before = [buffer.clone() for buffer in model.buffers()]
         for _ in range(_WARM_UP_PASSES):
-            self.backward(loss_of(self), torch.zeros(num_totals, device=place.device))
+            self.backward(loss_of(self), torch.zeros(num_totals, device=context.device))
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), before, strict=True):

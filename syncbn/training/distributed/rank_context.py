@@ -22,7 +22,7 @@ def in_dtype(outputs: Any, dtype: torch.dtype) -> Any:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """This rank among the others, its device, and the type of images and parameters there."""
 
     rank: int

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from syncbn.nn.modes import evaluating
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.loader import Loader
-from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
 from syncbn.training.losses.losses import Loss
@@ -26,7 +26,7 @@ def evaluate(
     data: Data,
     split: Split,
     loss: Loss,
-    place: Place,
+    context: RankContext,
     stop: StopRequest | None = None,
     metrics: Mapping[str, Metric] | None = None,
     loader: Loader | None = None,
@@ -41,20 +41,20 @@ def evaluate(
     """
     shown: dict[str, Metric] = {**_accuracy(data, loss), **(metrics or {})}
     for metric in shown.values():
-        metric.to(place.device).reset()
+        metric.to(context.device).reset()
     # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
-    loss_sum, count = (SumMetric(nan_strategy="disable").to(place.device).set_dtype(torch.float64) for _ in range(2))
+    loss_sum, count = (SumMetric(nan_strategy="disable").to(context.device).set_dtype(torch.float64) for _ in range(2))
     with evaluating(model), torch.no_grad():
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
-        indices = [batch.tensor_split(place.world_size)[place.rank] for batch in batches]
-        for images, targets in (loader or Loader(data, place)).eval_batches(split, indices):
+        indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
+        for images, targets in (loader or Loader(data, context)).eval_batches(split, indices):
             if stop is not None and stop.agreed():
                 raise StopAgreed
             if len(images) == 0:
                 continue
-            with place.forward_context():
+            with context.forward_context():
                 outputs = model(images)
-            outputs = in_dtype(outputs, place.dtype)
+            outputs = in_dtype(outputs, context.dtype)
             total, number = loss(outputs, targets)
             for name, metric in shown.items():
                 update_metric(name, metric, outputs, targets)

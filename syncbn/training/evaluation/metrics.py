@@ -77,7 +77,7 @@ def flattened(name: str, value: Any) -> dict[str, float]:
     if isinstance(value, tuple | list):
         return flattened(name, dict(enumerate(value)))
     if isinstance(value, Tensor) and value.numel() != 1:
-        return {f"{name}/{place}": number_of(item) for place, item in enumerate(value.flatten())}
+        return {f"{name}/{position}": number_of(item) for position, item in enumerate(value.flatten())}
     return {name: number_of(value)}
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.convert import convert_sync_batchnorm
-from syncbn.surgery.fuse import FusionReport, fuse
+from syncbn.surgery.fuse import FusionOutcome, fuse
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import BnConfig
 
@@ -50,7 +50,7 @@ def set_up(model: nn.Module, bn: BnConfig) -> None:
             _log_memory(reports)
 
 
-def _log_memory(reports: list[FusionReport]) -> None:
+def _log_memory(reports: list[FusionOutcome]) -> None:
     num_lean = sum(report.memory == "lean" for report in reports)
     level = logging.INFO if num_lean else logging.WARNING
     log.log(level, "bn.memory: %d of %d batch normalizations are lean", num_lean, len(reports))

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class InitReport:
+class LoadOutcome:
     """What became of every key of a file and of a sub-network; keys are those of the sub-network."""
 
     loaded: list[str]
@@ -44,7 +44,7 @@ class InitReport:
         return [f"{kind} {listed(keys, 3)}" for kind, keys in kinds.items() if keys]
 
 
-def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
+def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
     """Loads a pretrained state into the sub-network `name` of the model.
 
     Args:
@@ -65,7 +65,7 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> InitReport:
     own = subnet.state_dict()
     state = _below_prefix(read_model_weights(Path(config.path), f"{key}.path"), name, key, config, own)
     fitting = [k for k in own if k in state and own[k].shape == state[k].shape]
-    report = InitReport(
+    report = LoadOutcome(
         loaded=fitting,
         # Files from before torch counted batches have no counter; torch's strict loading takes them too.
         missing=[k for k in own if k not in state and not k.endswith("num_batches_tracked")],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class WeightAverage:
     """An exponential moving average of a model's weights and floating-point buffers; other buffers are copied.
 
     The first steps forget quicker: at a decay of 0.999 the initial weights would still be a third of the average after

@@ -15,11 +15,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.torch_compat import scaler_state
-from syncbn.training.optim.ema import Average
+from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
 
 
-class Verdict(NamedTuple):
+class UpdateOutcome(NamedTuple):
     """What became of a step; bools without dimensions, on the device."""
 
     left_out: Tensor
@@ -55,8 +55,8 @@ class Update:
         self.clip_norm = clip_norm
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        self.average = None if decay is None else Average(model, decay)
-        self._buffers = Buffers(model)
+        self.average = None if decay is None else WeightAverage(model, decay)
+        self._buffers = BufferSnapshot(model)
         self._trained: list[int] = []  # the parameters that had a gradient in the last step
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._one = torch.ones((), device=device)
@@ -71,7 +71,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.remember()
 
-    def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> Verdict:
+    def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
         """After the last backward of a step: moves everything, unless the loss or a gradient is not finite.
 
         Args:
@@ -103,7 +103,7 @@ class Update:
         self._buffers.put_back(left_out)
         if self.average is not None:
             self.average.update(self.model, left_out, self.schedule.last_epoch)
-        return Verdict(left_out, at_fault, norm)
+        return UpdateOutcome(left_out, at_fault, norm)
 
     def _clip(self, gradients: list[Tensor], clip_norm: float) -> Tensor:
         """Scales the gradients down where they are longer; returns their norm, without the scaler's factor."""
@@ -142,7 +142,7 @@ class Update:
             self.optimizer.step()
 
 
-class Buffers:
+class BufferSnapshot:
     """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,7 +152,7 @@ class Buffers:
 
     def remember(self) -> None:
         """Copies them."""
-        buffers = dict.fromkeys(buffer for place in self._places for buffer in place.values() if buffer is not None)
+        buffers = dict.fromkeys(buffer for context in self._places for buffer in context.values() if buffer is not None)
         self._before = [(group, _flat(group)) for group in by_type(buffers).values()]
 
     def put_back(self, where: Tensor) -> None:

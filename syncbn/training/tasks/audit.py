@@ -18,7 +18,7 @@ from syncbn.training.config.run import AuditConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.tasks.loaded import load
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
@@ -26,14 +26,14 @@ from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan
 
 
-def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
     """`task=audit`: the mistakes that what `load` names shows, by the configuration of its training and one batch."""
-    loaded = load(config, run_dir, place)
-    sampler = sampler_for(loaded.config, loaded.data, loaded.place)
+    loaded = load(config, run_dir, context)
+    sampler = sampler_for(loaded.config, loaded.data, loaded.context)
     plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
-    findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.place)
-    record(findings, loaded.step, run_dir, place, SEVERITIES)
-    if place.is_first:
+    findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.context)
+    record(findings, loaded.step, run_dir, context, SEVERITIES)
+    if context.is_first:
         counts = [(severity, str(sum(f.severity == severity for f in findings))) for severity in SEVERITIES]
         console.print_table(loaded.describe(), [*counts, ("run directory", shown(run_dir))])
     stop_at_errors(findings, config.audit, run_dir)
@@ -46,19 +46,21 @@ def audit_at(model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int) ->
 
 
 def audit_trained(
-    model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int, data: Data, place: Place
+    model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int, data: Data, context: RankContext
 ) -> list[Finding]:
     """The model as it was in the last of `step` steps, with the first batch of training; the same on every rank."""
     shard = sampler.shards(0)[0]
-    images, _ = data.train_batch(shard.index, sampler.seed, 0, place.dtype)
+    images, _ = data.train_batch(shard.index, sampler.seed, 0, context.dtype)
     trained = _as_in(model, plan, max(step - 1, 0))
-    with place.forward_context():
-        return audit(trained, batch=place.put(images), batch_size=_samples_per_forward(sampler), trained=True)
+    with context.forward_context():
+        return audit(trained, batch=context.put(images), batch_size=_samples_per_forward(sampler), trained=True)
 
 
-def record(findings: list[Finding], step: int, run_dir: Path, place: Place, severities: tuple[str, ...]) -> None:
+def record(
+    findings: list[Finding], step: int, run_dir: Path, context: RankContext, severities: tuple[str, ...]
+) -> None:
     """Writes `audit.json`, and prints the findings of these severities if there are any."""
-    if not place.is_first:
+    if not context.is_first:
         return
     content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
     write_text(run_dir / "audit.json", json.dumps(content, indent=2) + "\n")

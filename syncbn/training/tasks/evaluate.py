@@ -6,16 +6,16 @@ from pathlib import Path
 
 from syncbn.report.metric_names import PRECISE, prefixed
 from syncbn.training.config.schema import Config
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.tasks.loaded import load
 from syncbn.training.tasks.recalibrate import recalibrate
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 
 
-def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
     """Evaluates what `load` names, with `eval.precise_bn` once more with population statistics (`precise/val/...`)."""
-    loaded = load(config, run_dir, place)
+    loaded = load(config, run_dir, context)
     metrics = loaded.evaluate("val", "test")
     rows = []
     if config.eval.precise_bn is not None:
@@ -23,7 +23,7 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
         metrics |= prefixed(PRECISE, loaded.evaluate("val", "test"))
         rows.append(("precise statistics of", found.describe()))
     loaded.record(run_dir, metrics)
-    if place.is_first:
+    if context.is_first:
         rows = [*((name, f"{value:.4f}") for name, value in metrics.items()), *rows]
         console.print_table(loaded.describe(), [*rows, ("run directory", shown(run_dir))])
     return metrics

@@ -34,8 +34,8 @@ from syncbn.training.config.run import EXPORT_FORMATS
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
-from syncbn.training.distributed.rank_context import Place
-from syncbn.training.tasks.loaded import Loaded, load
+from syncbn.training.distributed.rank_context import RankContext
+from syncbn.training.tasks.loaded import LoadedRun, load
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import build_model
@@ -54,18 +54,18 @@ _PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNo
 Runs = Callable[[Tensor], Tensor]
 
 
-def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
     """Exports what `load` names, on rank 0; returns `export/<format>`, by how much each file is off, on every rank.
 
     Raises:
         ConfigError: on every rank: a format that cannot be written here, a model that cannot be exported, or a file
             that does not compute what the model does. Nothing is left behind then.
     """
-    loaded = load(config, run_dir, replace(place, device=torch.device("cpu")))
+    loaded = load(config, run_dir, replace(context, device=torch.device("cpu")))
     differences: dict[str, float] = {}
     with failing_together(), torch.no_grad():
-        if place.is_first:
-            differences = _export(loaded, _formats(config, loaded.place.dtype), run_dir / DIRECTORY)
+        if context.is_first:
+            differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / DIRECTORY)
     return {f"export/{name}": value for name, value in world.on_all_ranks(differences)[0].items()}
 
 
@@ -89,7 +89,7 @@ def _why_no_onnx(dtype: torch.dtype) -> str | None:
     return None
 
 
-def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, float]:
+def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str, float]:
     """Writes and checks the files; returns by how much each is off."""
     images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
     expected = model(images)
@@ -127,13 +127,13 @@ def _export(loaded: Loaded, formats: list[str], directory: Path) -> dict[str, fl
     return differences
 
 
-def _samples(loaded: Loaded) -> Tensor:
+def _samples(loaded: LoadedRun) -> Tensor:
     """Validation images as evaluation sees them; at least two, as a program that is traced with one fits only one."""
     index = torch.arange(min(_NUM_SAMPLES, len(loaded.data.val)))
     if len(index) == 0:
         raise ConfigError("data: expected validation samples to check an export with, got none")
     index = index.repeat(2) if len(index) == 1 else index
-    return loaded.data.eval_batch(loaded.data.val, index, loaded.place.dtype)[0]
+    return loaded.data.eval_batch(loaded.data.val, index, loaded.context.dtype)[0]
 
 
 def _revert(model: nn.Module, images: Tensor) -> None:
@@ -165,23 +165,23 @@ def _input_dims(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) -
     return dims
 
 
-def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
     from safetensors.torch import load_file, save
 
     # Copies: the format has no tensor under two keys, as tied weights have.
     path.write_bytes(save({key: value.contiguous().clone() for key, value in model.state_dict().items()}))
     plain = replace(loaded.config, bn=replace(loaded.config.bn, sync=False, group="world"))
-    fresh = build_model(plain, loaded.data, loaded.place)
+    fresh = build_model(plain, loaded.data, loaded.context)
     fresh.load_state_dict(load_file(path))
     return fresh.eval()
 
 
-def _write_pt2(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+def _write_pt2(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
     torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_any_batch_size()), path)
     return torch.export.load(path).module()
 
 
-def _write_onnx(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) -> Runs:
+def _write_onnx(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
     import onnxruntime
 
     with _quiet():
@@ -200,7 +200,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, loaded: Loaded) ->
     return lambda some: torch.from_numpy(session.run([_OUTPUT], {_INPUT: some.numpy()})[0])
 
 
-_WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, Loaded], Runs]] = {
+_WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, LoadedRun], Runs]] = {
     "safetensors": _write_safetensors,
     "pt2": _write_pt2,
     "onnx": _write_onnx,
@@ -263,7 +263,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _describe(loaded: Loaded, images: Tensor, expected: Tensor) -> dict[str, Any]:
+def _describe(loaded: LoadedRun, images: Tensor, expected: Tensor) -> dict[str, Any]:
     """What a consumer needs to give the model its input and to read its output."""
     mean, std = loaded.data.pixel_stats
     numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)

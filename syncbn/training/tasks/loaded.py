@@ -17,7 +17,7 @@ from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.failures import failing_together
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.metrics import build_metrics
 from syncbn.training.launch.overrides import held_back
@@ -25,14 +25,14 @@ from syncbn.training.losses import losses
 from syncbn.training.models.pretrained import load_subnet
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.tracker import Tracker
-from syncbn.training.trainer.build import build_model, place_for
+from syncbn.training.trainer.build import build_model, context_for
 
 # Keys that a task reads from its own command line, not from the configuration of the training.
 OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRun:
     """A model as some training left it, and what it takes to go on with it."""
 
     path: Path
@@ -41,7 +41,7 @@ class Loaded:
     """Which of the checkpoint's weights the model has: "raw", or "ema" for the averaged ones."""
     config: Config
     """That of the training, with what the command line says on top; without `bn.virtual_ranks`, which only train."""
-    place: Place
+    context: RankContext
     data: dataset.Data
     model: nn.Module
 
@@ -57,23 +57,23 @@ class Loaded:
         with self.loader() as loader:
             for name in splits:
                 split = getattr(self.data, name)
-                values = evaluate(self.model, self.data, split, loss, self.place, metrics=own, loader=loader)
+                values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
 
     def loader(self) -> Loader:
         """Batches by `data.workers`; a context."""
-        return Loader(self.data, self.place, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
+        return Loader(self.data, self.context, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
         """Adds numbers to the metrics of a run directory, at the checkpoint's step."""
         tracker = replace(self.config.tracker, mode="disabled")
-        with Tracker(tracker, run_dir, redacted(to_dict(self.config)), active=self.place.is_first) as records:
+        with Tracker(tracker, run_dir, redacted(to_dict(self.config)), active=self.context.is_first) as records:
             records.start()
             records.log(self.step, metrics)
 
 
-def load(config: Config, run_dir: Path, place: Place) -> Loaded:
+def load(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
     """What `load` names, with the sub-networks of other runs that `init` names; every rank calls it.
 
     Raises:
@@ -89,13 +89,13 @@ def load(config: Config, run_dir: Path, place: Place) -> Loaded:
         trained = parse(stored)
         trained.bn.virtual_ranks = None
         data = dataset.as_trained(registry.load(trained.data), checkpoint)
-    place = place_for(trained, place)
-    model = build_model(trained, data, place)
+    context = context_for(trained, context)
+    model = build_model(trained, data, context)
     state.load_into(model, content, path, "load")
     with failing_together():
         for name, init in trained.init.items():
             load_subnet(model, name, init)
-    return Loaded(path, int(checkpoint["step"]), weights, trained, place, data, model)
+    return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model)
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:

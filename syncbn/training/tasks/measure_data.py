@@ -16,34 +16,36 @@ from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.tracking import console
 
 
-def measure_loading(config: Config, place: Place, data: Data) -> dict[str, float]:
+def measure_loading(config: Config, context: RankContext, data: Data) -> dict[str, float]:
     """Samples per second of the loader alone, of all ranks together, over `duration` or an epoch if that is shorter.
 
     All ranks load at the same time. What comes before the first batch (the start of the workers) is left out; where
     decoded images are kept, a second pass shows what later epochs get.
     """
-    sampler = Sampler(len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size)
+    sampler = Sampler(
+        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size
+    )
     num_steps = min(sampler.steps_per_epoch, Duration.parse(config.duration).in_steps(sampler.steps_per_epoch))
     if num_steps < 2:
         raise ConfigError(f"batch_size: expected two steps or more to measure, got {num_steps}; use a smaller one")
     has_cache = isinstance(data.train.images, Decoded) and data.train.images.cache is not None
     names = ["decoding", "from the cache"] if has_cache else ["loading"]
     rows, metrics = [], {}
-    with Loader(data, place, workers=config.data.workers, prefetch=config.data.prefetch) as loader:
+    with Loader(data, context, workers=config.data.workers, prefetch=config.data.prefetch) as loader:
         for name in names:
             speeds = world.on_all_ranks(_speed(loader, sampler, config.seed, num_steps))
             rows += [(f"{name}, rank {rank}", f"{speed:.0f} samples/s") for rank, speed in enumerate(speeds)]
             rows += [(f"{name}, all ranks", f"{sum(speeds):.0f} samples/s")] if len(speeds) > 1 else []
             metrics["data/samples_per_second"] = sum(speeds)
-    if place.is_first:
+    if context.is_first:
         workers = f"{config.data.workers} per rank, {config.data.prefetch} batches ahead each"
         rows += [
             ("workers", workers if config.data.workers else "none"),
-            ("batches", f"{num_steps} of {config.batch_size} samples over {place.world_size} rank(s)"),
+            ("batches", f"{num_steps} of {config.batch_size} samples over {context.world_size} rank(s)"),
         ]
         console.print_table(f"data={config.data.name}, the loader alone", rows)
     return metrics
@@ -56,8 +58,8 @@ def _speed(loader: Loader, sampler: Sampler, seed: int, num_steps: int) -> float
     start, num_samples = time.perf_counter(), 0
     for images, _ in islice(batches, (num_steps - 1) * len(sampler.shards(0))):
         num_samples += len(images)
-    if loader.place.device.type == "cuda":
-        torch.cuda.synchronize(loader.place.device)
+    if loader.context.device.type == "cuda":
+        torch.cuda.synchronize(loader.context.device)
     return num_samples / (time.perf_counter() - start)
 
 

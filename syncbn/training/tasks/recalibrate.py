@@ -28,9 +28,9 @@ from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import losses
-from syncbn.training.tasks.loaded import Loaded, load
+from syncbn.training.tasks.loaded import LoadedRun, load
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
@@ -61,23 +61,23 @@ class Population:
         return f"{self.num_batches} global batches, {self.num_samples} samples"
 
 
-def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
+def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
     """Recalibrates what `load` names and writes `recalibrated.pt`, which `load` and `init.*.path` take.
 
     What is better is for validation to say: the test set is not used.
     """
-    loaded = load(config, run_dir, place)
+    loaded = load(config, run_dir, context)
     before = loaded.evaluate("val")
     found = recalibrate(loaded, config.recalibrate.batches)
     after = loaded.evaluate("val")
     drift = prefixed(DRIFT, {name: moved.mean for name, moved in found.layers.items()})
     metrics = before | prefixed(PRECISE, after) | drift
-    if place.is_first:
+    if context.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data)
         files.write_atomically(run_dir / files.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
     loaded.record(run_dir, metrics)
-    if place.is_first:
+    if context.is_first:
         rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]
         console.print_rows(loaded.describe(), ("metric", "before", "after"), rows)
         moves = [(name, f"{m.mean:.4f}", f"{m.std[0]:.3f} to {m.std[1]:.3f}") for name, m in found.layers.items()]
@@ -87,7 +87,7 @@ def run(config: Config, run_dir: Path, place: Place) -> dict[str, float]:
     return metrics
 
 
-def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
+def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
     """Gives the model the statistics of so many global batches (None, or more than there are: of the training set).
 
     Every rank calls it and ends up with the same bits.
@@ -97,13 +97,13 @@ def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
             model that cannot take zero rows, where a rank has no sample.
         TrainingError: statistics that are not finite.
     """
-    config, place, model = loaded.config, loaded.place, loaded.model
-    num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, place)
+    config, context, model = loaded.config, loaded.context, loaded.model
+    num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, context)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
     worker = _synchronized_copy(loaded, sampler)
-    check_model(worker, loaded.data, sampler, place, losses.build(config.loss, loaded.data))
+    check_model(worker, loaded.data, sampler, context, losses.build(config.loss, loaded.data))
     before = _statistics(model)
-    with loaded.loader() as loader, place.forward_context():
+    with loaded.loader() as loader, context.forward_context():
         shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))
         precise_bn(worker, (images for images, _ in loader.eval_batches(loaded.data.train, shards)))
     after = _statistics(worker)
@@ -115,7 +115,7 @@ def recalibrate(loaded: Loaded, num_batches: int | None) -> Population:
     return Population(num_batches, min(num_batches * config.batch_size, num_train), layers)
 
 
-def _synchronized_copy(loaded: Loaded, sampler: Sampler) -> nn.Module:
+def _synchronized_copy(loaded: LoadedRun, sampler: Sampler) -> nn.Module:
     """A copy to recalibrate: every layer sums over all ranks, and is frozen as in the last step of the checkpoint."""
     copied = copy.deepcopy(loaded.model)
     plan = build_freeze_plan(loaded.config, copied, sampler.steps_per_epoch)
@@ -123,7 +123,7 @@ def _synchronized_copy(loaded: Loaded, sampler: Sampler) -> nn.Module:
     try:
         convert_sync_batchnorm(copied)
     except TypeError as error:
-        if loaded.place.world_size > 1:
+        if loaded.context.world_size > 1:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"task: {reason}, which statistics over several ranks would need; use one rank") from None
     for layer in copied.modules():

@@ -14,7 +14,7 @@ from syncbn.training.tracking.summary import write_summary
 log = logging.getLogger(__name__)
 
 
-class Report:
+class EndOfRun:
     """At the end of a run, also of one that fails: `report.html`, and in `summary.json` why it failed.
 
     A run that stops on request goes on later, and has its report then.

@@ -16,14 +16,14 @@ from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import Config
 from syncbn.training.data import registry
 from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch.overrides import held_back
 from syncbn.training.launch.process_group import process_group
 from syncbn.training.tasks import audit, evaluate, export, recalibrate
 from syncbn.training.tasks.measure_data import measure_loading
 from syncbn.training.tasks.train import train
 from syncbn.training.tracking.summary import write_summary
-from syncbn.training.trainer.build import place_for
+from syncbn.training.trainer.build import context_for
 
 # The tasks that take a run or checkpoint from `load`.
 WITH_LOAD = {
@@ -47,19 +47,19 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     if not world.is_distributed():
         treat_as_world_of_one()
     device = _device(config)
-    place = place_for(config, Place(world.rank(), world.world_size(), device, torch.float32))
+    context = context_for(config, RankContext(world.rank(), world.world_size(), device, torch.float32))
     checks = rank_checks.enabling(config.bn.debug)
     # The tracker ends after the group: the other ranks need not wait for an upload.
     with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout), checks:
         if config.task in WITH_LOAD:
-            metrics = WITH_LOAD[config.task](config, run_dir, place)
-            if place.is_first and metrics:
+            metrics = WITH_LOAD[config.task](config, run_dir, context)
+            if context.is_first and metrics:
                 given = [redact(override) for override in (*overrides, *held_back())]
                 write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
             return metrics
         if config.task == "data":
-            return measure_loading(config, place, registry.load(config.data))
-        return train(config, run_dir, place, overrides, tracking)
+            return measure_loading(config, context, registry.load(config.data))
+        return train(config, run_dir, context, overrides, tracking)
 
 
 def _device(config: Config) -> torch.device:

@@ -19,24 +19,24 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import StopRequest, deferred
 from syncbn.training.tasks import audit
-from syncbn.training.tasks.report import Report
+from syncbn.training.tasks.report import EndOfRun
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import read_summary, write_summary
 from syncbn.training.tracking.tracker import Tracker, cut_back
 from syncbn.training.trainer import execution, overfit
-from syncbn.training.trainer.build import build_components, place_for
+from syncbn.training.trainer.build import build_components, context_for
 from syncbn.training.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    config: Config, run_dir: Path, place: Place, overrides: Sequence[str], tracking: ExitStack
+    config: Config, run_dir: Path, context: RankContext, overrides: Sequence[str], tracking: ExitStack
 ) -> dict[str, float]:
     """`task=train`; `tracking` closes the tracker."""
     tracking.enter_context(deferred())
@@ -47,44 +47,44 @@ def train(
         if checkpoint is not None:
             config = merge_with_stored(config, checkpoint, overrides)
         # By the configuration of the run, which the command that resumes it need not repeat.
-        place = place_for(config, place)
-        execution.check(config, place.device)
+        context = context_for(config, context)
+        execution.check(config, context.device)
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
-            return _train(config, run_dir, place, checkpoint, overrides, tracking, stop)
+            return _train(config, run_dir, context, checkpoint, overrides, tracking, stop)
 
 
 def _train(
     config: Config,
     run_dir: Path,
-    place: Place,
+    context: RankContext,
     checkpoint: files.Stored | None,
     overrides: Sequence[str],
     tracking: ExitStack,
     stop: StopRequest,
 ) -> dict[str, float]:
-    components = build_components(config, place, resumes=checkpoint is not None)
+    components = build_components(config, context, resumes=checkpoint is not None)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
-    if place.is_first:
+    if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
         cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint.path))
-    record_classes(run_dir, components.data.class_names, place)
-    environment = describe(place, overrides)
-    if place.is_first:
+    record_classes(run_dir, components.data.class_names, context)
+    environment = describe(context, overrides)
+    if context.is_first:
         write_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
     tracked = {**config_dict, "environment": environment}
-    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=place.is_first))
-    if place.is_first and config.tracker.report:
-        tracking.push(Report(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
+    tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=context.is_first))
+    if context.is_first and config.tracker.report:
+        tracking.push(EndOfRun(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
     trainer = Trainer(components, run_dir, tracker, stop)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         log.info("resumed from %s at step %d", shown(checkpoint.path), trainer.counters.step)
-    elif place.is_first:
+    elif context.is_first:
         trainer.checkpoints.begin(0)
     metrics = _metrics_of_finished(run_dir, trainer)
     if metrics is None and config.audit.level != "off":
         findings = audit.audit_at(model, plan, sampler, trainer.counters.step)
-        audit.record(findings, trainer.counters.step, run_dir, place, ("error", "warning"))
+        audit.record(findings, trainer.counters.step, run_dir, context, ("error", "warning"))
         audit.stop_at_errors(findings, config.audit, run_dir)
     tracker.start()
     _announce(run_dir, trainer, overrides)
@@ -93,7 +93,7 @@ def _train(
         tracker.log(trainer.counters.step, {name: metrics[name] for name in below(TEST, metrics)})
     else:
         metrics = trainer.run()
-    if place.is_first:
+    if context.is_first:
         given = [redact(override) for override in overrides]
         stopped = trainer.counters.step < trainer.num_steps
         write_summary(run_dir, trainer.counters.step, metrics, given, stopped=stopped)
@@ -131,22 +131,22 @@ def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
 
 def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None:
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    place = trainer.place
+    context = trainer.context
     if overrides:
         log.info("overrides: %s", " ".join(overrides))
     log.info(
         "%d rank(s) on %s  global batch %d  %d steps of %d per epoch  %d parameters  %s",
-        place.world_size, place.device.type, trainer.config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
+        context.world_size, context.device.type, trainer.config.batch_size, trainer.num_steps, trainer.steps_per_epoch,
         num_parameters, shown(run_dir),
     )  # fmt: skip
-    if place.is_first and trainer.plan.rules:
+    if context.is_first and trainer.plan.rules:
         rows = trainer.plan.table(trainer.model)
         console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
 
 
 def _by_split(name: str) -> int:
     """The order of the summary: validation, test, the rest."""
-    return next((place for place, split in enumerate((VAL, TEST)) if name.startswith(f"{split}/")), 2)
+    return next((position for position, split in enumerate((VAL, TEST)) if name.startswith(f"{split}/")), 2)
 
 
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
@@ -154,7 +154,7 @@ def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -
     rows = [(name, f"{metrics[name]:.4f}") for name in names]
     rows += [
         (THROUGHPUT, f"{metrics[THROUGHPUT]:.0f}"),
-        ("global batch", f"{trainer.config.batch_size} samples over {trainer.place.world_size} rank(s)"),
+        ("global batch", f"{trainer.config.batch_size} samples over {trainer.context.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
         ("run directory", shown(run_dir)),
     ]

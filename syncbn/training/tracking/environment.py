@@ -15,25 +15,25 @@ import torch
 
 from syncbn.training.config.redaction import redact
 from syncbn.training.distributed import world
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 _PACKAGES = ("syncbn", "torch", "hydra-core", "wandb", "torchmetrics")
 
 
-def describe(place: Place, overrides: Sequence[str]) -> dict[str, Any]:
+def describe(context: RankContext, overrides: Sequence[str]) -> dict[str, Any]:
     """Every rank calls it, because the hosts are gathered; what it says is rank 0's, and empty on the others."""
     hosts = world.on_all_ranks(platform.node())
-    if not place.is_first:
+    if not context.is_first:
         return {}
     return {
         "command": " ".join(["train.py", *map(redact, overrides)]),
         "commit": _commit(),
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
-        "device": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else _processor(),
-        "cuda": torch.version.cuda if place.device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _processor(),
+        "cuda": torch.version.cuda if context.device.type == "cuda" else None,
         "threads_per_rank": torch.get_num_threads(),
-        "ranks": place.world_size,
+        "ranks": context.world_size,
         "hosts": {host: hosts.count(host) for host in dict.fromkeys(hosts)},
     }
 

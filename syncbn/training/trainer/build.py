@@ -16,7 +16,7 @@ from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
 from syncbn.training.losses import losses
 from syncbn.training.losses.losses import Loss
@@ -30,17 +30,19 @@ DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: flo
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: Config, data: dataset.Data, place: Place) -> nn.Module:
+def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.Module:
     """The model with its initial weights, the same on every rank.
 
     Raises:
         ConfigError: see `build_network`, `groups_per_rank` and `make_virtual`.
     """
     torch.manual_seed(config.seed)
-    model = build_network(config.model, config.bn, data.num_channels, data.num_classes).to(place.device, place.dtype)
+    model = build_network(config.model, config.bn, data.num_channels, data.num_classes).to(
+        context.device, context.dtype
+    )
     if config.bn.virtual_ranks is not None:
-        make_virtual(model, groups_per_rank(config.bn, place.world_size))
-    if place.channels_last:
+        make_virtual(model, groups_per_rank(config.bn, context.world_size))
+    if context.channels_last:
         execution.lay_out(model)
     return model
 
@@ -52,7 +54,7 @@ class RunComponents:
     config: Config
     config_dict: dict[str, Any]
     """The configuration as it may be written down: plain containers, without secrets."""
-    place: Place
+    context: RankContext
     data: dataset.Data
     sampler: Sampler
     model: nn.Module
@@ -63,7 +65,7 @@ class RunComponents:
     drift: Drift
 
 
-def build_components(config: Config, place: Place, *, resumes: bool) -> RunComponents:
+def build_components(config: Config, context: RankContext, *, resumes: bool) -> RunComponents:
     """Everything that a run trains with; every rank calls it.
 
     Args:
@@ -76,35 +78,35 @@ def build_components(config: Config, place: Place, *, resumes: bool) -> RunCompo
     data = registry.load(config.data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
-    model = build_model(config, data, place)
+    model = build_model(config, data, context)
     drift = Drift()
     for name, init in config.init.items() if not resumes else ():
         load_subnet(model, name, init)
         drift.remember(model, name)
-    sampler = sampler_for(config, data, place)
+    sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build(config.loss, data)
-    outputs, targets = check_model(model, data, sampler, place, loss)
+    outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
     best = choose_best(config.best, metrics, data.num_classes, outputs, targets)
     warn_of_dropout(model)
     return RunComponents(
-        config, redacted(to_dict(config)), place, data, sampler, model, loss, metrics, best, plan, drift
+        config, redacted(to_dict(config)), context, data, sampler, model, loss, metrics, best, plan, drift
     )
 
 
-def sampler_for(config: Config, data: dataset.Data, place: Place) -> Sampler:
+def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sampler:
     """Which samples this rank trains on."""
-    groups = groups_per_rank(config.bn, place.world_size)
+    groups = groups_per_rank(config.bn, context.world_size)
     return Sampler(
-        len(data.train), config.batch_size, config.accumulate, config.seed, place.rank, place.world_size, groups
+        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups
     )
 
 
-def place_for(config: Config, place: Place) -> Place:
-    """`place` with the precision of this configuration."""
+def context_for(config: Config, context: RankContext) -> RankContext:
+    """`context` with the precision of this configuration."""
     return replace(
-        place,
+        context,
         dtype=DTYPES.get(config.precision, torch.float32),
         autocast=AUTOCAST.get(config.precision),
         channels_last=config.channels_last,

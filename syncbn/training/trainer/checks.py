@@ -14,7 +14,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place, in_dtype
+from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.losses.losses import CrossEntropy, Loss, check_loss
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
     return plan
 
 
-def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, loss: Loss) -> tuple[object, Tensor]:
+def check_model(
+    model: nn.Module, data: Data, sampler: Sampler, context: RankContext, loss: Loss
+) -> tuple[object, Tensor]:
     """Runs the model and the loss once without training; returns the outputs and the targets of some samples.
 
     Raises:
@@ -68,8 +70,8 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
             that), the loss cannot take them or does not return a sum and a count, or the model cannot take zero rows
             where the last batch of an epoch leaves a rank without samples.
     """
-    images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, place.dtype)
-    images = place.put(images)
+    images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, context.dtype)
+    images = context.put(images)
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
@@ -77,9 +79,9 @@ def check_model(model: nn.Module, data: Data, sampler: Sampler, place: Place, lo
     if isinstance(loss, CrossEntropy) and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
-    outputs, targets = in_dtype(outputs, place.dtype), targets.to(place.device)
+    outputs, targets = in_dtype(outputs, context.dtype), targets.to(context.device)
     check_loss(loss, outputs, targets)
-    if sampler.smallest_micro_batch() <= (place.world_size - 1) * sampler.groups_per_rank:
+    if sampler.smallest_micro_batch() <= (context.world_size - 1) * sampler.groups_per_rank:
         failure, _ = _try(model, images[:0])
         if failure is not None:
             raise ConfigError(

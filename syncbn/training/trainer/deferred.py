@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Reports:
+class DeferredResults:
     """Small results of past steps, read without waiting for what the device is still doing.
 
     On a GPU a result is read one step later, from a copy that travels meanwhile; on the CPU at once.

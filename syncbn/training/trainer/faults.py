@@ -7,7 +7,7 @@ import torch
 from syncbn.training.config.errors import TrainingError
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 
 class NonFiniteError(TrainingError):
@@ -25,7 +25,7 @@ class NonFiniteError(TrainingError):
         super().__init__(f"step {step}: the {what} is not finite; training {where}")
 
 
-def find_fault(step: int, ranks: list[int], sampler: Sampler, data: Data, place: Place) -> NonFiniteError:
+def find_fault(step: int, ranks: list[int], sampler: Sampler, data: Data, context: RankContext) -> NonFiniteError:
     """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
 
     One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
@@ -33,9 +33,9 @@ def find_fault(step: int, ranks: list[int], sampler: Sampler, data: Data, place:
     Args:
         ranks: those whose loss was not finite; none: it was the gradient.
     """
-    samples = {rank: sampler.samples(step, rank) for rank in (ranks if ranks else range(place.world_size))}
+    samples = {rank: sampler.samples(step, rank) for rank in (ranks if ranks else range(context.world_size))}
     index, epoch = torch.cat(list(samples.values())), sampler.epoch_of(step)
-    images, _ = data.train_batch(index, sampler.seed, epoch, place.dtype)
+    images, _ = data.train_batch(index, sampler.seed, epoch, context.dtype)
     culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
     seen = {rank: part.tolist() for rank, part in samples.items()}
     return NonFiniteError(step, "loss" if ranks else "gradient", seen, culprits)

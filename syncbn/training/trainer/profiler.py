@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +18,11 @@ WARM_UP = 5  # steps that are not profiled: allocations, first-time choices of k
 class Profiler:
     """Writes to `profile/` in the run directory after `num_steps` steps; `step` belongs to the end of each step."""
 
-    def __init__(self, num_steps: int, run_dir: Path, place: Place) -> None:
-        self._directory, self._place, self._num_steps = run_dir / "profile", place, num_steps
+    def __init__(self, num_steps: int, run_dir: Path, context: RankContext) -> None:
+        self._directory, self._context, self._num_steps = run_dir / "profile", context, num_steps
         self._written = False
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if place.device.type == "cuda" else [])],
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.device.type == "cuda" else [])],
             schedule=schedule(wait=WARM_UP - 2, warmup=2, active=num_steps, repeat=1),
             on_trace_ready=self._write,
         )
@@ -33,7 +33,7 @@ class Profiler:
 
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
-        if not self._written and self._place.is_first:
+        if not self._written and self._context.is_first:
             log.warning("profile: nothing to show, the first %d steps are warm-up; give a longer duration", WARM_UP)
 
     def step(self) -> None:
@@ -43,10 +43,10 @@ class Profiler:
     def _write(self, profiled: profile) -> None:
         self._written = True
         self._directory.mkdir(exist_ok=True)
-        profiled.export_chrome_trace(str(self._directory / f"trace-rank{self._place.rank}.json.gz"))
-        if not self._place.is_first:
+        profiled.export_chrome_trace(str(self._directory / f"trace-rank{self._context.rank}.json.gz"))
+        if not self._context.is_first:
             return
-        by = "self_cpu_time_total" if self._place.device.type == "cpu" else "self_device_time_total"
+        by = "self_cpu_time_total" if self._context.device.type == "cpu" else "self_device_time_total"
         operators = profiled.key_averages()
         table = operators.table(sort_by=by, row_limit=30, max_name_column_width=60)
         (self._directory / "operators.txt").write_text(table + "\n", encoding="utf-8")
@@ -61,6 +61,6 @@ class Profiler:
         )
 
 
-def build(num_steps: int | None, run_dir: Path, place: Place) -> Profiler | None:
+def build(num_steps: int | None, run_dir: Path, context: RankContext) -> Profiler | None:
     """None: off, and nothing happens."""
-    return None if num_steps is None else Profiler(num_steps, run_dir, place)
+    return None if num_steps is None else Profiler(num_steps, run_dir, context)

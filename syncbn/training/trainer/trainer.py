@@ -38,7 +38,7 @@ from syncbn.training.config.duration import Duration
 from syncbn.training.data.dataset import Split, describe_data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import Draw, mix_key, seed_generators
-from syncbn.training.distributed.ddp import Wrapped
+from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
@@ -51,7 +51,7 @@ from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import execution, profiler
 from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
-from syncbn.training.trainer.deferred import Reports
+from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.faults import find_fault
 from syncbn.training.trainer.freezing import Freezing
 from syncbn.training.trainer.local_stats import LocalStatistics
@@ -64,13 +64,13 @@ class Trainer:
     """Trains one model; everything that it needs is handed in, built."""
 
     def __init__(self, components: RunComponents, run_dir: Path, tracker: Tracker, stop: StopRequest) -> None:
-        config, model, sampler, place = components.config, components.model, components.sampler, components.place
+        config, model, sampler, context = components.config, components.model, components.sampler, components.context
         # what is trained, and where
-        self.config, self.place, self.data, self.sampler = config, place, components.data, sampler
+        self.config, self.context, self.data, self.sampler = config, context, components.data, sampler
         self.model, self.loss, self.plan = model, components.loss, components.plan
         self.metrics, self.best = components.metrics, components.best
-        self.loader = Loader(self.data, place, workers=config.data.workers, prefetch=config.data.prefetch)
-        self.wrapped: Wrapped | None = None  # the model, in DDP where there are several ranks; see _apply_plan
+        self.loader = Loader(self.data, context, workers=config.data.workers, prefetch=config.data.prefetch)
+        self.wrapped: WrappedModel | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
         self.stop = stop
         self.stop_agreed = False  # some rank had been asked to stop before a step that is over
@@ -82,9 +82,9 @@ class Trainer:
         # how
         self.optimizer = optimizers.build(config.optimizer, model)
         self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
-        is_half = place.autocast == torch.float16
+        is_half = context.autocast == torch.float16
         self.update = Update(
-            model, self.optimizer, self.schedule, place.device,
+            model, self.optimizer, self.schedule, context.device,
             half=is_half, decay=config.ema, clip_norm=config.clip_norm,
         )  # fmt: skip
         self.local_statistics = LocalStatistics(
@@ -94,9 +94,9 @@ class Trainer:
             self.plan, model, self.optimizer, tracker, forgets_momentum=config.optimizer.on_unfreeze == "reset"
         )
         self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
-        self.reports = Reports(place.device)  # of what happened in a step: asked to stop, not finite
+        self.results = DeferredResults(context.device)  # of what happened in a step: asked to stop, not finite
         # what survives
-        self.counters, self.totals = Counters(), Totals(place.device)
+        self.counters, self.totals = Counters(), Totals(context.device)
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
@@ -116,7 +116,7 @@ class Trainer:
         # what is seen
         self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
         self.drift = components.drift
-        self.profiler = profiler.build(config.profile, run_dir, place)
+        self.profiler = profiler.build(config.profile, run_dir, context)
 
     def run(self) -> dict[str, float]:
         """Trains to the end; returns the final metrics.
@@ -127,7 +127,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.callback(self.checkpoints.close)
             stack.callback(self.loader.close)
-            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.place.is_first))
+            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.context.is_first))
             if self.profiler is not None:
                 stack.enter_context(self.profiler)
             try:
@@ -153,7 +153,7 @@ class Trainer:
         if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
             self._validate()  # a signal came before or while it was evaluated
         while self.counters.step < self.num_steps and not self._is_fitted():
-            if self.stop_agreed or (self.place.world_size == 1 and self.stop.requested):
+            if self.stop_agreed or (self.context.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
             shown_every = (self.log_every, self.eval_every)
@@ -185,18 +185,18 @@ class Trainer:
 
     def _read_reports(self, *, everything: bool) -> bool:
         """What steps that are over have to say, the same on every rank; False: training ends here."""
-        for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.reports.take(everything=everything):
+        for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.results.take(everything=everything):
             self.stop_agreed |= asked_to_stop > 0
             self.counters.steps_left_out += left_out > 0
             if not at_fault:
                 continue
             fault = find_fault(
-                step, [rank for rank, bad in enumerate(is_bad) if bad], self.sampler, self.data, self.place
+                step, [rank for rank, bad in enumerate(is_bad) if bad], self.sampler, self.data, self.context
             )
             if self.config.on_nonfinite == "skip":
                 log.warning("%s; the step is left out", fault)
                 continue
-            self.reports.clear()
+            self.results.clear()
             self.update.restart(step)
             self.counters.step, self.counters.steps_left_out = step, self.counters.steps_left_out - 1
             self._save()  # the state before the step, from which on_nonfinite=skip can go on
@@ -208,7 +208,7 @@ class Trainer:
 
     def _save(self) -> None:
         with self.local_statistics.pooled(self.counters.step):
-            if self.place.is_first:
+            if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
 
     def resume(self, stored: Stored) -> None:
@@ -218,9 +218,9 @@ class Trainer:
         if best is None and self.counters.best_step:
             log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
             self.counters.forget_best()
-        if self.place.world_size > 1:
+        if self.context.world_size > 1:
             dist.barrier()  # all ranks have looked
-        if self.place.is_first:
+        if self.context.is_first:
             self.checkpoints.begin(self.counters.step, best)
 
     def _train_step(self, step: int) -> None:
@@ -228,11 +228,11 @@ class Trainer:
             self.model.train()
         self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
-        seed_generators(mix_key(self.config.seed, step, self.place.rank, Draw.MODEL), self.place.device)
+        seed_generators(mix_key(self.config.seed, step, self.context.rank, Draw.MODEL), self.context.device)
         shards = self.sampler.shards(step)
         nominal = sum(shard.num_global for shard in shards)
         # Loss sum, count, asked to stop, and for each rank whether its loss is not finite.
-        totals = torch.zeros(3 + self.place.world_size, dtype=torch.float64, device=self.place.device)
+        totals = torch.zeros(3 + self.context.world_size, dtype=torch.float64, device=self.context.device)
         totals[2] = float(self.stop.requested)
         # Running statistics move once per step, however many micro-batches it has.
         with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
@@ -243,27 +243,27 @@ class Trainer:
                     loss_sum, count = self._losses(self.wrapped, batch)
                     totals[0] += loss_sum.detach()
                     totals[1] += count
-                    scaled = self.update.scaler.scale(loss_sum * (self.place.world_size / nominal))
+                    scaled = self.update.scaler.scale(loss_sum * (self.context.world_size / nominal))
                     if not is_last:
                         scaled.backward()
                         continue
-                    totals[3 + self.place.rank] = ~totals[0].isfinite()
+                    totals[3 + self.context.rank] = ~totals[0].isfinite()
                     totals = self.wrapped.backward(scaled, totals)
         # From a mean over samples to a mean over what the loss counts; 1, to rounding, where it counts samples. Counts
         # may be weights, and less than 1; where nothing counts the gradient is 0 as it is.
         correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
-        verdict = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
-        kept = torch.cat([totals[:2], torch.stack([verdict.gradient_norm, torch.ones_like(verdict.gradient_norm)])])
-        self.totals.values += torch.where(verdict.left_out, 0.0, kept)
-        self.reports.post(step, torch.cat([totals[2:3], torch.stack(verdict[:2]), totals[3:]]))
+        outcome = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
+        kept = torch.cat([totals[:2], torch.stack([outcome.gradient_norm, torch.ones_like(outcome.gradient_norm)])])
+        self.totals.values += torch.where(outcome.left_out, 0.0, kept)
+        self.results.post(step, torch.cat([totals[2:3], torch.stack(outcome[:2]), totals[3:]]))
         self.clock.add(nominal)
 
-    def _losses(self, wrapped: Wrapped, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, wrapped: WrappedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
         images, labels = batch
-        with self.place.forward_context():
+        with self.context.forward_context():
             outputs = wrapped(images)
-        return self.loss(in_dtype(outputs, self.place.dtype), labels)
+        return self.loss(in_dtype(outputs, self.context.dtype), labels)
 
     def _apply_plan(self, step: int) -> None:
         """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
@@ -279,8 +279,8 @@ class Trainer:
         if changed or self.wrapped is None:
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
-            self.wrapped = Wrapped(
-                self.executed, self.place, is_first=self.wrapped is None, num_totals=3 + self.place.world_size,
+            self.wrapped = WrappedModel(
+                self.executed, self.context, is_first=self.wrapped is None, num_totals=3 + self.context.world_size,
                 loss_of=lambda wrapped: self._losses(wrapped, batch)[0],
             )  # fmt: skip
 
@@ -296,7 +296,7 @@ class Trainer:
             gradient_norm=None if self.config.clip_norm is None else gradient_norm,
             steps_left_out=self.counters.steps_left_out,
         )
-        if self.place.is_first:
+        if self.context.is_first:
             self.tracker.log(self.counters.step, progress.metrics(), self.monitor.snapshot())
         if show is not None:
             show(self.counters.step, math.nan if loss is None else loss)
@@ -311,7 +311,7 @@ class Trainer:
             names = dict.fromkeys([f"{VAL}/{self.best.by}", VAL_LOSS])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {EPOCH: step / self.steps_per_epoch, **metrics})
-            if self.place.is_first:
+            if self.context.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
 
     def _validate_model(self) -> dict[str, float]:
@@ -320,27 +320,27 @@ class Trainer:
         if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self.counters.evaluated_step = step
-        if self.counters.is_best(values, *self.best) and self.place.is_first:
+        if self.counters.is_best(values, *self.best) and self.context.is_first:
             self.checkpoints.save_best(step, self.update.evaluated)
         return prefixed(VAL, values) | self.drift.measure(self.model)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
-        if self.place.world_size == 1 or not self.save_clock.goes_by_time:
+        if self.context.world_size == 1 or not self.save_clock.goes_by_time:
             return here
-        answer = torch.tensor(here, device=self.place.device, dtype=torch.int32)
+        answer = torch.tensor(here, device=self.context.device, dtype=torch.int32)
         dist.broadcast(answer, src=0)
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        return evaluate(model, self.data, split, self.loss, self.place, self.stop, self.metrics, self.loader)
+        return evaluate(model, self.data, split, self.loss, self.context, self.stop, self.metrics, self.loader)
 
     def _finish(self) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
         if self.counters.evaluated_step == 0:
             self._validate()  # training has ended before it was due
         self.checkpoints.wait()
-        if self.place.world_size > 1:
+        if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         drift = self.drift.measure(self.model)  # of the weights that training ended with
         # A copy: a signal during the test has to find the state that training ended with.

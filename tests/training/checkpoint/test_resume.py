@@ -88,7 +88,7 @@ def test_how_a_run_computes_is_its_own_configuration_s_business_named_again_or_n
     train_step = Trainer._train_step
 
     def look(self, step):
-        seen.append((self.place.dtype, self.place.channels_last, torch.are_deterministic_algorithms_enabled()))
+        seen.append((self.context.dtype, self.context.channels_last, torch.are_deterministic_algorithms_enabled()))
         train_step(self, step)
 
     monkeypatch.setattr(Trainer, "_train_step", look)

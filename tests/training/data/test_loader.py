@@ -18,15 +18,15 @@ from syncbn.training.data import loader, registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.loader import Loader
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from tests.training.checkpoint.test_kills import JOB, check_same_run
 from tests.training.checkpoint.test_resume import SMALL, without_speed
 from tests.training.images import save_classes, save_masks
 from tests.training.jobs import ROOT, LiveJob, compose_config, read_metrics, run_rank, start
 from tests.training.trainer.test_train import load_last
 
-HERE = Place(0, 1, torch.device("cpu"), torch.float32)
-THIRD = Place(2, 3, torch.device("cpu"), torch.float32)
+HERE = RankContext(0, 1, torch.device("cpu"), torch.float32)
+THIRD = RankContext(2, 3, torch.device("cpu"), torch.float32)
 
 
 def load(*overrides):
@@ -53,11 +53,11 @@ def data_sets(files):
     }
 
 
-def batches_of(data, place, workers, *, steps, evaluate_after):
+def batches_of(data, context, workers, *, steps, evaluate_after):
     """Micro-batches of these steps, with an evaluation in between."""
-    sampler = Sampler(len(data.train), 5, 2, 0, place.rank, place.world_size)
+    sampler = Sampler(len(data.train), 5, 2, 0, context.rank, context.world_size)
     found = []
-    with Loader(data, place, workers=workers) as loader:
+    with Loader(data, context, workers=workers) as loader:
         for step in steps:
             found += loader.micro_batches(sampler, 3, step)
             if step == evaluate_after:

@@ -11,7 +11,7 @@ from torchmetrics import classification
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.images import ImageData
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import EVAL_BATCH_SIZE, evaluate
 from syncbn.training.evaluation.metrics import Best, choose_best
 from syncbn.training.losses.losses import CrossEntropy
@@ -28,8 +28,8 @@ def check_exact(num):
     model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3)).double()
     split = make_split(num)
     data = ImageData(split, split, split, num_classes=3, shift=0, flip=False)
-    place = Place(rank, world_size, torch.device("cpu"), torch.float64)
-    metrics = evaluate(model, data, split, CrossEntropy(), place)
+    context = RankContext(rank, world_size, torch.device("cpu"), torch.float64)
+    metrics = evaluate(model, data, split, CrossEntropy(), context)
     outputs = model(data.eval_batch(split, torch.arange(num), torch.float64)[0])
     assert metrics["loss"] == pytest.approx(F.cross_entropy(outputs, split.labels).item(), abs=1e-12)
     assert round(metrics["accuracy"] * num) == int((outputs.argmax(1) == split.labels).sum())

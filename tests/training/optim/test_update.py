@@ -10,10 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm
-from syncbn.training.optim.ema import Average
+from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.foreach import all_finite, multiply
 from syncbn.training.optim.update import Update
-from syncbn.training.trainer.deferred import Reports
+from syncbn.training.trainer.deferred import DeferredResults
 
 
 def build(**options):
@@ -54,9 +54,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_goes_on(poison):
     for seed in (1, 2):
         step(model, update, seed), step(clean, clean_update, seed)
     before = state_of(model, update)
-    verdict = step(model, update, 3, **poison)
-    assert verdict.left_out
-    assert verdict.at_fault
+    outcome = step(model, update, 3, **poison)
+    assert outcome.left_out
+    assert outcome.at_fault
     check_equal(state_of(model, update), before)
     clean_update.schedule.step()  # the learning rate goes on
     assert not step(model, update, 4).left_out
@@ -102,9 +102,9 @@ def test_an_overflow_of_scaled_gradients_is_left_out_too_and_is_no_fault():
     step(model, update, 1)
     before = state_of(model, update)
     scale = update.scaler.get_scale()
-    verdict = step(model, update, 2, gradient_factor=float("inf"))
-    assert verdict.left_out
-    assert not verdict.at_fault
+    outcome = step(model, update, 2, gradient_factor=float("inf"))
+    assert outcome.left_out
+    assert not outcome.at_fault
     check_equal(state_of(model, update), before)
     assert update.scaler.get_scale() == scale / 2
     assert step(model, update, 3, loss_factor=float("nan")).at_fault
@@ -132,13 +132,13 @@ def test_an_update_never_reads_a_value_on_the_host():
             return function(*args, **(kwargs or {}))
 
     model, update = build(decay=0.9)
-    reports = Reports(torch.device("cpu"))
+    reports = DeferredResults(torch.device("cpu"))
     loss = (model(torch.randn(8, 3)) ** 2).sum()
     update.begin()
     loss.backward()
     with Reads():
-        verdict = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
-        reports.post(0, torch.stack(verdict))
+        outcome = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
+        reports.post(0, torch.stack(outcome))
         update.begin()
 
 
@@ -159,7 +159,7 @@ def test_gradients_of_every_type_are_multiplied_in_their_own_precision():
 
 def test_the_average_is_exponential_over_weights_and_statistics_and_copies_counters():
     model, _ = build()
-    average = Average(model, decay=0.75)
+    average = WeightAverage(model, decay=0.75)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
@@ -172,7 +172,7 @@ def test_the_average_is_exponential_over_weights_and_statistics_and_copies_count
 
 def test_the_average_forgets_the_initial_weights_early_on():
     model = nn.Linear(1, 1)
-    average = Average(model, decay=0.9)
+    average = WeightAverage(model, decay=0.9)
     kept, start = 1.0, model.weight.item()
     with torch.no_grad():
         model.weight.add_(1)
@@ -184,7 +184,7 @@ def test_the_average_forgets_the_initial_weights_early_on():
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_reports_come_in_order_once_and_as_late_as_they_may(lag):
-    reports = Reports(torch.device("cpu"), lag)
+    reports = DeferredResults(torch.device("cpu"), lag)
     seen = []
     for number in range(5):
         reports.post(number, torch.tensor([float(number)]))

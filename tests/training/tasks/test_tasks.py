@@ -15,7 +15,7 @@ from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data.registry import load as load_data
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.world import rank, world_size
 from syncbn.training.tasks import export, recalibrate
 from syncbn.training.tasks.loaded import load
@@ -159,7 +159,7 @@ def batches_of_one_epoch(loaded):
 def recalibrated_state(averaged, cwd, num_batches, accumulate):
     """The state that this rank would write, in float64."""
     config = compose_config("task=recalibrate", f"load={averaged}")
-    loaded = load(config, cwd / "elsewhere", Place(rank(), world_size(), torch.device("cpu"), torch.float32))
+    loaded = load(config, cwd / "elsewhere", RankContext(rank(), world_size(), torch.device("cpu"), torch.float32))
     loaded.config.accumulate = accumulate
     recalibrate.recalibrate(loaded, num_batches)
     return loaded.model.state_dict()
@@ -183,8 +183,8 @@ def test_recalibration_is_precise_bn_of_the_averaged_weights_over_the_training_s
     run = job("task=recalibrate", f"load={averaged}", "run=r", num_ranks=2)
     written, best = read(run / "recalibrated.pt"), read(averaged / "checkpoints/best.pt")
     assert (written["step"], written["weights"]) == (best["step"], "ema")
-    place = Place(0, 1, torch.device("cpu"), torch.float32)
-    loaded = load(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", place)
+    context = RankContext(0, 1, torch.device("cpu"), torch.float32)
+    loaded = load(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", context)
     precise_bn(loaded.model, batches_of_one_epoch(loaded))
     torch.testing.assert_close(written["model"], loaded.model.state_dict(), rtol=1e-12, atol=1e-12)
     for key, value in best["model"].items():
@@ -294,12 +294,12 @@ def files_in(run):
 def evaluated_by_hand(run):
     """Images as export.json tells to make them, and what the trained model says to them."""
     config = compose_config("task=eval", f"load={run}")
-    place = Place(0, 1, torch.device("cpu"), torch.float32)
-    loaded = load(config, run.parent / "nowhere", place)
+    context = RankContext(0, 1, torch.device("cpu"), torch.float32)
+    loaded = load(config, run.parent / "nowhere", context)
     with torch.no_grad():
         images = loaded.data.val.images
         return loaded, images, loaded.model.eval()(loaded.data.eval_batch(loaded.data.val, torch.arange(len(images)),
-                                                                          loaded.place.dtype)[0])  # fmt: skip
+                                                                          loaded.context.dtype)[0])  # fmt: skip
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -140,25 +140,25 @@ def one_update(clip_norm, *, half=False, factor=1.0):
     update.begin()
     loss = factor * model(torch.ones(4, 3)).square().sum()
     update.scaler.scale(loss).backward()
-    verdict = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=False)
+    outcome = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=False)
     moved = torch.cat([(b - a).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
-    return moved.detach(), verdict
+    return moved.detach(), outcome
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_gradient_is_scaled_down_to_the_norm_and_a_shorter_one_left_alone(half):
     gradient, _ = one_update(None)
     length = gradient.norm()
-    clipped, verdict = one_update(0.5, half=half)
+    clipped, outcome = one_update(0.5, half=half)
     torch.testing.assert_close(clipped, gradient * (0.5 / length))
-    torch.testing.assert_close(verdict.gradient_norm, length)  # before clipping, without the scaler's factor
+    torch.testing.assert_close(outcome.gradient_norm, length)  # before clipping, without the scaler's factor
     left_alone, _ = one_update(2 * length.item(), half=half)
     torch.testing.assert_close(left_alone, gradient)
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_also_where_it_would_be_clipped():
-    moved, verdict = one_update(0.5, factor=float("inf"))
-    assert verdict.left_out
+    moved, outcome = one_update(0.5, factor=float("inf"))
+    assert outcome.left_out
     assert moved.abs().max() == 0
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.losses.losses import CrossEntropy
-from syncbn.training.trainer.deferred import Reports
+from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.faults import NonFiniteError
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import read_metrics, run_rank
@@ -29,10 +29,10 @@ def run_poisoned(cwd, overrides, sample, lag=None):
         images, labels = original(self, index, *rest)
         return torch.where((index == sample)[:, None, None, None], torch.nan, images), labels
 
-    reports = functools.partial(Reports, lag=lag)
+    reports = functools.partial(DeferredResults, lag=lag)
     with (
         mock.patch.object(ImageData, "train_batch", poisoned),
-        mock.patch("syncbn.training.trainer.trainer.Reports", reports),
+        mock.patch("syncbn.training.trainer.trainer.DeferredResults", reports),
     ):
         return run_rank(cwd, overrides)
 

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from syncbn import SyncBatchNorm
 from syncbn.nn import rank_checks
 from syncbn.training.config.errors import ConfigError, RankError
-from syncbn.training.distributed.ddp import Wrapped
-from syncbn.training.distributed.rank_context import Place
+from syncbn.training.distributed.ddp import WrappedModel
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import deferred
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
@@ -391,10 +391,10 @@ def test_per_group_statistics_are_left_as_they_are(job):
 
 def check_wrapping():
     rank = dist.get_rank()
-    place = Place(rank, dist.get_world_size(), torch.device("cpu"), torch.float32)
+    context = RankContext(rank, dist.get_world_size(), torch.device("cpu"), torch.float32)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     model[1].running_mean.fill_(float(rank))
-    Wrapped(model, place, is_first=False, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
+    WrappedModel(model, context, is_first=False, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
     assert torch.equal(model[1].running_mean, torch.full((3,), float(rank)))  # each its own
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model[1].num_batches_tracked == 0  # the warm-up has left no trace
@@ -406,7 +406,7 @@ def test_wrapping_anew_leaves_what_groups_of_ranks_have_gathered(ranks):
 
 def check_totals(dtype):
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    place = Place(rank, world_size, torch.device("cpu"), dtype)
+    context = RankContext(rank, world_size, torch.device("cpu"), dtype)
     torch.manual_seed(0)
     model = nn.Linear(2, 3).to(dtype)
     images = torch.randn(7, 2, dtype=dtype)
@@ -414,7 +414,7 @@ def check_totals(dtype):
     def loss_of(net):
         return net(images.tensor_split(world_size)[rank]).square().sum()
 
-    wrapped = Wrapped(model, place, is_first=True, num_totals=3, loss_of=loss_of)
+    wrapped = WrappedModel(model, context, is_first=True, num_totals=3, loss_of=loss_of)
     for step in range(2):  # a step leaves nothing to the next
         model.zero_grad()
         mine = torch.tensor([rank + 0.5, torch.nan if rank == 0 else 1.0, step], dtype=torch.float64)
@@ -440,8 +440,8 @@ def count_all_reduces(model, carries):
     """What DDP sends in a backward pass."""
     images = torch.randn(4, 2)
     if carries:
-        place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
-        wrapped = Wrapped(model, place, is_first=True, num_totals=5, loss_of=lambda net: net(images).sum())
+        context = RankContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
+        wrapped = WrappedModel(model, context, is_first=True, num_totals=5, loss_of=lambda net: net(images).sum())
     else:
         wrapped = DistributedDataParallel(model)
         for _ in range(2):
@@ -468,9 +468,11 @@ def test_totals_cost_no_collective(ranks):
 
 
 def check_names():
-    place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
+    context = RankContext(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float32)
     model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3))
-    wrapped = Wrapped(model, place, is_first=True, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum())
+    wrapped = WrappedModel(
+        model, context, is_first=True, num_totals=1, loss_of=lambda net: net(torch.randn(4, 2)).sum()
+    )
     assert rank_checks.name_of(wrapped.model[1]) == "1"
 
 
