@@ -27,6 +27,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/pymarkdown scan *.md docs benchmarks
 
 docs: $(VENV)/.test
 	$(BIN)/python docs/reference.py build/docs
