@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError, TrainingError
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 
@@ -73,7 +73,7 @@ class Loader:
         """This rank's part of the first micro-batch of a step, out of turn."""
         return self._move(_do(self.data, next(self._train_tasks(sampler, seed, step))))
 
-    def eval_batches(self, split: Split, indices: Iterable[Tensor]) -> Iterator[Batch]:
+    def eval_batches(self, split: Any, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """A batch for each index, in their order."""
         names = [name for name in ("train", "val", "test") if getattr(self.data, name) is split]
         assert names, "a split of this loader's data"

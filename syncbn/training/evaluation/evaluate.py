@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.nn.modes import evaluating
-from syncbn.training.data.dataset import Data, Split
+from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
@@ -24,7 +25,7 @@ EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with runn
 def evaluate(
     model: nn.Module,
     data: Data,
-    split: Split,
+    split: Any,
     loss: Loss,
     context: RankContext,
     stop: StopRequest | None = None,

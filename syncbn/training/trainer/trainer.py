@@ -13,11 +13,13 @@ for step in range(start, num_steps):
     every save.every: a checkpoint
         asked to stop:    a checkpoint, and leave
 test the best model, once
+
+(Longer than other files: the order of events in a step is what it is about, so it stands in one class. What has a life
+of its own, such as freezing, validation and faults, has a file beside it.)
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from contextlib import ExitStack, nullcontext
@@ -25,24 +27,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
-from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, below, prefixed
+from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, below
 from syncbn.stats.monitor import Monitor
-from syncbn.training.checkpoint.files import BEST, Stored, read
+from syncbn.training.checkpoint.files import Stored
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
-from syncbn.training.data.dataset import Split, describe_data
+from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import Draw, mix_key, seed_generators
 from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
-from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.optim import optimizers, schedules
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
@@ -56,6 +57,7 @@ from syncbn.training.trainer.faults import find_fault
 from syncbn.training.trainer.freezing import Freezing
 from syncbn.training.trainer.local_stats import LocalStatistics
 from syncbn.training.trainer.overfit import FITTED
+from syncbn.training.trainer.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,7 @@ class Trainer:
         config, model, sampler, context = components.config, components.model, components.sampler, components.context
         # what is trained, and where
         self.config, self.context, self.data, self.sampler = config, context, components.data, sampler
-        self.model, self.loss, self.plan = model, components.loss, components.plan
-        self.metrics, self.best = components.metrics, components.best
+        self.model, self.loss, self.plan, self.best = model, components.loss, components.plan, components.best
         self.loader = Loader(self.data, context, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: WrappedModel | None = None  # the model, in DDP where there are several ranks; see _apply_plan
         # when
@@ -112,10 +113,12 @@ class Trainer:
             tracker=tracker,
             frozen=FrozenSwitches(model),
         )
+        self.validation = Validation(
+            components, self.update.evaluated, self.loader, self.counters, self.checkpoints, stop
+        )
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
         self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
-        self.drift = components.drift
         self.profiler = profiler.build(config.profile, run_dir, context)
 
     def run(self) -> dict[str, float]:
@@ -163,9 +166,10 @@ class Trainer:
                 self.profiler.step()
             self.counters.step += 1
             save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
-            # What waits for the device anyway also waits for its reports: nothing is recorded of a step at fault.
+            # What waits for the device anyway waits for the results of past steps too: nothing is recorded of a step
+            # at fault.
             waits = save_is_due or any(self._is_due(every) for every in (self.log_every, self.eval_every))
-            if not self._read_reports(everything=waits):
+            if not self._read_results(everything=waits):
                 return
             if self._is_due(self.log_every):
                 self._log(show)
@@ -183,7 +187,7 @@ class Trainer:
         step = self.counters.step if step is None else step
         return step > 0 and (step % every == 0 or step == self.num_steps)
 
-    def _read_reports(self, *, everything: bool) -> bool:
+    def _read_results(self, *, everything: bool) -> bool:
         """What steps that are over have to say, the same on every rank; False: training ends here."""
         for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.results.take(everything=everything):
             self.stop_agreed |= asked_to_stop > 0
@@ -307,22 +311,12 @@ class Trainer:
         step = self.counters.step
         with self.clock.paused():
             with self.local_statistics.pooled(self.counters.step):
-                metrics = self._validate_model()
+                metrics = self.validation.validate()
             names = dict.fromkeys([f"{VAL}/{self.best.by}", VAL_LOSS])
             log.info("step %d  %s", step, "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names))
             self.tracker.log(step, {EPOCH: step / self.steps_per_epoch, **metrics})
             if self.context.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
-
-    def _validate_model(self) -> dict[str, float]:
-        step = self.counters.step
-        values = self._evaluate(self.update.evaluated, self.data.val)
-        if not math.isfinite(loss := values["loss"]):
-            log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
-        self.counters.evaluated_step = step
-        if self.counters.is_best(values, *self.best) and self.context.is_first:
-            self.checkpoints.save_best(step, self.update.evaluated)
-        return prefixed(VAL, values) | self.drift.measure(self.model)
 
     def _all_ranks(self, here: bool) -> bool:
         """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
@@ -332,9 +326,6 @@ class Trainer:
         dist.broadcast(answer, src=0)
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
-    def _evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        return evaluate(model, self.data, split, self.loss, self.context, self.stop, self.metrics, self.loader)
-
     def _finish(self) -> dict[str, float]:
         """The test set, once, with the weights that validated best."""
         if self.counters.evaluated_step == 0:
@@ -342,16 +333,7 @@ class Trainer:
         self.checkpoints.wait()
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
-        drift = self.drift.measure(self.model)  # of the weights that training ended with
-        # A copy: a signal during the test has to find the state that training ended with.
-        model = copy.deepcopy(self.update.evaluated)
-        model.load_state_dict(read(self.checkpoints.directory / BEST, "run")["model"])
-        final = {
-            **prefixed(VAL, self.counters.best),
-            **prefixed(TEST, self._evaluate(model, self.data.test)),
-            THROUGHPUT: self.clock.overall(),
-            **drift,
-        }
+        final = {**self.validation.test(), THROUGHPUT: self.clock.overall()}
         self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
         self.tracker.summarize(final)
         return final

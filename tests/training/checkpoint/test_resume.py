@@ -17,6 +17,7 @@ from syncbn.training.distributed.stopping import Stopped
 from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.trainer import Trainer
+from syncbn.training.trainer.validation import Validation
 from tests.training.jobs import compose_config, read_metrics, run_rank
 from tests.training.trainer.test_train import load_last
 
@@ -187,13 +188,13 @@ def test_machines_that_do_not_share_the_run_directory_are_told_so(ranks, tmp_pat
 def test_a_signal_during_the_final_test_leaves_the_state_that_training_ended_with(job, tmp_path, monkeypatch):
     same = [*SMALL, "duration=9", "eval_every=3", "optimizer.lr=0.5"]
     whole = job(*same, "run=whole")
-    original = Trainer._evaluate
+    original = Validation._evaluate
 
     def interrupted(self, model, split):
-        self.stop.requested |= split is self.data.test
+        self._stop.requested |= split is self._components.data.test
         return original(self, model, split)
 
-    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    monkeypatch.setattr(Validation, "_evaluate", interrupted)
     monkeypatch.setattr(Counters, "is_best", lambda self, *_: self.step == 3 and setattr(self, "best_step", 3) is None)
     with pytest.raises(Stopped):
         job(*same, "run=parts")
