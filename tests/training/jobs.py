@@ -27,6 +27,7 @@ from syncbn.training.launch.resolvers import register_resolvers
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
 from syncbn.training.trainer.build import context_for
+from tests.warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
@@ -48,13 +49,14 @@ def torchrun(num_ranks: int) -> list[str]:
 
 
 def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Runs train.py in `cwd`: plain python for 0 ranks, else torchrun."""
-    launcher = torchrun(num_ranks) if num_ranks else [sys.executable]
+    """Runs train.py in `cwd`: plain python for 0 ranks (see `tests.warm`), else torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
+    if num_ranks == 0:
+        return run_warm([str(ROOT / "train.py"), *overrides], cwd, environment, timeout)
     return subprocess.run(
-        [*launcher, str(ROOT / "train.py"), *overrides],
+        [*torchrun(num_ranks), str(ROOT / "train.py"), *overrides],
         cwd=cwd,
         env=environment,
         capture_output=True,
