@@ -128,9 +128,8 @@ def restore(
         index: the result of `channels_to_keep`.
         kept: the saved input of these channels, (N, len(index), ...).
     """
-    z = (
-        output if activation is None else F.leaky_relu(output, 1.0 / LEAKY_SLOPE)
-    )  # the inverse of a leaky ReLU is another
+    # The inverse of a leaky ReLU is one of slope 1 / LEAKY_SLOPE.
+    z = output if activation is None else F.leaky_relu(output, 1.0 / LEAKY_SLOPE)
     inverse = torch.ones_like(invstd) if weight is None else weight.to(invstd.dtype).reciprocal()
     offset = torch.zeros_like(mean)
     if bias is not None:
