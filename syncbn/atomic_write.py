@@ -1,4 +1,4 @@
-"""Files that are at every moment the old one, the new one or absent, never a part of one."""
+"""Atomic file writes: a reader finds the old file, the new file or no file, never a partial one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to; what was written takes its place at the end, and is gone after an exception.
+    """Yields a temporary path in the directory of `path`, and renames it to `path` at the end of the context.
 
-    The directory has to exist. Two processes that write at once do not meet: the name holds the process.
+    After an exception in the context the temporary file is deleted and `path` is unchanged. The directory must exist.
+    Processes that write the same path at once do not collide: the temporary name contains the process id.
 
     Args:
-        durable: the file is on the disk when this returns, so that it survives a power cut.
+        durable: flush file and directory to disk (fsync) before returning, so that the file survives a power failure.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,11 +27,11 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
-        _flush(path.parent)  # the rename too
+        _flush(path.parent)  # makes the rename durable too
 
 
 def write_text(path: Path, text: str) -> None:
-    """`path.write_text` in UTF-8, whole or not at all."""
+    """Atomic `path.write_text` in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""What the package uses of torch's private API, and what differs between its versions: all of it stands here.
+"""Every use of torch's private API, and of API that differs between torch versions, is in this module.
 
-Tried on torch 2.13. Each function says what public way is missing; tests/test_torch_compat.py shows that what is behind
-it does what is said. (Not counted as private: `_BatchNorm`, the base class that torch's own documentation names, and
-base classes of other layers beside it; the operators `torch._foreach_*`, which torch documents.)
+Tested with torch 2.13. Each docstring says which public API is missing; tests/test_torch_compat.py checks that the
+private one behaves as described. (Not counted as private: `_BatchNorm`, the base class that torch's own documentation
+names, and base classes of other layers beside it; the operators `torch._foreach_*`, which torch documents.)
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def hidden_from_modes() -> AbstractContextManager[object]:
-    """Operators inside are seen by no dispatch mode (selective checkpointing, profilers built on modes).
+    """Context in which no active dispatch mode (selective checkpointing, mode-based profilers) sees the operators.
 
-    torch has no public way to leave the modes that others have entered.
+    torch has no public way to leave dispatch modes that other code has entered.
     """
     return _disable_current_modes()
 
 
 def backward_pass() -> int:
-    """The number of the backward pass that this runs in, by autograd's own count; -1 outside of one.
+    """Autograd's id of the backward pass that is running (graph task id); -1 outside of a backward pass.
 
-    There is no public way to tell whether code runs inside of a backward pass.
+    torch has no public way to tell whether code runs inside of a backward pass.
     """
     return torch._C._current_graph_task_id()
 
 
 def saved_tensor_hooks() -> tuple[Any, Any] | None:
-    """The innermost pair (pack, unpack) that intercepts saved tensors; None where nothing does.
+    """The innermost active pair (pack, unpack) of saved-tensor hooks; None if there is none.
 
-    `torch.autograd.graph.saved_tensors_hooks` sets them; nothing public reads them.
+    `torch.autograd.graph.saved_tensors_hooks` sets them; no public API reads them.
     """
     hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks
 
 
 def checkpoint_frame(pack: Any) -> Any:
-    """torch's object for one call of `checkpoint(use_reentrant=False)`, from the hook that packs tensors in it.
+    """torch's `_CheckpointFrame` of one call of `checkpoint(use_reentrant=False)`, from its saved-tensor pack hook.
 
-    The same object in the first run and in the second. None for hooks of anybody else.
+    It is the same object in the first forward pass and in the recomputation. None for hooks of any other code. No
+    public API gives access to it.
     """
     for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
         content = cell.cell_contents
@@ -60,28 +61,31 @@ def checkpoint_frame(pack: Any) -> Any:
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Raises, or stops the device's program, if a bool without dimensions is False; never waits for the device."""
+    """Asserts that `condition`, a bool tensor without dimensions, is True, without waiting for the device.
+
+    A failure raises on CPU and triggers a device-side assertion on other devices.
+    """
     torch._assert_async(condition, message)
 
 
 def ddp_around() -> DistributedDataParallel | None:
-    """The DDP wrapper in whose forward this runs."""
+    """The DDP wrapper whose forward pass is running; None outside of one."""
     return DistributedDataParallel._active_ddp_module
 
 
 def num_parameters_reduced_by(wrapper: DistributedDataParallel) -> int | None:
-    """How many parameters a wrapper reduces, a list that it fixed when it was made; None where it does not say."""
+    """Number of parameters whose gradients a DDP wrapper reduces, fixed at its construction; None if not reported."""
     number: int | None = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
     return number
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device | str | None = None) -> timedelta | None:
-    """How long collectives of a group wait for other ranks; None where it does not say.
+    """Timeout of a group's collectives; None if its backend does not report one.
 
-    `new_group` takes a timeout, but the one of an existing group cannot be asked for.
+    `new_group` takes a timeout, but no public API returns that of an existing group.
 
     Args:
-        device: of the tensors; None for the first kind of device that says.
+        device: device of the tensors to be communicated; None for the first device type whose backend reports one.
     """
     for kind in group._device_types if device is None else [device]:
         options = getattr(group._get_backend(torch.device(kind)), "options", None)
@@ -92,14 +96,20 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device | str | None = Non
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile` makes of a module. By name: importing the class would import the compiler."""
+    """Whether `module` is the wrapper that `torch.compile` returns.
+
+    Compared by class name, because importing the class would import the compiler.
+    """
     return type(module).__name__ == "OptimizedModule"
 
 
 def has_non_finite(tensors: list[Tensor]) -> Tensor:
-    """1.0 where any element of float32 or float64 tensors on one device is not finite, else 0.0; stays on the device.
+    """1.0 if any element of the tensors is not finite, else 0.0; float32 without dimensions, on their device.
 
-    One operator for all of them, which `torch.amp.GradScaler` uses; publicly it takes several for each tensor.
+    One operator checks all tensors, as in `torch.amp.GradScaler`; with the public API it takes several per tensor.
+
+    Args:
+        tensors: float32 or float64, all on one device; at least one.
     """
     found = torch.zeros((), device=tensors[0].device)
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones_like(found))
@@ -107,5 +117,5 @@ def has_non_finite(tensors: list[Tensor]) -> Tensor:
 
 
 def scaler_state(scaler: torch.amp.GradScaler) -> list[Tensor]:
-    """Scale and growth counter of a loss scaler on its device; the public `state_dict` would wait for them."""
+    """Scale and growth tracker of a loss scaler, on its device; the public `state_dict` would wait for the device."""
     return [scaler._scale, scaler._growth_tracker]  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""The passes over the activation, each one operator with an implementation per device.
+"""The custom operators of batch normalization, each with an implementation per device.
 
 Importing this package defines the operators (`torch.ops.syncbn.*`); `reference` implements them for every device.
 """

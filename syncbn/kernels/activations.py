@@ -1,7 +1,7 @@
-"""The activations that a normalization can end with: what they are, and their gradient.
+"""The activations that can be fused into a normalization, and their gradients.
 
-`z` is what goes into the activation. The gradients of ReLU and leaky ReLU ask for its sign alone, which their output
-has too: the functions that take a gradient back may be given either. SiLU needs z itself.
+`z` is the input of the activation. The gradients of ReLU and leaky ReLU depend on the sign of z only, which the output
+shares: for these two, the backward functions accept the output in place of z. SiLU needs z itself.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,24 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def output_tells(activation: str) -> bool:
-    """Whether the gradient can be had from the output."""
+    """Whether the gradient of the activation can be computed from its output alone."""
     return activation != "silu"
 
 
 def apply_in_place(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(output + residual) in the memory of `output`, whose type the residual has to have."""
+    """Overwrites `output` with activation(output + residual) and returns it; the residual must have the same type."""
     if residual is not None:
         output.add_(residual)
     return output if activation is None else IN_PLACE[activation](output)
 
 
 def backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient of z from that of activation(z); a differentiable function of both while gradients are enabled."""
+    """The gradient of z, given that of activation(z); differentiable in both arguments while gradients are enabled."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, z, 0.0)
     if activation == "leaky_relu":
         return torch.ops.aten.leaky_relu_backward(grad, z, LEAKY_SLOPE, False)
-    if torch.is_grad_enabled():  # torch's own has no derivative
+    if torch.is_grad_enabled():  # aten::silu_backward has no derivative
         sigmoid = z.sigmoid()
         return grad * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
     return torch.ops.aten.silu_backward(grad, z)

@@ -1,15 +1,15 @@
-"""The operators on CPU, out of ATen's own kernels: one read of the activation where the reference takes several.
+"""CPU implementation of the operators, built from ATen kernels: one read of the activation instead of several.
 
-What makes it fast (benchmarks/layer.md): torch spends half of a local layer in its statistics, but its operator
+Speed (benchmarks/layer.md): torch spends half of a local layer on the statistics, but its operator
 `native_batch_norm_backward` in evaluation mode computes sum(g) and sum(g * (x - mean)) of a channel in one vectorized
-read. With g = x these are the moments, and with the gradient the sums of the backward pass. It adds up in the input's
-type, so `pair_sums` cuts each channel into short pieces and adds those up in float64: float32 sums then come out with
-an error near 1e-7.
+read. With g = x these are the moments; with g the gradient they are the sums of the backward pass. The operator
+accumulates in the compute type, so `pair_sums` cuts each channel into short pieces and adds the pieces in float64:
+float32 sums then have an error near 1e-7.
 
-What keeps it exact: such sums are good for channels whose mean is not large against their spread. The others, which the
-sums themselves tell, are taken again around a pivot. The same holds for x * scale + shift, which is one pass, against
-(x - mean) * scale + shift, which is two. Layouts that are neither contiguous nor channels_last, and masks, go to the
-reference.
+Accuracy: such sums are accurate only for channels whose mean is not large compared to their standard deviation. The
+sums themselves reveal the other channels, which are summed again around a pivot. In the same way, x * scale + shift
+(one pass) gives way to (x - mean) * scale + shift (two passes) where a mean is large. Masks, and layouts that are
+neither contiguous nor channels_last, fall back to the reference.
 """
 
 import math
@@ -21,13 +21,14 @@ from syncbn.kernels import activations, reference
 from syncbn.kernels.cpu_blocks import PIECE, ROWS, Blocks, pair_sums, pieces_of, plane_size
 from syncbn.kernels.packing import pack
 
-# |mean| / std of a channel above which its raw sums are not good enough: their error enters the variance squared;
+# Three limits on r = |mean| / std of a channel.
+# Raw sums are used up to this r: the variance inherits their relative error, multiplied by about 1 + r^2.
 _SUMS_UP_TO = 1.0
-# above which its values lie so coarsely in float32 that sums of that type lose too much even around a pivot;
+# float32 sums around a pivot are used up to this r: beyond, float32 represents the values too coarsely for them.
 _PIVOT_UP_TO = 64.0
-# and above which x * scale + shift is not good enough: the rounding of the shift enters the output.
+# x * scale + shift is used up to this r: beyond, the rounding error of the shift is too large for the output.
 _SHIFT_UP_TO = 4.0
-# The largest plane that torch's own sums, one accumulator per lane of the processor, are good enough for.
+# Values of the largest plane for which torch's own sums, with one accumulator per SIMD lane, are accurate enough.
 _LONGEST_PLANE = 16 * PIECE
 
 _aten = torch.ops.aten
@@ -46,7 +47,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     parts = packed[1:].view(4, num_channels)  # S1 high, S1 low, S2 high, S2 low
     parts[::2] = sums
     mean, mean_square = sums.div_(count).unbind()
-    # mean^2 > T^2 * variance, where variance = E[x^2] - mean^2. NaN compares as false: it is no matter of conditioning.
+    # mean^2 > r^2 * variance, where variance = E[x^2] - mean^2. False for NaN, which a pivot would not help either.
     square = mean.square()
     ill = square * (1.0 + _SUMS_UP_TO**-2) > mean_square
     if ill.any():
@@ -70,12 +71,12 @@ def finish(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.finish`; a third of its operators where no channel needs double-double arithmetic."""
+    """See `reference.finish`; calls a third as many ATen operators if no channel needs double-double arithmetic."""
     count = float(packed[0])
     num_channels = (packed.numel() - 1) // 4
     mean, mean_square = packed[1:].view(2, 2, num_channels).sum(1).div_(max(count, 1.0)).unbind()
     variance = torch.addcmul(mean_square, mean, mean, value=-1)
-    # Comparisons with NaN are false: what is not finite takes the reference's way too.
+    # Comparisons with NaN are false, so statistics that are not finite go to the reference too.
     if not (count >= 1.0 and bool((mean_square <= 1e4 * variance).all())):
         return reference.finish(packed, running_mean, running_var, num_batches_tracked, momentum, eps, dtype)
     if num_batches_tracked is not None:
@@ -104,7 +105,7 @@ def normalize(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """See `reference.normalize`; what follows the normalization finds its block in the cache."""
+    """See `reference.normalize`; residual and activation are applied to each block while it is in the cache."""
     if not _is_regular(input):
         return reference.normalize(input, mean, invstd, weight, bias, residual, activation)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -169,7 +170,7 @@ def _write_gradient(
     sums: Tensor,
     count: Tensor,
 ) -> None:
-    """scale * grad + slope * (x - mean) - scale * mean(grad), to `output`, which may be `grad`."""
+    """Writes scale * grad + slope * (x - mean) - scale * mean(grad) to `output`, which may be `grad` itself."""
     offset = input
     if _is_far(mean, invstd):
         offset = input.to(mean.dtype) - reference.per_channel(mean[0], input)
@@ -185,7 +186,7 @@ def _write_gradient(
         per_channel = reference.per_channel(scale_part, x)
         if x.dtype == g.dtype == out.dtype == mean.dtype:
             torch.addcmul(_scale_and_shift(x, slope_part, shift_part), g, per_channel, out=out)
-        else:  # what is wide stays in the cache
+        else:  # mixed types: the wider temporary of one block stays in the cache
             wide = torch.addcmul(reference.per_channel(shift_part, x), x, reference.per_channel(slope_part, x))
             out.copy_(wide.addcmul_(g, per_channel))
 
@@ -205,8 +206,10 @@ def activated_reduce(
     if not _is_regular(input):
         return reference.activated_reduce(grad, input, mean, invstd, weight, bias, kept, activation, dtype)
     is_output = kept is not None and activations.output_tells(activation)
-    if not is_output and _is_far(mean, invstd):  # as forward did it, so that the signs are the same
-        kept, is_output = normalize(input, mean, invstd, weight, bias, kept), True  # z itself, which tells as well
+    if not is_output and _is_far(mean, invstd):
+        # Recompute z exactly as the forward pass did, so that its signs are the same. z can stand for the output: every
+        # activation's gradient can be computed from its input.
+        kept, is_output = normalize(input, mean, invstd, weight, bias, kept), True
     through = torch.empty_like(input)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     shift = scale if is_output else _shift(mean, scale, bias)
@@ -232,11 +235,11 @@ def activated_reduce(
 def backward_local(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.backward_local`; torch's own backward pass where its sums, one per plane, are good enough."""
+    """See `reference.backward_local`; torch's own backward pass is used where its sums (one per plane) are accurate."""
     num_channels = input.size(1)
     longest, length = (_LONGEST_PLANE, plane_size(input)) if input.dim() > 2 else (ROWS, input.size(0))
     fits = input.numel() > 0 and input.is_contiguous() and length <= longest
-    # Masked samples are in the input, and not in the count.
+    # With a mask, `count` is smaller than the number of values per channel, by which torch's operator divides.
     if not fits or float(count) * num_channels != input.numel() or _is_far(mean, invstd):
         sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
         return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
@@ -248,7 +251,7 @@ def backward_local(
 
 
 def _is_regular(input: Tensor) -> bool:
-    """Whether the fast kernels take it: something in it, dense in one of the two usual layouts, and divisible."""
+    """Whether the fast kernels support `input`: not empty; channels_last, or contiguous with planes that can be cut."""
     if input.numel() == 0:
         return False
     return (input.is_contiguous() and pieces_of(input) > 0) or _is_channels_last(input)
@@ -260,23 +263,23 @@ def _is_channels_last(input: Tensor) -> bool:
 
 
 def _like(grad: Tensor, input: Tensor) -> Tensor:
-    """The gradient in the layout of the input."""
+    """`grad` with the strides of `input`, copied if they differ."""
     return grad if grad.stride() == input.stride() else torch.empty_like(input, dtype=grad.dtype).copy_(grad)
 
 
 def _is_far(mean: Tensor, invstd: Tensor) -> bool:
-    """Whether some channel lies too far from 0, in its standard deviations, for x * scale + shift."""
+    """Whether |mean| / std of some channel is too large for x * scale + shift."""
     return float(torch.linalg.vector_norm(mean[0] * invstd, math.inf)) > _SHIFT_UP_TO
 
 
 def _shift(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """bias - mean * scale, rounded once."""
+    """bias - mean * scale, computed in float64 and rounded once."""
     exact = mean.sum(0, dtype=torch.float64).mul_(scale)
     return (exact.neg_() if bias is None else bias - exact).to(scale.dtype)
 
 
 def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift per channel, in the input's type and layout: torch's batch norm with mean 0 and variance 1."""
+    """x * scale + shift per channel, in the input's type and layout (torch's batch norm with mean 0 and variance 1)."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     if out is not None:
         unused = {"save_mean": scale.new_empty(0), "save_invstd": scale.new_empty(0)}

@@ -1,8 +1,8 @@
-"""An activation cut into dense parts that stay in the cache, and per-channel sums over them by ATen's own kernels.
+"""Cache-sized blocks of an activation for the CPU operators, and per-channel sums computed by ATen's kernels.
 
 `native_batch_norm_backward` in evaluation mode computes sum(g) and sum(g * (x - mean)) of a channel in one vectorized
-read, in the input's type. `pair_sums` cuts each channel into short pieces and adds those up in float64: float32 sums
-then come out with an error near 1e-7.
+read, accumulating in the compute type. `pair_sums` cuts each channel into short pieces and adds the pieces in float64:
+float32 sums then have an error near 1e-7.
 """
 
 import math
@@ -11,18 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Values that one accumulator adds up. Their rounding errors average out over the accumulators of a channel.
+# Contiguous layout: the most values that are added up before float64 takes over. The rounding errors of such pieces
+# average out over a channel.
 PIECE = 256
-# The same in channels_last, and how many accumulators there are side by side.
+# channels_last: the most values per accumulator (rows), and how many accumulators lie side by side (columns).
 ROWS, _COLUMNS = 256, 1024
-# Values of a temporary that stays in the cache.
+# Values of a block, chosen so that temporaries of this size stay in the cache.
 _BLOCK = 2**18
 
 _aten = torch.ops.aten
 
 
 def pieces_of(input: Tensor) -> int:
-    """Into how many equal pieces a plane of the contiguous layout is cut; 0 where it is large and cannot be."""
+    """Number of equal pieces, of at most PIECE values each, into which a plane of the contiguous layout is cut.
+
+    Where the size of a plane has no suitable divisor: 1 for a plane of up to 32 * PIECE values, 0 (not supported) for a
+    larger one.
+    """
     size = plane_size(input)
     fewest = -(-size // PIECE)
     found = next((number for number in range(fewest, min(size, 64 * fewest) + 1) if size % number == 0), 0)
@@ -30,16 +35,16 @@ def pieces_of(input: Tensor) -> int:
 
 
 def plane_size(input: Tensor) -> int:
-    """The values of one channel of one sample."""
+    """Number of values of one channel of one sample."""
     return math.prod(input.shape[2:])
 
 
 class Blocks:
-    """An activation cut into dense parts that stay in the cache, and the vectors of its channels cut alike.
+    """Cuts tensors of one shape and layout into dense blocks that stay in the cache, and per-channel vectors to match.
 
-    In the contiguous layout a part is (samples, pieces, values): short pieces of planes stand for channels, so that
-    their sums are good enough. In channels_last it is (positions, channels). A small activation is the one part, as it
-    is: there every operator counts.
+    In the contiguous layout a block is (samples, pieces, values): pieces of planes take the place of channels, because
+    sums over short pieces are accurate enough. In channels_last a block is (positions, channels). A small activation is
+    a single block and is not reshaped, because there the number of operator calls decides the time.
     """
 
     def __init__(self, input: Tensor) -> None:
@@ -61,7 +66,7 @@ class Blocks:
         self._deep = max(1, _BLOCK // (self._columns * self._size))
 
     def cut(self, tensor: Tensor) -> Sequence[Tensor]:
-        """The parts of a tensor with the shape and strides of the input."""
+        """The blocks of a tensor that has the shape and strides of the input."""
         if self._is_one:
             return (tensor,)
         if self._order is None:
@@ -74,7 +79,7 @@ class Blocks:
         )
 
     def spread(self, vector: Tensor) -> Sequence[Tensor]:
-        """A vector of channels for each part."""
+        """The values of a per-channel (C,) vector that belong to each block, in the order of `cut`."""
         if self._is_one:
             return (vector,)
         if self._pieces > 1:
@@ -82,13 +87,13 @@ class Blocks:
         return vector.split(self._wide) * -(-self._rows // self._deep)
 
     def sums(self, grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
-        """`_pair_sums` of a part; in the contiguous layout, of its pieces."""
+        """`pair_sums` of one block; per piece, not per channel, in the contiguous layout with several blocks."""
         if self._is_one or self._order is not None:
             return pair_sums(grad, input, mean)
         return torch.stack(native_sums(grad, input, mean, torch.ones_like(mean)))
 
     def total(self, parts: list[Tensor]) -> Tensor:
-        """(2, C) float64 from the pairs of sums of all parts."""
+        """(2, C) float64: the results of `sums` for all blocks, in their order, added up per channel."""
         if self._is_one:
             return parts[0]
         across = -(-self._columns // self._wide)
@@ -108,8 +113,9 @@ def pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
         mean = mean.repeat_interleave(pieces) if pieces > 1 else mean
         pair = native_sums(grad.view(shape), input.view(shape), mean, torch.ones_like(mean))
         return torch.stack(pair).view(2, num_channels, pieces).sum(2, dtype=torch.float64)
-    # Rows of channels: a few side by side are one longer row, whose accumulators still fit into the nearest cache. And
-    # where there are few rows, rather more accumulators than long ones.
+    # Every row holds all channels. Several rows are joined into one longer row, whose accumulators still fit into the
+    # nearest cache. Where one row is already that long, a channel still gets up to 8 accumulators of 16 values or more:
+    # many short sums are more accurate than few long ones.
     order = [0, *range(2, input.dim()), 1]
     rows = input.permute(order).reshape(-1, num_channels)
     grad_rows = rows if grad is input else grad.permute(order).reshape(-1, num_channels)
@@ -128,7 +134,7 @@ def pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
 
 
 def native_sums(grad: Tensor, input: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(grad) and sum(grad * (input - mean)) of each column, in the compute type."""
+    """sum(grad) and sum(grad * (input - mean)) over all dimensions but 1, in the compute type, by one ATen operator."""
     _, product, first = _aten.native_batch_norm_backward(
         grad, input, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
     )

@@ -1,12 +1,13 @@
-"""The operators on CUDA, by the Triton programs of `triton/`.
+"""CUDA implementation of the operators, by the Triton kernels of `triton/`.
 
-Forward: one read for the moments and a small program that adds them up (left out where one program has a whole
-channel), one for the global statistics, one read and one write to normalize. Backward: two reads for the sums and a
-small program that adds them up, two reads and one write for the gradient. Nothing waits for the device: what the host
-needs to know are sizes.
+Forward: one read of the activation for the moments; a small kernel that combines partial sums (skipped if one program
+covers a whole channel); a small kernel for the global statistics; one read and one write of the activation to
+normalize. Backward: two reads (gradient and input) for the sums; the combining kernel; two reads and one write for the
+input's gradient. The host never waits for the device, because launches depend on sizes only.
 
 Triton comes with torch's CUDA builds for Linux. Where it is missing, or the device is too old for it, the reference
-runs instead, with a warning: right, and slow. The reference also takes masks and types that no program knows.
+runs instead, with a warning: its results are right, but it is slow. The reference also handles masks, and types that
+the kernels do not support.
 """
 
 import math
@@ -26,7 +27,7 @@ _FINISH_BLOCK = 256
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
-    """See `reference.moments`; masks take the reference's way."""
+    """See `reference.moments`; inputs with a mask are handled by the reference."""
     programs = _programs(input)
     if mask is not None or programs is None or input.numel() == 0:
         return reference.moments(input, mask)
@@ -144,7 +145,7 @@ def _reduce(
     activation: str | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of the gradient, which goes through the activation first if there is one, and that gradient."""
+    """`reference.activated_reduce`; with `activation=None`, `reference.backward_reduce` and the gradient itself."""
     num_channels = input.size(1)
     if input.numel() == 0:
         sums = input.new_zeros(2 * num_channels, dtype=torch.float64)
@@ -201,7 +202,7 @@ def _write_gradient(
     sums: Tensor,
     count: Tensor,
 ) -> None:
-    """The gradient of the input to `output`, which may be `grad`: each value is read before it is written."""
+    """Writes the input's gradient to `output`, which may be `grad` itself: each value is read before it is written."""
     programs = _programs(input)
     if programs is None or grad.dtype not in _TYPES:
         output.copy_(reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count))
@@ -229,7 +230,7 @@ def backward_local(
 
 
 def _programs(tensor: Tensor) -> ModuleType | None:
-    """The Triton programs, or None where they cannot run on this tensor."""
+    """The module of Triton kernels, or None if they cannot run on this tensor."""
     if tensor.dtype not in _TYPES or not _device_is_new_enough(tensor.device):
         return None
     return _import_programs()
@@ -252,7 +253,7 @@ def _import_programs() -> ModuleType | None:
 
 @cache
 def _device_is_new_enough(device: torch.device) -> bool:
-    """Triton needs compute capability 7.0. (On the CPU its interpreter runs, in tests.)"""
+    """Whether the compute capability is at least 7.0, as Triton needs. True on CPU, where tests run its interpreter."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0):
         return True
     warnings.warn(
@@ -270,7 +271,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _dense(input: Tensor) -> tuple[Tensor, Layout]:
-    """The input, or a copy where it is in neither layout: channels of a channels_last tensor, say, in channels_last."""
+    """The input in one of the two layouts of the kernels, and the description of that layout.
+
+    An input in neither layout, such as a slice of channels of a channels_last tensor, is copied.
+    """
     if not (input.is_contiguous() or _is_rows(input)):
         input = torch.empty_like(input).copy_(input)
         if not _is_rows(input):
@@ -291,14 +295,14 @@ def _is_rows(input: Tensor) -> bool:
 
 
 def _same_layout(one: Tensor, other: Tensor) -> bool:
-    """Of tensors of one shape. Where a dimension has one index, its stride means nothing."""
+    """Whether tensors of one shape have the same strides, except in dimensions of size 1, where they are arbitrary."""
     return one.stride() == other.stride() or all(
         a == b for a, b, size in zip(one.stride(), other.stride(), one.shape, strict=True) if size > 1
     )
 
 
 def _like(grad: Tensor, input: Tensor) -> Tensor:
-    """The gradient in the layout of the input."""
+    """`grad` in the layout of `input`, copied if it differs."""
     return grad if _same_layout(grad, input) else torch.empty_like(input, dtype=grad.dtype).copy_(grad)
 
 

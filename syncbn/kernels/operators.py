@@ -1,16 +1,16 @@
-"""The operators `torch.ops.syncbn.*`: one set, with an implementation per device.
+"""The custom operators `torch.ops.syncbn.*`: one set, with an implementation per device.
 
-Signature, documentation and shapes of each stand once, at its function in `reference`: the schema is inferred from the
-annotations there, the fake implementation for tracing stands beside it. `torch.library.Library` rather than
-`custom_op`, because a call costs less than half as much. A faster kernel for a device registers itself for that
-device's dispatch key and nothing else changes: the dispatcher is the only switch.
+Signature, documentation and shapes of an operator are defined once, at its function in `reference`: the schema is
+inferred from the annotations there, and the fake implementation for tracing follows the function. Operators are defined
+with `torch.library.Library` rather than `custom_op`, because a call costs less than half as much. A faster kernel for a
+device is registered under that device's dispatch key and nothing else changes: only the dispatcher selects kernels.
 """
 
 import torch
 
 from syncbn.kernels import cpu, cuda, reference
 
-# What an operator changes in place; the others return new tensors.
+# Arguments that an operator mutates, by operator; operators not listed return new tensors only.
 _MUTATED = {
     "finish": ("running_mean", "running_var", "num_batches_tracked"),
     "backward_elementwise_": ("grad",),

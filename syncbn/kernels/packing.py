@@ -1,9 +1,11 @@
-"""Sums of a channel packed into 4C+1 float64 numbers that add over ranks almost without rounding.
+"""Packed moments: count, sums and sums of squares of C channels as 4C+1 float64 numbers that can be all-reduced.
 
-A rank describes its samples by their count n, a pivot p near their mean, and the two centred sums D1 = sum(x - p) and
-D2 = sum((x - p)^2). What adds up over ranks is S1 = sum(x) and S2 = sum(x^2), but the variance N*S2 - S1^2 cancels
-catastrophically when |mean| >> std. So S1 and S2 are formed from (n, p, D1, D2) in double-double arithmetic (about
-106 bits) and each is sent as two float64 numbers:
+Adding them over ranks is almost free of rounding.
+
+A rank describes its samples by their count n, a pivot p near their mean, and the two centered sums D1 = sum(x - p) and
+D2 = sum((x - p)^2). Only S1 = sum(x) and S2 = sum(x^2) add over ranks, but N*S2 - S1^2, which is N^2 times the
+variance, cancels catastrophically when |mean| >> std. So S1 and S2 are formed from (n, p, D1, D2) in double-double
+arithmetic (about 106 bits) and each is sent as two float64 numbers:
 
     high = S rounded to a multiple of a quantum q,    low = S - high,    q = 2^-24 * 2^ceil(log2 |m|^k),  k = 1, 2
 
@@ -14,27 +16,27 @@ the low parts is about 2^-78 of m^2. The mean comes out as an unevaluated sum of
 relative accuracy up to |mean|/std of about 1e7 in float64 data.
 
 The error-free transformations are Dekker's and Knuth's (Dekker 1971, "A floating-point technique for extending the
-available precision"); the payload is a plain sum, so any all-reduce will do, and two payloads pool by addition.
+available precision"). Payloads are pooled by plain addition, so any sum all-reduce will do.
 """
 
 import torch
 from torch import Tensor
 
-_SPLITTER = 2.0**27 + 1.0  # cuts a float64 into halves of 26 bits, whose products are exact
-_QUANTUM_BITS = 24
+_SPLITTER = 2.0**27 + 1.0  # splits a float64 into two 26-bit halves, whose products are exact
+_QUANTUM_BITS = 24  # the quantum q is 2^-24 times a power of two; see above
 
-Pair = tuple[Tensor, Tensor]  # a double-double number: high + low, |low| <= ulp(high)/2
+Pair = tuple[Tensor, Tensor]  # a double-double number high + low with |low| <= ulp(high)/2
 
 
 def two_sum(a: Tensor, b: Tensor) -> Pair:
-    """Exactly a + b as high + low (Knuth)."""
+    """a + b without rounding, as high + low (Knuth)."""
     high = a + b
     shadow = high - a
     return high, (a - (high - shadow)) + (b - shadow)
 
 
 def two_product(a: Tensor, b: Tensor) -> Pair:
-    """Exactly a * b as high + low (Dekker, Veltkamp), barring overflow above 2^996."""
+    """a * b without rounding, as high + low (Dekker, Veltkamp), barring overflow above 2^996."""
     high = a * b
     a_split, b_split = a * _SPLITTER, b * _SPLITTER
     a_high, b_high = a_split - (a_split - a), b_split - (b_split - b)
@@ -61,7 +63,7 @@ def _single(a: Tensor) -> Pair:
 
 
 def _split(total: Pair, exponent: Tensor) -> Pair:
-    """total as (a multiple of 2^(exponent - 24), the rest)."""
+    """Splits `total` into (a multiple of 2^(exponent - 24), the remainder)."""
     shift = torch.ldexp(torch.full_like(total[0], 1.5), exponent + (52 - _QUANTUM_BITS))
     high = (total[0] + shift) - shift
     # Far from any cancellation the shift can exceed the range (mean above 1e135) or be lost (mean 0): keep the sum as
@@ -71,11 +73,12 @@ def _split(total: Pair, exponent: Tensor) -> Pair:
 
 
 def pack(count: Tensor | float, pivot: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The payload `[n, S1 high, S1 low, S2 high, S2 low]`, 4C+1 float64 numbers.
+    """The payload `[n, S1 high, S1 low, S2 high, S2 low]`, (4C+1,) float64.
 
     Args:
         count: values per channel on this rank, a number (or a float64 tensor without dimensions).
-        pivot: (C,) float64, any number near the channel's mean; exact, not an estimate that is itself uncertain.
+        pivot: (C,) float64, any value near the channel's mean. It need not be the mean, but must be the exact value
+            that was subtracted in `first` and `second`.
         first: (C,) float64, sum(x - pivot).
         second: (C,) float64, sum((x - pivot)^2).
     """
@@ -90,10 +93,10 @@ def pack(count: Tensor | float, pivot: Tensor, first: Tensor, second: Tensor) ->
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Pair, Tensor]:
-    """The statistics of a payload, or of the sum of several.
+    """The statistics of a payload, or of the sum of several payloads.
 
     Returns:
-        count: float64 without dimensions.
+        count: values per channel, float64 without dimensions.
         mean: two (C,) float64 parts whose sum is the mean.
         variance: (C,) float64, biased (divided by count), never negative.
 

@@ -1,4 +1,6 @@
-"""The specification of every kernel: plain tensor code for any device, layout and floating type; sums are float64.
+"""Reference implementation of every operator: plain tensor code for any device, layout and floating type.
+
+It is the specification that the kernels are tested against. Sums are taken in float64.
 
 Shapes: `input` and gradients are (N, C, ...); per-channel vectors are (C,). `mean` is (2, C): a high and a low part
 whose sum is the mean, in the compute type (float64 for float64 inputs, float32 for all others), like `invstd`.
@@ -15,13 +17,13 @@ from syncbn.kernels.packing import pack, unpack
 
 Function = Callable[..., Any]
 
-FAKES: dict[
-    str, Function
-] = {}  # by operator: empty tensors of the shapes, types and layouts that it returns, for tracing
+# Fake implementations by operator name, for tracing: each returns empty tensors of the operator's output shapes, types
+# and layouts.
+FAKES: dict[str, Function] = {}
 
 
 def _fake_of(operator: Function) -> Callable[[Function], Function]:
-    """Registers the fake implementation of an operator; it names the arguments that decide the shapes."""
+    """Registers the fake implementation of `operator`, which spells out only the arguments that decide the shapes."""
 
     def register(fake: Function) -> Function:
         FAKES[operator.__name__] = fake
@@ -36,12 +38,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def reduced_dims(input: Tensor) -> list[int]:
-    """All dimensions but the channels'."""
+    """All dimensions except dimension 1, the channels."""
     return [0, *range(2, input.dim())]
 
 
 def per_channel(vector: Tensor, input: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, ...), to broadcast against `input`."""
+    """A (C,) vector as a (1, C, 1, ...) view that broadcasts against `input`."""
     return vector.view(1, -1, *[1] * (input.dim() - 2))
 
 
@@ -49,7 +51,7 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     """The packed moments of the local samples (see `packing`), 4C+1 float64 numbers; zeros for an empty input.
 
     Args:
-        mask: (N, 1, ...) bool: what is False does not count, be it NaN. It broadcasts to the input.
+        mask: (N, 1, ...) bool, broadcasts to the input. Positions where it is False are ignored, even if they hold NaN.
     """
     num_channels = input.size(1)
     count = input.numel() // num_channels if num_channels else 0
@@ -81,14 +83,15 @@ def finish(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the moments of the global batch to what normalizes it; moves the running statistics in place.
+    """Mean and inverse standard deviation from the moments of the global batch; updates running statistics in place.
 
-    new = (1 - m) * old + m * batch, the running variance being unbiased by the global count. `momentum=None` takes
-    m = 1 / num_batches_tracked after counting this batch (the cumulative average). With a global count of 0 nothing
-    moves; with 1 the variance, which is then undefined, does not. Both are decided on the device.
+    new = (1 - m) * old + m * batch, where the batch variance is the unbiased one (n / (n - 1), n the global count).
+    With `momentum=None`, m is 1 / num_batches_tracked after counting this batch (the cumulative average). A global
+    count of 0 updates nothing; a count of 1 leaves the running variance alone, because the unbiased variance is then
+    undefined. Both conditions are evaluated on the device.
 
     Returns:
-        mean (2, C) and invstd (C,) in `dtype`, and count, float64 without dimensions.
+        mean (2, C) and invstd (C,) in `dtype`, and count, a float64 tensor without dimensions.
     """
     count, (mean_high, mean_low), variance = unpack(packed)
     has_samples = count > 0
@@ -96,7 +99,7 @@ def finish(
         num_batches_tracked.add_(has_samples.to(num_batches_tracked.dtype))
     if running_mean is not None and running_var is not None:
         if momentum is None and num_batches_tracked is None:
-            rate = torch.zeros_like(count)  # as torch: an average without a count has nothing to add
+            rate = torch.zeros_like(count)  # as in torch: without a batch counter the cumulative average stays put
         elif momentum is None:
             assert num_batches_tracked is not None
             rate = 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
@@ -131,13 +134,14 @@ def normalize(
 ) -> Tensor:
     """activation((x - mean) * invstd * weight + bias + residual), in the type and layout of `input`.
 
-    Computed as (x - high) * scale + (bias - low * scale): the subtraction is exact where cancellation would hurt, and
-    the part of the mean that `high` cannot hold is not lost. What is normalized, and its sum with the residual, are
-    rounded to the type of `input`, as they are in operators of their own.
+    Computed as (x - high) * scale + (bias - low * scale), where high and low are the two parts of the mean: the
+    subtraction is exact where cancellation would hurt, and the part of the mean that `high` cannot represent is not
+    lost. The normalized values, and their sum with the residual, are rounded to the type of `input`, as if each step
+    were an operator of its own.
 
     Args:
-        residual: of the shape and type of `input`.
-        activation: a name of `activations`.
+        residual: same shape and type as `input`.
+        activation: a key of `activations.ACTIVATIONS`.
     """
     dtype = mean.dtype
     scale = invstd if weight is None else invstd * weight.to(dtype)
@@ -157,10 +161,10 @@ def _(input: Tensor, *_: Any) -> Tensor:
 def backward_reduce(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """sum(g) and sum(g * xhat) over the local samples, twice.
+    """sum(g) and sum(g * xhat) of each channel over the local samples, in two forms.
 
     Returns:
-        sums: 2C float64 numbers, to be summed over ranks.
+        sums: (2C,) float64, to be all-reduced for the input's gradient.
         affine: (2, C) in `dtype`, the gradients of bias and weight, which stay local (DDP averages them).
     """
     dims = reduced_dims(input)
@@ -180,16 +184,17 @@ def _(grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dt
 def backward_elementwise(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
-    """The input's gradient: weight * invstd * (g - sum(g)/N - xhat * sum(g * xhat)/N), N and the sums being global.
+    """The input's gradient: weight * invstd * (g - sum(g)/N - xhat * sum(g * xhat)/N), with global sums and count N.
 
-    (Ioffe and Szegedy 2015, section 3, with the sums over all ranks.)
+    The formula is that of Ioffe and Szegedy 2015, section 3, with the sums taken over all ranks.
     """
     dtype = mean.dtype
     means = sums / count.clamp(min=1.0)
     grad_mean, projection = means.to(dtype).chunk(2)
     scale = invstd if weight is None else invstd * weight.to(dtype)
     centred = (input.to(dtype) - per_channel(mean[0], input)) - per_channel(mean[1], input)
-    # The first operand decides the layout of a sum: so the input's goes first, whatever that of the incoming gradient.
+    # The first operand decides the memory format of a sum: the term with the input's format goes first, so that the
+    # result has it too, whatever the format of the incoming gradient.
     projected = centred * per_channel(-invstd * projection, input) + (grad.to(dtype) - per_channel(grad_mean, input))
     return (projected * per_channel(scale, input)).to(input.dtype)
 
@@ -202,7 +207,7 @@ def _(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
 def backward_elementwise_(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> None:
-    """`backward_elementwise` in the memory of `grad`, which has the type of `input`."""
+    """`backward_elementwise` that overwrites `grad` with its result; `grad` must have the type of `input`."""
     grad.copy_(backward_elementwise(grad, input, mean, invstd, weight, sums, count))
 
 
@@ -214,8 +219,12 @@ def _(*_: Any) -> None:
 def backward_local(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, count: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`backward_elementwise` and the `affine` of `backward_reduce` where the local samples are all there are; in one
-    operator it can be one pass less.
+    """The whole backward pass where the local batch is the global batch, so that no all-reduce is needed.
+
+    As one operator it can save a pass over the activation.
+
+    Returns:
+        The result of `backward_elementwise`, and `affine` of `backward_reduce`.
     """
     sums, affine = backward_reduce(grad, input, mean, invstd, dtype)
     return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
@@ -236,7 +245,7 @@ def _through_activation(
     kept: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """The gradient of what goes into the activation."""
+    """The gradient of the activation's input; see `activated_reduce` for `kept`."""
     if kept is not None and activations.output_tells(activation):
         return activations.backward(grad, kept, activation)
     return activations.backward(grad, normalize(input, mean, invstd, weight, bias, kept), activation)
@@ -253,15 +262,17 @@ def activated_reduce(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient goes through the activation, and `backward_reduce` of it.
+    """The backward pass of the activation, followed by `backward_reduce` of the resulting gradient.
 
     Args:
-        kept: None where there was no residual: what went into the activation is then computed again. Else the output
-            of the forward pass or, for an activation whose output does not tell, its residual.
+        kept: tensor saved by the forward pass. None if there was no residual: the activation's input is then
+            recomputed. With a residual, the output of the forward pass if the activation's gradient can be computed
+            from it (`activations.output_tells`), else the residual.
 
     Returns:
         sums, affine: see `backward_reduce`.
-        through: that gradient, from which `backward_elementwise` goes on; it is also that of the residual.
+        through: the gradient of the activation's input, which `backward_elementwise` takes as `grad`; it is also the
+            gradient of the residual.
     """
     through = _through_activation(grad, input, mean, invstd, weight, bias, kept, activation)
     sums, affine = backward_reduce(through, input, mean, invstd, dtype)
@@ -289,12 +300,14 @@ def differentiable_backward(
     """The gradients of input, weight, bias and residual as differentiable functions of `grad`, `input` and `weight`, in
     float64.
 
-    Used when the backward pass is itself differentiated. The statistics are formed again from `input`, around the known
-    global mean, so that their dependence on every rank's samples is part of the graph; `all_reduce` has to be
-    differentiable. Where `mask` is False, `grad` has to be 0, and the gradient of the input means nothing.
+    Used when the backward pass is itself differentiated (`create_graph=True`). The statistics are recomputed from
+    `input`, around the known global mean, so that their dependence on every rank's samples is part of the graph.
 
     Args:
-        through: takes a gradient back through the activation, given what `weight` and `bias` are applied to.
+        all_reduce: sums a tensor over the ranks; must be differentiable.
+        mask: (N, 1, ...) bool. Where it is False, `grad` must be 0, and the returned gradient of the input is
+            meaningless.
+        through: backward pass of the activation: maps (gradient of its output, xhat) to the gradient of its input.
     """
     dims = reduced_dims(input)
     n = count.clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""The layer and its maths."""
+"""The `SyncBatchNorm` layer, its functional form, its process groups and its moments."""
 
 from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.functional import sync_batch_norm as sync_batch_norm

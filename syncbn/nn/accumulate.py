@@ -1,4 +1,4 @@
-"""Running statistics over several micro-batches as over one batch: pooled, and committed once."""
+"""Gradient accumulation for running statistics: the moments of several micro-batches, pooled and committed once."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from syncbn.nn.pool import Pool
 
 @contextmanager
 def accumulate_stats(model: nn.Module) -> Iterator[None]:
-    """Gradient accumulation for running statistics: the micro-batches inside of the context count as one batch.
+    """Updates running statistics once per context, as if the micro-batches inside of it were one batch.
 
-    Each training forward of a `SyncBatchNorm` still normalizes with the statistics of its own (global) micro-batch. Its
-    running statistics wait: the moments of all micro-batches are pooled, and at the end of the context they move once,
-    and the counter by one. For sums of the layer's own inputs this is what one forward of the concatenated
-    micro-batches does, to rounding: mean, and the variance *including the spread of the micro-batches' means*. It is so
-    exactly for a model's first batch normalization. A deeper one sees inputs that earlier layers normalized by
-    micro-batch, and so pools what the network computed, not what one large batch would have made it compute.
+    Each training forward of a `SyncBatchNorm` still normalizes with the statistics of its own (global) micro-batch. The
+    moments of all micro-batches are pooled, and at the end of the context the running statistics are updated once and
+    the batch counter is incremented by one. For given inputs of a layer, the result is that of one forward of the
+    concatenated micro-batches, up to rounding: the mean, and the variance *including the spread of the micro-batches'
+    means*. This holds for a model's first batch normalization. A deeper one gets inputs that earlier layers normalized
+    per micro-batch, so it pools what the network computed, not what it would have computed for one large batch.
 
-    After an exception, running statistics and counters are those from before the context. No communication of its own.
-    Layers with frozen statistics, without running statistics, or of another class are left alone; so are layers that
-    are frozen or reverted inside of the context, and running buffers that `torch.func.functional_call` puts in place of
-    a layer's own move at once, as outside.
+    After an exception, running statistics and counters are those from before the context. The context communicates
+    nothing. It ignores layers with frozen statistics, without running statistics or of another class, and layers that
+    are frozen or reverted inside of it. Running buffers that `torch.func.functional_call` puts in place of a layer's
+    own are updated at once, as outside of the context.
 
     Args:
-        model: its `SyncBatchNorm` layers take part.
+        model: the model whose `SyncBatchNorm` layers take part.
 
     Raises:
-        RuntimeError: a context of the same layer is open already.
+        RuntimeError: another such context is already open for one of the layers.
 
     Example:
         >>> import torch
@@ -46,14 +46,15 @@ def accumulate_stats(model: nn.Module) -> Iterator[None]:
         yield
         for layer in layers:
             pool = layer.__dict__.get("_pool")
-            if pool is not None and not layer.stats_frozen:  # neither reverted nor frozen meanwhile
+            if pool is not None and not layer.stats_frozen:  # neither reverted nor frozen inside of the context
                 pool.commit(layer)
 
 
 @contextmanager
 def pooling(model: nn.Module, who: str) -> Iterator[list[SyncBatchNorm]]:
-    """Collects the moments of all training forwards in each layer's `_pool`; running statistics wait. Yields the layers
-    that take part; `who` is named in errors.
+    """Pools the moments of all training forwards in each layer's `_pool`, in place of running-statistics updates.
+
+    Yields the layers that take part; `who` is the caller's name for errors.
     """
     layers = [
         layer

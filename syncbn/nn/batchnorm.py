@@ -1,4 +1,4 @@
-"""SyncBatchNorm: the state of a layer, its modes, and its frozen switches."""
+"""The `SyncBatchNorm` layer: its state, its modes, and freezing of its statistics and affine parameters."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from syncbn.nn.pool import Pool
 
-_OF_A_CONTEXT = ("_pool", "_record")  # what a context hangs on a layer; no copy has it
+_OF_A_CONTEXT = ("_pool", "_record")  # attributes set by context managers; copies and pickles leave them out
 
 
 def width_of(layer: nn.Module) -> int:
-    """C of a batch normalization of any class, 0 of a lazy one that has not seen it; `num_features` may raise."""
+    """C of a batch normalization of any class; 0 for a lazy one before its first input. (`num_features` may raise.)"""
     width: int = layer.__dict__.get("num_features", 0)
     return width
 
@@ -40,9 +40,10 @@ class SyncBatchNorm(_BatchNorm):
     .. math::
         y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    per channel, where mean and (biased) variance are those of the concatenation of every rank's input. In training the
-    running statistics move in `forward`: new = (1 - momentum) * old + momentum * batch, the variance unbiased by the
-    global count. W ranks with b samples each compute what one process with `nn.BatchNorm` computes on W * b samples.
+    per channel, where mean and (biased) variance are those of the concatenation of every rank's input. In training
+    `forward` updates the running statistics: new = (1 - momentum) * old + momentum * batch, with the variance unbiased
+    by the global count. W ranks with b samples each compute what one process with `nn.BatchNorm` computes on W * b
+    samples.
 
     | training | track_running_stats | stats frozen | normalizes with    | running statistics | collectives fwd / bwd |
     |----------|---------------------|--------------|--------------------|--------------------|-----------------------|
@@ -54,12 +55,12 @@ class SyncBatchNorm(_BatchNorm):
 
     Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input
     needs a gradient), and none without a process group or in a group of one. All ranks of the group have to call a
-    training layer equally often and in the same mode; how many samples each brings, none included, is its own business.
-    If no rank has a sample, nothing moves. If the world has a single value per channel, the output is the bias and the
-    running variance stays.
+    training layer equally often and in the same mode; the number of samples may differ between ranks, and may be 0. If
+    no rank has a sample, nothing is updated. If the global batch has a single value per channel, the output is the bias
+    and the running variance is not updated.
 
-    It is a `_BatchNorm` but not an `nn.SyncBatchNorm`: DDP takes it on CPU, and its state dict is that of
-    `nn.BatchNorm1d/2d/3d`, key for key, in both directions.
+    The class derives from `_BatchNorm` but not from `nn.SyncBatchNorm`, so DDP accepts it on CPU. Its state dict has
+    the keys of `nn.BatchNorm1d/2d/3d` and can be loaded from and into those.
 
     Args:
         num_features: C, the size of dimension 1 of the input (N, C, ...); any number of further dimensions.
@@ -70,24 +71,24 @@ class SyncBatchNorm(_BatchNorm):
             does.
         process_group: the ranks to sum over, a group or a one-dimensional `DeviceMesh`; None for all ranks of the job.
         bias: False for a learnable weight without a bias.
-        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu", applied to the output, in the same pass over it,
-            as the addition of a residual is. Nothing is kept for backward that the input tells; with a residual the
-            output is kept, or for "silu" the residual.
-        memory: "lean" keeps the output for backward instead of the input, and takes the normalized input from it. Where
-            the next layer keeps its input (a convolution does), that is one activation less. For `activation` None and
-            "leaky_relu" alone; in training, and nothing else differs. The gradients are those of BatchNorm but for the
-            rounding of the output, which counts |bias / weight| times; of channels where that is above 4 the input is
-            kept as well (on CUDA: of the worst eighth; see `nn.lean`). The output must not be changed in
-            place afterwards (autograd raises).
+        activation: None, "relu", "leaky_relu" (slope 0.01) or "silu": fused into the pass that writes the output, as is
+            the addition of a residual. Without a residual, no further activation is saved for backward: the
+            activation's input is recomputed. With one, the output is saved too, or for "silu" the residual.
+        memory: "lean" saves the output for backward instead of the input, and recovers the normalized input from it.
+            Where the next layer saves its input (a convolution does), this is one activation less. Only for
+            `activation` None and "leaky_relu"; takes effect in training, and changes nothing else. The gradients are
+            those of "default" up to the rounding error of the output, amplified by |bias / weight|; for channels where
+            this ratio is above 4 the input is saved as well (on CUDA: for the eighth of the channels with the largest
+            ratio; see `nn.lean`). The output must not be changed in place afterwards (autograd raises).
 
-    `copy.deepcopy` keeps the process group. Pickle (and `torch.save` of a whole module) leaves it out: a layer that had
-    a sub-group raises at its first training forward afterwards, until `process_group` is set.
+    `copy.deepcopy` shares the process group. Pickle (and `torch.save` of a whole module) drops it: an unpickled layer
+    that had a sub-group raises in its first training forward unless `process_group` has been set.
 
     Raises:
         ValueError: input of fewer than two dimensions; a single value per channel in a training step of a single
             process; eps not above 0 in training; memory="lean" with another activation, a mask or a residual.
-        RuntimeError: an input that has not C channels; a rank outside the process group; a sub-group that was lost in
-            pickling; `create_graph=True` through memory="lean".
+        RuntimeError: an input that does not have C channels; a rank outside the process group; a sub-group that was
+            lost in pickling; `create_graph=True` through memory="lean".
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -96,11 +97,11 @@ class SyncBatchNorm(_BatchNorm):
         1
     """
 
-    # Defaults for layers that were converted or pickled without them.
+    # Defaults for converted layers and for pickles that lack these attributes.
     process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None = None
     _stats_frozen: bool = False
-    _pool: Pool | None = None  # inside of `accumulate_stats`
-    _record: Tensor | None = None  # inside of `Monitor.watch`
+    _pool: Pool | None = None  # set inside of `accumulate_stats`
+    _record: Tensor | None = None  # set inside of `Monitor.watch`
 
     def __init__(
         self,
@@ -135,9 +136,9 @@ class SyncBatchNorm(_BatchNorm):
 
         Args:
             mask: broadcasts to the input, with size 1 in the channels' dimension: (N, 1, ...). Positions where it is 0
-                (or False) count for nothing, as if they were not there: not in the statistics, not in the count, not in
-                any gradient, on any rank; even NaN there changes nothing. They come out as 0, in evaluation too
-                (before the residual is added).
+                (or False) are treated as absent on every rank: they enter neither the statistics, nor the count, nor
+                any gradient, even if they hold NaN. The output there is 0, in evaluation too (before the residual is
+                added).
 
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
@@ -149,14 +150,15 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(
                 f"residual: expected the shape of the input {tuple(input.shape)}, got {tuple(residual.shape)}"
             )
-        # With another type the sum has the wider one; and a mask comes between.
+        # The residual is not fused if its type differs (the sum then has the wider type), or with a mask (masked
+        # positions are set to 0 before it is added).
         if mask is None and (residual is None or (residual.dtype, residual.device) == (input.dtype, input.device)):
             return self._normalize(input, None, residual, activation)
         if mask is None:
             output = self._normalize(input)
         else:
             mask = as_mask(mask, input)
-            # Zeros instead of what is masked: NaN would spread, through a product with 0 too.
+            # Masked positions are replaced by 0 rather than multiplied by 0, which would leave NaN.
             output = torch.where(mask, self._normalize(torch.where(mask, input, 0.0), mask), 0.0)
         if residual is not None:
             output = output + residual
@@ -166,7 +168,7 @@ class SyncBatchNorm(_BatchNorm):
         return self.num_batches_tracked
 
     def _activation_name(self) -> str | None:
-        return self.__dict__.get("activation")  # absent on a converted layer
+        return self.__dict__.get("activation")  # converted layers lack the attribute
 
     def _is_lean(self) -> bool:
         return self.__dict__.get("memory") == "lean"
@@ -179,7 +181,8 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | None = None,
     ) -> Tensor:
         self._check_input_dim(input)
-        # Buffers take part in evaluation even where a training step would not move them (track_running_stats=False).
+        # Evaluation uses running statistics, if there are any, even where training ignores them
+        # (track_running_stats=False).
         tracked = self.track_running_stats or not self.training
         return self._normalize_with(
             input,
@@ -211,7 +214,7 @@ class SyncBatchNorm(_BatchNorm):
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """Chooses the row of the table of modes."""
+        """Normalizes according to the mode: a row of the table in the class docstring."""
         num_features = width_of(self)
         if input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(
@@ -260,7 +263,7 @@ class SyncBatchNorm(_BatchNorm):
         """C, the number of channels.
 
         Raises:
-            TypeError: somebody else's converter asks, which is about to replace this layer by one of its own.
+            TypeError: read by another library's converter, which would replace this layer by a layer of its own class.
         """
         if not torch.compiler.is_compiling():
             converter = foreign_converter()
@@ -278,27 +281,27 @@ class SyncBatchNorm(_BatchNorm):
         self.__dict__["num_features"] = value
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions from 2 up; what else can be wrong is checked where the statistics are formed."""
+        """Accepts any number of dimensions; `check_arguments` validates the input, on every path."""
 
     @property
     def stats_frozen(self) -> bool:
-        """Whether the running statistics normalize in training too, and do not move."""
+        """Whether training, too, normalizes with the running statistics, without updating them."""
         return self._stats_frozen
 
     @property
     def affine_frozen(self) -> bool:
-        """Whether weight and bias are held: no gradient, and so no update (unless `requires_grad` was set by hand)."""
+        """Whether weight and bias are frozen by `freeze`; False if `requires_grad` of one was then set by hand."""
         return has_frozen_parameters(self) and not any(
             parameter.requires_grad for parameter in own_parameters(self).values()
         )
 
     def freeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
-        """Holds the running statistics, the affine parameters, or both, until `unfreeze`; survives `train()` and
-        `deepcopy`.
+        """Freezes the running statistics, the affine parameters, or both, until `unfreeze`.
 
-        Frozen statistics normalize in training as in evaluation and do not move by a bit; the layer then communicates
-        nothing. Frozen affine parameters lose their gradient at once, so that no optimizer, weight decay or momentum
-        moves them. Under `DistributedDataParallel` wrap the model anew afterwards.
+        With frozen statistics, training normalizes as evaluation does: the running statistics stay bitwise unchanged
+        and the layer communicates nothing. Frozen affine parameters get `requires_grad=False` and `grad=None` at once,
+        so that optimizers skip them, weight decay and momentum included. `train()` and `deepcopy` preserve both. Under
+        `DistributedDataParallel`, wrap the model again afterwards.
 
         Raises:
             ValueError: `stats=True` on a layer without running statistics.
@@ -314,7 +317,7 @@ class SyncBatchNorm(_BatchNorm):
         return self
 
     def unfreeze(self, stats: bool = True, affine: bool = True) -> SyncBatchNorm:
-        """Undoes `freeze`: the same parameters, momentum and counter as before, `requires_grad` as it was."""
+        """Undoes `freeze` and restores `requires_grad`; parameters, momentum and counter are the same as before."""
         if stats:
             self._stats_frozen = False
         if affine:
@@ -323,7 +326,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-        """Every batch normalization of `module` as a `SyncBatchNorm`, in place; see `syncbn.convert_sync_batchnorm`."""
+        """Converts every batch normalization of `module` in place; see `syncbn.convert_sync_batchnorm`."""
         return convert(module, SyncBatchNorm, process_group)
 
     def __copy__(self) -> SyncBatchNorm:

@@ -1,6 +1,6 @@
-"""Who is calling: the places where the package looks at the frames of its callers, and why it has to.
+"""Inspection of the Python call stack: every place where the package looks at its callers' frames, and why.
 
-Tried on CPython 3.11. Frames are CPython's own business; none of this decides a number, only an error or a finding.
+Tested with CPython 3.11. Frames are an implementation detail of CPython.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model", "revert_sync_ba
 
 
 def foreign_converter() -> str | None:
-    """The dotted name of somebody else's converter, if it is what called the function that asks; None otherwise.
+    """The dotted name of another library's converter if it called the caller of this function; None otherwise.
 
-    Such a converter takes any `_BatchNorm` and would replace our layer by one of its own. It reads the layer's width
-    and no method of ours, so nothing but the caller's name tells it from anybody else who reads the width.
+    Such a converter takes any `_BatchNorm` and would replace our layer by one of its own class. It reads the layer's
+    width and calls no method of ours, so only the caller's name distinguishes it from other code that reads the width.
     """
     frame = sys._getframe(2)
     module = str(frame.f_globals.get("__name__", ""))
@@ -31,9 +31,12 @@ def foreign_converter() -> str | None:
 
 
 def function_context(method: str) -> FunctionCtx | None:
-    """The context of the outermost autograd function in whose `forward` or `backward` this runs.
+    """The context of the outermost autograd function whose `method` is on the call stack; None if there is none.
 
-    Reentrant checkpointing runs its module inside of such a function, and hands its context to nobody.
+    Reentrant checkpointing runs its module inside of such a function, and gives nobody access to its context.
+
+    Args:
+        method: "forward" or "backward".
     """
     found = None
     for frame in _callers():
@@ -43,7 +46,7 @@ def function_context(method: str) -> FunctionCtx | None:
 
 
 def is_inside(module: str) -> bool:
-    """Whether a function of the module of this name (such as `torch.utils.checkpoint`) is among the callers."""
+    """Whether a function of the named module (such as `torch.utils.checkpoint`) is on the call stack."""
     return any(frame.f_globals.get("__name__") == module for frame in _callers())
 
 

@@ -1,13 +1,13 @@
-"""Activation checkpointing: a forward pass that runs again during backward uses the statistics of its first run.
+"""Activation checkpointing: a forward pass recomputed during backward uses the batch moments of its first run.
 
-Otherwise running statistics would move twice per step, and the second run would issue collectives of its own in the
-middle of the backward pass. Only where something may ask for them later are the moments of a forward pass kept: while
-saved tensors are being intercepted (`torch.utils.checkpoint`, use_reentrant=False), and without gradients inside of
-another autograd function (use_reentrant=True, and the implementations that follow it). They live as long as what may
-ask. A few kilobytes per layer; nothing at all without checkpointing.
+Otherwise running statistics would be updated twice per step, and the recomputation would issue collectives of its own
+in the middle of the backward pass. The moments of a forward pass are saved only where a recomputation may need them:
+while saved-tensor hooks are active (`torch.utils.checkpoint`, use_reentrant=False), and, with gradients disabled,
+inside of another autograd function (use_reentrant=True, and implementations that follow it). Saved moments live as long
+as the hook or function context. They take a few kilobytes per layer; without checkpointing nothing is saved.
 
-The second run of a checkpoint finds its first by the checkpoint itself. Where checkpoints are nested the inner ones are
-made anew, and it goes by this rank's own moments, which are the same but for rounding.
+A recomputation is matched to its first run by the identity of the checkpoint. Nested checkpoints create their inner
+checkpoints anew; those are matched by this rank's own moments, which are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from syncbn import torch_compat
 from syncbn.nn.call_stack import function_context
 from syncbn.torch_compat import checkpoint_frame
 
-_FAR = 1e-3  # see _distance
-_KEPT_AFTER_USE = 8  # a graph that is kept may be recomputed again
-_memories = WeakIdKeyDictionary()  # layer (or running mean) -> weak references to its memories, the oldest first
+_FAR = 1e-3  # `_distance` from which on moments are not those of the same forward pass
+_KEPT_AFTER_USE = 8  # saved moments per layer that stay after use: a retained graph may be recomputed again
+_memories = WeakIdKeyDictionary()  # owner (layer or running mean) -> weak references to its SavedMoments, oldest first
 
 
 class SavedMoments:
-    """The moments of one forward pass of one layer: this rank's own, and the sum over all ranks.
+    """The packed moments of one forward pass of one layer: this rank's (`local`), and the sum over ranks (`total`).
 
     Args:
-        checkpoint: what tells one checkpoint from another: torch's frame object, or the autograd function's context.
+        checkpoint: identifies the checkpoint: torch's frame object or the autograd function's context; None if unknown.
     """
 
     def __init__(self, local: Tensor, total: Tensor, checkpoint: Any) -> None:
         self.local, self.total = local, total
         self.checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
-        self.used_in = -1  # the backward pass that has recalled it
+        self.used_in = -1  # id of the backward pass that last recalled these moments; -1 for none
 
 
 class Recomputation:
-    """What a forward pass has to do for checkpointing: remember its moments, or recall those of its first run.
+    """Handles the moments of one forward pass for checkpointing: saves them, or recalls those of the first run.
 
     Args:
-        owner: the layer, or what else is the same object in both runs; None for nothing.
-        backward_pass: torch's number of the backward pass that this runs in; None in a first run.
-        checkpoint: see `SavedMoments`; None where it cannot be told.
-        keeper: the object whose lifetime a memory shares.
+        owner: the layer, or another object that is the same in both runs; None to save and recall nothing.
+        backward_pass: id of the backward pass that the forward pass runs in; None in a first run.
+        checkpoint: see `SavedMoments`.
+        keeper: the object to which saved moments are attached, so that they live as long as it does.
     """
 
     def __init__(self, owner: object, backward_pass: int | None, checkpoint: Any, keeper: Any = None) -> None:
@@ -57,42 +57,46 @@ class Recomputation:
 
     @classmethod
     def of(cls, owner: object) -> Recomputation | None:
-        """For the coming forward pass; None where nothing can ever run it again. To be called in its gradient mode."""
+        """The instance for a forward pass that is about to run; None if it cannot be recomputed later.
+
+        Must be called in the gradient mode of that forward pass.
+        """
         backward_pass = torch_compat.backward_pass()
         hooks = torch_compat.saved_tensor_hooks()
         if backward_pass != -1:
             frame = None if hooks is None else checkpoint_frame(hooks[0])
             return cls(owner, backward_pass, frame or function_context("backward"))
         if torch.is_grad_enabled():
-            # The hook that unpacks lives as long as any tensor that it may be asked for.
+            # The unpack hook lives as long as any tensor that it may have to unpack.
             return None if hooks is None else cls(owner, None, checkpoint_frame(hooks[0]), hooks[1])
         context = function_context("forward")
         return None if context is None else cls(owner, None, context, context)
 
     @property
     def is_second(self) -> bool:
-        """Whether this is a second run."""
+        """Whether the forward pass is a recomputation."""
         return self.backward_pass is not None
 
     def total(self, local: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """The sum over all ranks of this rank's moments.
+        """The global moments: recalled in a recomputation, else `local` summed over the ranks, and saved.
 
         Args:
-            reduce: sums over the ranks, in place or not.
+            local: this rank's packed moments.
+            reduce: sums a tensor over the ranks and returns the sum, in place or not.
         """
         if self.owner is None:
             return reduce(local)
         if self.is_second:
             recalled = self._recall(local)
             return reduce(local) if recalled is None else recalled
-        # Selective checkpointing records operators, and would miss in the second run those that are for us alone; it
-        # may also keep the local moments, which must not change then.
+        # Selective checkpointing records operators, and would miss this copy in the recomputation, which does not make
+        # one. It may also have saved the local moments, which must then not change, hence the copy.
         with torch_compat.hidden_from_modes():
             copy = local.clone()
         memory = SavedMoments(local, reduce(copy), self._checkpoint)
         self._keeper.__dict__.setdefault("_syncbn_memories", []).append(memory)
         alive = [other for reference in _memories.get(self.owner, ()) if (other := reference()) is not None]
-        # Who keeps the graph of past steps (a loss that is summed up undetached) must not keep all of their moments.
+        # If the graphs of past steps stay alive (a loss summed up without detach), their moments need not.
         dropped = [other for other in alive if other.used_in != -1][:-_KEPT_AFTER_USE]
         for other in dropped:
             other.local = other.total = torch.empty(0)
@@ -100,10 +104,10 @@ class Recomputation:
         return memory.total
 
     def _recall(self, local: Tensor) -> Tensor | None:
-        """The global moments of the first run of this forward pass; None if there is no memory at all."""
+        """The global moments of the first run of this forward pass; None if nothing is saved for the owner."""
         alive = [memory for reference in _memories.get(self.owner, ()) if (memory := reference()) is not None]
         fresh = [memory for memory in alive if memory.used_in != self.backward_pass]
-        for memory in fresh:  # the calls of one layer in one checkpoint come in their order
+        for memory in fresh:  # several calls of a layer in one checkpoint are recomputed in their order
             if (
                 self._checkpoint is not None
                 and memory.checkpoint is not None
@@ -115,7 +119,7 @@ class Recomputation:
 
 
 def _nearest(memories: list[SavedMoments], local: Tensor, backward_pass: int | None) -> Tensor:
-    """The total of the memory whose local moments these are; an error where they differ by more than rounding."""
+    """The global moments saved with the local moments nearest to `local`; asserts that they differ by rounding only."""
     with torch_compat.hidden_from_modes():
         distances = torch.stack([_distance(memory.local, local) for memory in memories])
         nearest = distances.argmin().view(1)
@@ -128,7 +132,7 @@ def _nearest(memories: list[SavedMoments], local: Tensor, backward_pass: int | N
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """How far two packed moments are apart: 0 for equal ones, about 1 for unrelated ones, infinite for other counts."""
+    """Distance of two packed moments: 0 if equal, about 1 if unrelated, infinite if the counts differ."""
     sums, squares = ((one - other)[1:].view(2, 2, -1)).sum(1).abs()
     mean_square = one[1:].view(2, 2, -1).sum(1)[1]
     scale = (one[0] * mean_square).sqrt().clamp(min=1e-300)  # bounds |sum|, by Cauchy and Schwarz
@@ -140,10 +144,10 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def refuse_checkpoint_around_compiled() -> None:
-    """Runs when a graph is made.
+    """Rejects compilation inside of a checkpoint; runs while `torch.compile` traces, not in the compiled graph.
 
     Raises:
-        RuntimeError: it is made inside of a checkpoint, which would run it twice: it could not tell the second run.
+        RuntimeError: the graph is traced inside of a checkpoint, which would run it twice without the graph knowing.
     """
     hooks = torch_compat.saved_tensor_hooks()
     if torch_compat.backward_pass() != -1 or (hooks is not None and checkpoint_frame(hooks[0]) is not None):

@@ -1,4 +1,4 @@
-"""The sum over the ranks of a group: by one collective, with a gradient, the same bits on every rank."""
+"""Sum over the ranks of a process group: one collective, differentiable, bitwise equal on every rank."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _GATHER_UP_TO = 8
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    """The sum over the group, in place: the same bits on every rank, by one collective."""
+    """Replaces `tensor` by its sum over the group, bitwise equal on every rank; one collective."""
     world_size = dist.get_world_size(group)
     if tensor.device.type != "cpu" or world_size > _GATHER_UP_TO:
         dist.all_reduce(tensor, group=group)
         return
     gathered = tensor.new_empty((world_size, tensor.numel()))
     dist.all_gather(list(gathered.unbind(0)), tensor, group=group)
-    tensor.copy_(gathered.sum(0))  # in the order of ranks, on every rank
+    tensor.copy_(gathered.sum(0))  # added in the same order, by rank, on every rank
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -36,16 +36,17 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        # Every rank's output is the same sum, so a rank's input feels the gradients of all outputs. Through `apply`
-        # again, for derivatives of any order.
+        # Every rank's output is the same sum, so the gradient of a rank's input is the sum of the gradients of all
+        # ranks' outputs. `apply` makes the backward pass differentiable too, to any order.
         return _AllReduceSum.apply(grad, ctx.sum_in_place), None
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, sum_in_place: SumInPlace | None = None) -> Tensor:
-    """The sum of `tensor` over the group, in place where no gradient is wanted; `group=None` returns it as it is.
+    """The sum of `tensor` over the group, in place unless autograd records it.
 
     Args:
-        sum_in_place: the collective, where it is to be more than `sum_over_ranks`.
+        group: None to return `tensor` itself.
+        sum_in_place: the collective to use instead of `sum_over_ranks`.
     """
     if group is None:
         return tensor

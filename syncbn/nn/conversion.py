@@ -1,8 +1,8 @@
-"""A layer's class exchanged for a synchronized one, in place, and what it was before.
+"""In-place conversion of layers to a synchronized class, and the class to revert them to.
 
-A layer keeps its identity: only its class changes. Parameters, buffers, hooks, modes, an optimizer built before, and
-every other reference to the layer stay what they were, because nothing is copied. The synchronized class is handed in:
-the layer's own module imports this one.
+Only the class of a layer changes; nothing is copied. So parameters, buffers, hooks, modes, optimizers built before the
+conversion, and every other reference to the layer stay valid. The synchronized class is an argument, because its
+module, `batchnorm`, imports this one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def convert(
     match: Patterns = "*",
     exclude: Patterns | None = (),
 ) -> nn.Module:
-    """Gives every selected batch normalization of `module` the class `layer_class`; see `convert_sync_batchnorm`."""
+    """Converts every selected batch normalization of `module` to `layer_class`; see `syncbn.convert_sync_batchnorm`."""
     layers = {
         name: layer
         for name, layer in select(module, match, exclude).items()
@@ -54,14 +54,14 @@ def convert(
 
 
 def why_not_convertible(layer: _BatchNorm) -> str | None:
-    """Why the behaviour of a layer could not be kept; None where it can."""
+    """Why conversion would change the behavior that a layer's class adds; None if it would not."""
     if type(layer) in _PLAIN and "forward" not in layer.__dict__:
         return None
     return why_not(layer)
 
 
 def class_before(layer: _BatchNorm) -> type | None:
-    """The class to revert to: of a lazy layer that has seen its width, the one it would have become."""
+    """The class to revert to; for a lazy layer that has been initialized, the class it would have become."""
     original: type | None = layer.__dict__.get("_original_class")
     if original is not None and issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
         return original.cls_to_become

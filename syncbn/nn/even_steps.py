@@ -1,4 +1,4 @@
-"""Loops whose ranks have different numbers of batches."""
+"""Training loops in which ranks have different numbers of batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Batch = TypeVar("Batch")
 
 
 def even_steps(loader: Iterable[Batch], process_group: dist.ProcessGroup | None = None) -> Iterator[Batch]:
-    """Goes on with empty batches until every rank is out of data, so that all take the same number of steps.
+    """Yields the batches of `loader`, then empty ones until every rank is out of data: all take equally many steps.
 
     A training forward of a `SyncBatchNorm`, like the backward of DDP, is a collective: a rank that leaves the loop
     early leaves the others waiting. An empty batch has the structure, types and further sizes of a real one (a rank
@@ -22,7 +22,7 @@ def even_steps(loader: Iterable[Batch], process_group: dist.ProcessGroup | None 
     gradients; divide the loss by the global count, and clear the gradients before it, as in any step.
 
     Communication: one number per step, and one exchange of structures before the first. Without a distributed job this
-    is `iter(loader)`. Every rank has to go through to the end.
+    is `iter(loader)`. Every rank has to iterate to the end.
 
     Args:
         loader: any iterable of batches: a tensor, or tuples, lists and dictionaries of them, rows in the first
@@ -30,7 +30,7 @@ def even_steps(loader: Iterable[Batch], process_group: dist.ProcessGroup | None 
         process_group: the ranks that step together; None for all ranks of the job.
 
     Raises:
-        ValueError: no rank has a batch, on every rank.
+        ValueError: no rank has a batch; raised on every rank.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ def _any_rank(here: bool, group: dist.ProcessGroup | None) -> bool:
 
 
 def _agree_on_empty(batch: Any, group: dist.ProcessGroup | None) -> Any:
-    """A batch with zero rows, by this rank's own first batch or else by another rank's."""
+    """A batch with zero rows, modeled on this rank's first batch, or on another rank's if this one has none."""
     templates: list[Any] = [None] * dist.get_world_size(group)
     mine = None if batch is None else pytree.tree_map_only(Tensor, lambda t: t[:0].cpu(), batch)
     dist.all_gather_object(templates, mine, group=group)

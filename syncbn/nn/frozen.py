@@ -1,4 +1,4 @@
-"""Holding parameters still and letting them go again: what frozen affine and frozen weights have in common."""
+"""Freezing and unfreezing of parameters: shared by the frozen affine parameters of layers and frozen weights."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from collections.abc import Iterable
 
 from torch import nn
 
-_MEMORY = "_thawed_requires_grad"  # on the module: requires_grad as it was, by parameter name; absent while free
+# Attribute of a frozen module: requires_grad before freezing, by parameter name. Absent if the module is not frozen.
+_MEMORY = "_thawed_requires_grad"
 _num_changes = 0
 
 
 def num_changes() -> int:
-    """How often anything has been held or released in this process: lets others notice that they should look again."""
+    """Number of times a module was frozen or unfrozen in this process; callers compare it to detect changes."""
     return _num_changes
 
 
 def has_frozen_parameters(module: nn.Module) -> bool:
-    """Whether the module's own parameters are held."""
+    """Whether the module's own parameters are frozen by `freeze_parameters`."""
     return getattr(module, _MEMORY, None) is not None
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters, not its children's; of a parametrized one (weight_norm, ...) the originals."""
+    """A module's own parameters, not its children's; includes the originals of parametrizations (weight_norm, ...)."""
     parameters = dict(module.named_parameters(recurse=False))
     parametrizations = module._modules.get("parametrizations")
     if parametrizations is not None:
@@ -30,12 +31,13 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
-    """Takes the gradient, present and future, from the modules' own parameters; idempotent.
+    """Sets `requires_grad=False` and `grad=None` on the modules' own parameters; idempotent.
 
-    Without a gradient (`grad is None`) torch's optimizers skip a parameter altogether: weight decay and momentum too.
+    torch's optimizers skip a parameter without a gradient (`grad is None`) altogether, weight decay and momentum too.
 
     Args:
-        root: the model, in which a parameter may be tied to one that is held already: its memory is then shared.
+        root: the model. If given, a parameter that is tied to an already frozen one records the `requires_grad` that
+            the frozen one had before.
     """
     global _num_changes
     free = [module for module in modules if not has_frozen_parameters(module)]
@@ -45,7 +47,7 @@ def freeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = Non
         if has_frozen_parameters(held)
         for name, parameter in own_parameters(held).items()
     }
-    # All memories first: of two tied parameters, the second must not remember that the first was frozen.
+    # Record all before freezing any: of two tied parameters, the second must not record that the first is frozen.
     for module in free:
         before = {name: remembered.get(id(p), p.requires_grad) for name, p in own_parameters(module).items()}
         setattr(module, _MEMORY, before)
@@ -57,7 +59,7 @@ def freeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = Non
 
 
 def unfreeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = None) -> None:
-    """Gives `requires_grad` back as it was before `freeze_parameters`, but for what is frozen elsewhere in `root`."""
+    """Restores `requires_grad` from before `freeze_parameters`, except for parameters tied to frozen ones in `root`."""
     global _num_changes
     for module in modules:
         if not has_frozen_parameters(module):

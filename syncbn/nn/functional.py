@@ -16,8 +16,9 @@ from syncbn.nn.recorder import sum_and_record
 
 
 class _NormalizeByBatch(torch.autograd.Function):
-    """Normalizes with the statistics of the global batch; one all-reduce forward, one backward if the input needs a
-    gradient.
+    """Normalization with the statistics of the global batch.
+
+    One all-reduce in forward, and one in backward if the input needs a gradient.
     """
 
     @staticmethod
@@ -77,9 +78,9 @@ class _NormalizeByBatch(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input, grad_residual, scale = None, grad, weight
         if ctx.is_lean:
-            kept = input  # the output, in truth
+            kept = input  # a lean layer has saved its output in the place of the input
             input, mean, invstd, scale = _from_output(ctx, kept, weight, mean, invstd, bias, *of_lean)
-        if torch.is_grad_enabled():  # create_graph=True: every step, the collectives included, has to be differentiable
+        if torch.is_grad_enabled():  # create_graph=True: every step, collectives included, has to be differentiable
             grad_input, grad_weight, grad_bias, grad_residual = reference.differentiable_backward(
                 grad,
                 input,
@@ -107,7 +108,7 @@ class _NormalizeByBatch(torch.autograd.Function):
                 sums = reduce(sums, ctx.group, ctx.owner, "backward")
                 if ctx.activation is None or ctx.needs_input_grad[_RESIDUAL]:
                     grad_input = operators.backward_elementwise(grad, input, mean, invstd, scale, sums, count)
-                else:  # nobody else wants the gradient that has gone through the activation
+                else:  # nothing else needs the gradient of the activation's input: reuse its memory
                     operators.backward_elementwise_(grad, input, mean, invstd, scale, sums, count)
                     grad_input = grad
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -129,7 +130,7 @@ def _from_output(
     index: Tensor | None,
     part: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a lean layer: xhat in place of the input, and the mean, inverse deviation and weight that go with it."""
+    """For a lean layer: xhat in place of the input, with the mean (0), invstd (1) and weight that go with it."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated'
@@ -140,11 +141,11 @@ def _from_output(
     return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 
 
-_RESIDUAL = 14  # its place among the arguments of `_NormalizeByBatch`
+_RESIDUAL = 14  # index of `residual` among the arguments of `_NormalizeByBatch`
 
 
 def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """For `reference.differentiable_backward`."""
+    """The activation's backward pass, as `reference.differentiable_backward` takes it (`through`)."""
     input, weight, mean, invstd, _, _, bias, kept = ctx.saved_tensors
 
     def through(grad: Tensor, xhat: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
             z = xhat if weight is None else xhat * reference.per_channel(weight.to(xhat.dtype), xhat)
             z = z if bias is None else z + reference.per_channel(bias.to(xhat.dtype), xhat)
             z = z if kept is None else z + kept.to(xhat.dtype)
-        else:  # its sign, which has no derivative: that of the forward pass, to the last bit
+        else:  # only the sign of z is needed, which has no derivative; it must be exactly that of the forward pass
             with torch.no_grad():
                 z = operators.normalize(input, mean, invstd, weight, bias) if kept is None else kept
             z = z.detach().to(xhat.dtype)
@@ -179,22 +180,25 @@ def normalize_by_batch(
     activation: str | None = None,
     is_lean: bool = False,
 ) -> Tensor:
-    """Training mode: the statistics of all samples of `group` (None: of this process), which also move the running
-    ones. What runs again for activation checkpointing takes the statistics of its first run and moves nothing.
+    """Normalizes with the statistics of the global batch, as in training, and updates the running statistics.
+
+    A recomputation (activation checkpointing) uses the statistics of the first run and updates nothing.
 
     Args:
-        mask: (N, 1, ...) bool; what is False does not count. The input has to be finite there, and what comes out
-            there, and its gradient, mean nothing.
-        pool: adds the batch's packed moments to this instead of moving the running statistics.
-        owner: the layer, for errors.
-        record: adds what the batch looks like to this (see `recorder`); to be given on all ranks or on none.
-        residual: of the shape and type of the input, added to what is normalized; not with a mask.
+        group: the ranks whose samples form the batch; None for this process alone.
+        mask: (N, 1, ...) bool; positions where it is False are ignored. The input has to be finite there; output and
+            input gradient there are meaningless.
+        pool: (4C+1,) float64 accumulator, to which the batch's packed moments are added instead of updating the running
+            statistics.
+        owner: the layer, named in errors, and by which a recomputation finds its first run.
+        record: accumulator of the batch's statistics (see `recorder`); must be given on all ranks or on none.
+        residual: same shape and type as the input, added to the normalized values; not with a mask.
         activation: applied last; not with a mask.
-        is_lean: keeps the output instead of the input (see `nn.lean`).
+        is_lean: saves the output for backward instead of the input (see `nn.lean`).
 
     Raises:
-        ValueError: a single process with a single value per channel, whose variance is undefined. (In a job of several
-            ranks, or of one, the output is the bias: there the last batch of an epoch may well be a single sample.)
+        ValueError: a single value per channel in a process that is not part of a job: the variance is undefined. (In a
+            job, even of one rank, the output is then the bias, as the last batch of an epoch may be a single sample.)
     """
     if not is_distributed() and mask is None and input.size(1) > 0 and input.numel() == input.size(1):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
@@ -209,7 +213,7 @@ def normalize_by_batch(
         running_mean = running_var = num_batches_tracked = None
     if recomputation is not None and recomputation.is_second:
         pool = None
-    is_lean = is_lean and torch.is_grad_enabled()  # else nothing is kept, and no weight can be wrong for it
+    is_lean = is_lean and torch.is_grad_enabled()  # else nothing is saved, and weights need no check
     return _NormalizeByBatch.apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
         mask, pool, owner, recomputation, record, residual, activation, is_lean,
@@ -226,12 +230,12 @@ def normalize_by_running(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Evaluation, and frozen statistics: (x - running_mean) * scale + bias, without communication.
+    """Normalizes with the running statistics, as in evaluation or with frozen statistics; no communication.
 
-    A residual (of the shape and type of the input) and the activation follow in the memory of the result.
-
-    ATen operators alone, so that an exported program holds no operator of ours; never x * scale + shift, which cancels
-    where |mean| >> std. Keeps no activation for backward unless `weight` needs a gradient.
+    Computes (x - running_mean) * scale + bias, never x * scale + shift, which cancels where |mean| >> std. The residual
+    (same shape and type as the input) and the activation are applied in place to the result. Only ATen operators are
+    called, so that an exported program has no custom operators. No activation is saved for backward unless `weight`
+    needs a gradient.
     """
     dtype = reference.compute_dtype(input.dtype)
     scale = (running_var.to(dtype) + eps).rsqrt()
@@ -260,18 +264,17 @@ def sync_batch_norm(
     """`torch.nn.functional.batch_norm` over the samples of all ranks.
 
     In training, normalizes with mean and (biased) variance of the concatenated batches of all ranks of `process_group`
-    (default: all ranks of the job), and moves the running statistics in place: new = (1 - momentum) * old + momentum *
-    batch, the variance unbiased by the global count. Otherwise normalizes with the running statistics and communicates
-    nothing.
+    (default: all ranks of the job), and updates the running statistics in place:
+    new = (1 - momentum) * old + momentum * batch, with the variance unbiased by the global count. Otherwise normalizes
+    with the running statistics and communicates nothing.
 
     Communication: one all-reduce of 4C+1 float64 numbers forward, one of 2C backward; none in a world of one. Every
-    rank has to call it, with as many samples as it has: batch and spatial sizes may differ, and no sample at all is
-    fine.
+    rank has to call it; batch and spatial sizes may differ between ranks, and a rank may have no samples.
 
     Args:
         input: (N, C, ...), at least two dimensions, any floating type and memory format; the output keeps both.
-        running_mean: (C,) or None, with `running_var`.
-        running_var: (C,) or None, with `running_mean`.
+        running_mean: (C,), or None together with `running_var`.
+        running_var: (C,), or None together with `running_mean`.
         weight: (C,) or None for 1.
         bias: (C,) or None for 0.
 
@@ -322,7 +325,12 @@ def check_arguments(
     eps: float,
     training: bool,
 ) -> None:
-    """Rejects, before any rank communicates, what cannot be normalized."""
+    """Validates the arguments before any rank communicates.
+
+    Raises:
+        ValueError: a bad eps; fewer than two dimensions; one of the running statistics without the other.
+        RuntimeError: an input that is not of floating type; a per-channel vector that is not of length C.
+    """
     if eps < 0 or (training and eps == 0):
         kind = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")

@@ -1,4 +1,4 @@
-"""Which ranks a layer sums over, and the sum itself."""
+"""The process groups that layers sum over."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from syncbn.torch_compat import timeout_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Tests and benchmarks alone set this: it makes a world of one call the collective that it does not need.
+# Set by tests and benchmarks only: a group of one then calls the collective that it does not need.
 _force_collective = False
-# The trainer sets this: one process is then a world of one rank, by the rules for any other number of ranks.
+# Set by the trainer: a process without a process group then follows the rules for a job, of one rank.
 _world_of_one = False
 
 
 def is_distributed() -> bool:
-    """Whether this process is a rank of a job, be it the only one."""
+    """Whether this process is a rank of a distributed job, even the only one."""
     return _world_of_one or (dist.is_available() and dist.is_initialized())
 
 
@@ -33,7 +33,7 @@ def treat_as_world_of_one() -> None:
 
 @dataclass(frozen=True)
 class LostGroup:
-    """Stands where a pickled layer had a sub-group: a group is a handle into a running job, and cannot be stored."""
+    """Placeholder for the sub-group of a pickled layer: a group is a handle into a running job and cannot be stored."""
 
     size: int
 
@@ -42,9 +42,9 @@ def as_group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
     """The process group that a one-dimensional device mesh stands for; anything else as it is.
 
     Raises:
-        ValueError: a mesh of several dimensions.
+        ValueError: a device mesh of several dimensions.
     """
-    # In this order: torch.compile cannot ask a process group for an attribute that it has not.
+    # In this order, because torch.compile does not support hasattr on a process group without the attribute.
     if isinstance(process_group, dist.ProcessGroup) or not hasattr(process_group, "get_group"):
         return process_group
     if process_group.ndim != 1:  # type: ignore[union-attr]
@@ -62,7 +62,7 @@ def collective_group(process_group: dist.ProcessGroup | DeviceMesh | LostGroup |
 
     Raises:
         RuntimeError: this rank is not a member of `process_group`, or the group was lost in pickling.
-        ValueError: a mesh of several dimensions.
+        ValueError: a device mesh of several dimensions.
     """
     if isinstance(process_group, LostGroup):
         raise RuntimeError(
@@ -83,9 +83,9 @@ def collective_group(process_group: dist.ProcessGroup | DeviceMesh | LostGroup |
 
 
 def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
-    """Cuts the job into groups of `size` neighbouring ranks; returns the one that this rank belongs to.
+    """Divides the ranks of the job into groups of `size` consecutive ranks; returns the group of this rank.
 
-    Every rank has to call it, in the same order as other calls that make groups.
+    Every rank has to call it, in the same order as other calls that create groups.
 
     Args:
         size: ranks per group, a divisor of the world size; or "node" for the ranks of each machine (by torchrun's
@@ -95,7 +95,7 @@ def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
         This rank's group, or None (all ranks) without a distributed job and where one group holds the whole world.
 
     Raises:
-        ValueError: a size that is no positive divisor of the world size, or another word than "node".
+        ValueError: a size that is not a positive divisor of the world size, or a string other than "node".
     """
     if not (size == "node" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)):
         raise ValueError(f'size: expected a number of ranks or "node", got {size!r}')
@@ -119,11 +119,10 @@ def new_bn_groups(size: int | str) -> dist.ProcessGroup | None:
 
 
 def new_world_group() -> dist.ProcessGroup | None:
-    """All ranks of the job in a group of their own: what is summed over it does not queue behind other collectives.
+    """A new group of all ranks of the job, whose collectives do not queue behind those of other groups.
 
-    Every rank has to call it, in the same order as other calls that make groups. It waits for other ranks as long as
-    the default group does. On GPUs two NCCL communicators are then at work at once; nobody has run that on several GPUs
-    yet.
+    Every rank has to call it, in the same order as other calls that create groups. The timeout is that of the default
+    group. On GPUs two NCCL communicators are then active at once, which has not been tested on several GPUs yet.
 
     Returns:
         The group, or None without a distributed job and in a world of one.
@@ -135,7 +134,7 @@ def new_world_group() -> dist.ProcessGroup | None:
 
 
 def spans_world(process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None) -> bool:
-    """Whether it is all ranks of the job, in the default group or in one of their own."""
+    """Whether a group consists of all ranks of the job: the default group (None), or another one with all ranks."""
     if process_group is None or isinstance(process_group, LostGroup):
         return process_group is None
     group = as_group(process_group)

@@ -1,24 +1,25 @@
-"""`memory="lean"`: what normalization made of its input, from its output.
+"""`memory="lean"`: backward recovers the normalized input from the output, so that the input need not be saved.
 
-The output is kept by whatever comes next (a convolution, a linear layer) anyway. So a layer that keeps its output and
-not its input adds nothing, and its backward pass asks for no more than xhat = (z - bias) / weight, where z is the
-output taken back through the activation. The existing operators do the rest: `normalize` with the bias as the mean and
-1 / weight as the inverse standard deviation is this formula, and a backward pass over xhat is one over an input of mean
-0 and deviation 1.
+The next layer (a convolution, a linear layer) saves its own input, which is this layer's output, anyway. So a layer
+that saves its output instead of its input takes no further memory. Its backward pass needs only xhat = (z - bias) /
+weight, where z is the output with the activation inverted. The existing operators compute it: `normalize` with the bias
+as the mean and 1 / weight as the inverse standard deviation is this formula, and the backward pass in terms of xhat is
+that of an input with mean 0 and standard deviation 1.
 
-What it costs in accuracy. The output was rounded, by u |z| (u is half the distance from 1 to the next number of the
-type), and to divide by the weight makes u |bias / weight| of it: with
+Accuracy: the output carries a rounding error of u |z| (u is half the distance from 1 to the next number of the type).
+Division by the weight makes it u |z / weight|, which is at most u (|xhat| + |bias / weight|). With
 
     r = (|bias| + smallest) / |weight|,     |error of xhat| <= 4 u (|xhat| + r + 4)
 
-where xhat is what the layer's statistics make of the input, and `smallest` is the smallest normal number (over the
-slope, behind a leaky ReLU). That is what the rounding of an input costs whose mean lies r standard deviations from 0.
-Where r is large the output does not tell; a weight of 0 loses everything. Of such channels the input is kept as well:
+where xhat is the exact normalized input, and `smallest` is the smallest normal number of the type (divided by the slope
+for a leaky ReLU). The rounding of an input whose mean lies r standard deviations from 0 has the same effect. Where r is
+large, xhat cannot be recovered from the output (with a weight of 0 not at all), so the input is saved as well:
 
-* On CPU: of all with r > 4, however many, for the host can look. No weight, then, makes the bound worse than r = 4.
-* On other devices, and in compiled code, the host must not wait for the weights, and sizes must not depend on them: of
-  the C/8 channels with the largest r, whatever it is. That r of any other exceeds 1 / sqrt(u), where half of the digits
-  are gone, is an error, asserted on the device.
+* On CPU, for all channels with r > 4, however many there are: the host can read the weights. Hence no weight makes the
+  bound worse than it is for r = 4.
+* On other devices, and in compiled code, the host must not wait for the weights, and sizes must not depend on them.
+  There it is saved for the C/8 channels with the largest r, whatever their r is. If r of any other channel exceeds
+  1 / sqrt(u), where half of the digits are lost, an assertion on the device fails.
 """
 
 import math
@@ -32,15 +33,15 @@ from syncbn.kernels import operators
 from syncbn.kernels.activations import LEAKY_SLOPE
 
 INVERTIBLE_ACTIVATIONS = (None, "leaky_relu")
-_MAX_CONDITION = 4.0
-_KEPT_SHARE = 8
+_MAX_CONDITION = 4.0  # r above which the input of a channel is saved, on CPU
+_KEPT_SHARE = 8  # elsewhere one in so many channels has its input saved
 
 
 def check_lean(activation: str | None, mask: Tensor | None = None, residual: Tensor | None = None) -> None:
-    """Rejects what the output of a layer does not tell the input of.
+    """Rejects layers and calls whose input cannot be recovered from their output.
 
     Raises:
-        ValueError: the name of the activation, a mask, or a residual.
+        ValueError: an activation that is not invertible, a mask, or a residual.
     """
     if activation not in INVERTIBLE_ACTIVATIONS:
         raise ValueError(
@@ -56,10 +57,12 @@ def check_lean(activation: str | None, mask: Tensor | None = None, residual: Ten
 
 
 def conditions(weight: Tensor | None, bias: Tensor | None, activation: str | None, dtype: torch.dtype) -> Tensor | None:
-    """r of each channel, (C,) float64; NaN for parameters that are not numbers; None without weight and bias.
+    """r of each channel (see the module docstring), (C,) float64; None without weight and bias.
+
+    It is NaN where weight or bias is NaN.
 
     Args:
-        dtype: of the activations.
+        dtype: type of the input and output.
     """
     smallest = torch.finfo(dtype).tiny / (1.0 if activation is None else LEAKY_SLOPE)
     size, offset = (None if vector is None else vector.detach().to(torch.float64).abs() for vector in (weight, bias))
@@ -71,7 +74,7 @@ def conditions(weight: Tensor | None, bias: Tensor | None, activation: str | Non
 def channels_to_keep(
     weight: Tensor | None, bias: Tensor | None, activation: str | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """The indices of the channels whose input has to be kept; None for none."""
+    """Indices of the channels whose input has to be saved; None for none."""
     found = conditions(weight, bias, activation, dtype)
     if found is None:
         return None
@@ -82,17 +85,21 @@ def channels_to_keep(
 
 
 def budget(num_channels: int) -> int:
-    """Of how many channels the input is kept where the host must not look."""
+    """Number of channels whose input is saved where the host must not read the weights."""
     return max(1, num_channels // _KEPT_SHARE)
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The largest r of any other channel there."""
+    """The largest r that is allowed there for a channel whose input is not saved: 1 / sqrt(u)."""
     return math.sqrt(2.0 / torch.finfo(dtype).eps)
 
 
 def are_too_many(found: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether there are more channels beyond the limit than the budget has, a bool without dimensions."""
+    """Whether r exceeds `limit` in more channels than `budget` allows; a bool tensor without dimensions.
+
+    Args:
+        found: r of each channel, from `conditions`.
+    """
     return (found > limit(dtype)).sum() > budget(found.numel())
 
 
@@ -102,7 +109,7 @@ def _worst(found: Tensor, dtype: torch.dtype) -> Tensor:
         'SyncBatchNorm(memory="lean"): weights of too many channels are 0, or too small against the bias, to tell the'
         ' input from the output; use memory="default" for this layer',
     )
-    return found.argsort(descending=True)[: budget(found.numel())]  # NaN first
+    return found.argsort(descending=True)[: budget(found.numel())]  # NaN sorts first
 
 
 def restore(
@@ -115,20 +122,21 @@ def restore(
     index: Tensor | None,
     kept: Tensor | None,
 ) -> Tensor:
-    """xhat, of the shape, type and layout of `output`.
+    """Recovers xhat, in the shape, type and layout of `output`.
 
     Args:
-        index: of `channels_to_keep`.
-        kept: the input of these channels.
+        index: the result of `channels_to_keep`.
+        kept: the saved input of these channels, (N, len(index), ...).
     """
-    z = output if activation is None else F.leaky_relu(output, 1.0 / LEAKY_SLOPE)  # a leaky ReLU too
+    # The inverse of a leaky ReLU is one of slope 1 / LEAKY_SLOPE.
+    z = output if activation is None else F.leaky_relu(output, 1.0 / LEAKY_SLOPE)
     inverse = torch.ones_like(invstd) if weight is None else weight.to(invstd.dtype).reciprocal()
     offset = torch.zeros_like(mean)
     if bias is not None:
         offset[0] = bias
     if index is None or kept is None:
         return operators.normalize(z, offset, inverse, None, None)
-    inverse.index_fill_(0, index, 1.0)  # nothing that is infinite, which would make it slow
+    inverse.index_fill_(0, index, 1.0)  # a placeholder: 1 / 0 is infinite, which is slow
     offset.index_fill_(1, index, 0.0)
     xhat = operators.normalize(z, offset, inverse, None, None)
     part = operators.normalize(kept, mean.index_select(1, index), invstd.index_select(0, index), None, None)

@@ -1,4 +1,4 @@
-"""The modes of a model, training or evaluation, module by module: set for a while, and put back."""
+"""Context managers that set the training or evaluation mode of a model's modules and restore it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def restored_modes(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, every module is in its own mode again afterwards, on every path."""
+    """Restores the mode (`training`) of every module at the end of the context, also after an exception."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -21,7 +21,7 @@ def restored_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Evaluation mode for every module; the modules of `but`, and all below them, train."""
+    """Evaluation mode for every module inside of the context; training mode for those of `but` and their submodules."""
     with restored_modes(model):
         model.eval()
         for module in but:

@@ -1,4 +1,4 @@
-"""Moments: count, mean and variance of samples that lie on several ranks, or arrive in several batches."""
+"""Count, mean and variance of samples that are distributed over several ranks or batches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from syncbn.nn.groups import collective_group
 
 @dataclass(frozen=True)
 class Moments:
-    """The first two moments of each channel, in a form that adds.
+    """Count and first two moments of each channel, in a form that can be added.
 
-    Two sets of samples pool by `a + b`, ranks by `all_reduce`; both are a sum of 4C+1 float64 numbers and lose nothing
-    that matters even where |mean| is a million times the standard deviation (see `kernels.packing`).
+    `a + b` pools two sets of samples, and `all_reduce` those of all ranks. Both are a sum of 4C+1 float64 numbers, and
+    stay accurate even where |mean| is a million times the standard deviation (see `kernels.packing`).
 
     Example:
         >>> import torch
@@ -30,16 +30,16 @@ class Moments:
     """
 
     packed: Tensor
-    """The payload, (4C+1,) float64; not meant to be read, only to be added."""
+    """Packed moments, (4C+1,) float64; meant only to be added (see `kernels.packing`)."""
 
     @classmethod
     def of(cls, input: Tensor, mask: Tensor | None = None) -> Moments:
         """The moments of `input`, (N, C, ...) of any floating type; an empty input has a count of 0.
 
         Args:
-            mask: (N, 1, ...) bool, broadcasts to the input; what is False does not count.
+            mask: (N, 1, ...) bool, broadcasts to the input; positions where it is False are ignored.
         """
-        return cls(reference.moments(input, mask))  # not the quick kernels of the layer: nothing is to be lost here
+        return cls(reference.moments(input, mask))  # not the layer's faster kernels: accuracy matters more
 
     @classmethod
     def of_statistics(cls, mean: Tensor, var: Tensor, count: float) -> Moments:
@@ -54,14 +54,14 @@ class Moments:
         num_batches_tracked: Tensor | None,
         momentum: float | None,
     ) -> None:
-        """Moves running statistics in place as one batch with these moments does; a count of 0 moves nothing."""
+        """Updates running statistics in place, as one batch with these moments does; a count of 0 changes nothing."""
         operators.finish(self.packed, running_mean, running_var, num_batches_tracked, momentum, 0.0, torch.float64)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.packed + other.packed)
 
     def all_reduce(self, process_group: dist.ProcessGroup | None = None) -> Moments:
-        """The moments of all ranks' samples; one collective, or none in a world of one."""
+        """The moments of the samples of all ranks of the group; one collective, or none in a group of one."""
         return Moments(all_reduce_sum(self.packed.clone(), collective_group(process_group)))
 
     @property
@@ -71,11 +71,11 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(C,) float64; 0 where there are no samples."""
+        """Mean of each channel, (C,) float64; 0 if there are no samples."""
         high, low = unpack(self.packed)[1]
         return high + low
 
     @property
     def var(self) -> Tensor:
-        """(C,) float64, biased (divided by the count), never negative."""
+        """Biased variance (divided by the count) of each channel, (C,) float64, never negative."""
         return unpack(self.packed)[2]

@@ -1,8 +1,8 @@
-"""Selecting modules by name: the one vocabulary of `match` and `exclude`.
+"""Selection of modules by name: the patterns that `match` and `exclude` take everywhere in the package.
 
 A pattern is a shell glob over dotted module names, in which `*` also crosses dots. A name without a wildcard selects
-that module and everything below it. Wrappers are invisible: names carry no `module.` of DDP and no `_orig_mod.` of
-`torch.compile`.
+that module and everything below it. Wrappers do not appear in names: there is no `module.` of DDP and no `_orig_mod.`
+of `torch.compile`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,19 +26,19 @@ _WRAPPERS: dict[type, str] = {
 def _wrapped_child(module: nn.Module) -> str | None:
     if is_compiled(module):
         return "_orig_mod"
-    own = getattr(type(module), "wrapped_child", None)  # of a wrapper that says so itself
+    own = getattr(type(module), "wrapped_child", None)  # declared by the trainer's wrappers
     return next((child for kind, child in _WRAPPERS.items() if isinstance(module, kind)), own)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside of wrappers."""
+    """The model inside of any wrappers; `module` itself if there are none."""
     while (child := _wrapped_child(module)) is not None:
         module = getattr(module, child)
     return module
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below `module` by its name without wrappers; a module in two places comes twice."""
+    """Yields `module` and every module below it with its name without wrappers; a module in two places comes twice."""
     child_of_wrapper = _wrapped_child(module)
     if child_of_wrapper is not None:
         yield from named_modules(getattr(module, child_of_wrapper), prefix)
@@ -57,17 +57,17 @@ def as_tuple(patterns: Patterns | None) -> tuple[str, ...]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module of that name is selected."""
+    """Whether a pattern selects a module of that name."""
     if any(wildcard in pattern for wildcard in "*?["):
         return fnmatchcase(name, pattern)
     return name == pattern or name.startswith(pattern + ".")
 
 
 def select(module: nn.Module, match: Patterns = "*", exclude: Patterns | None = ()) -> dict[str, nn.Module]:
-    """The modules that some pattern of `match` selects and none of `exclude`, by name, each once.
+    """The modules that are selected by some pattern of `match` and by none of `exclude`, by name, each once.
 
     Raises:
-        ValueError: a pattern selects nothing; the message lists names that come near.
+        ValueError: `match` is empty, or a pattern selects nothing; the message then lists similar names.
     """
     names = dict(named_modules(module))
     for argument, patterns in (("match", as_tuple(match)), ("exclude", as_tuple(exclude))):

@@ -1,4 +1,4 @@
-"""The moments of several forward passes, pooled until they move a layer's running statistics as one batch."""
+"""Pooled moments of several forward passes, which update a layer's running statistics as one batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from syncbn.nn.moments import Moments
 
 
 class Pool:
-    """The moments that a layer has seen since the context began."""
+    """Sum of the packed moments of a layer's training forward passes since the context began."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         assert layer.running_mean is not None
@@ -19,6 +19,6 @@ class Pool:
         self.packed = torch.zeros(size, dtype=torch.float64, device=layer.running_mean.device)
 
     def commit(self, layer: _BatchNorm) -> None:
-        """Moves the layer's running statistics by all of them, as one batch; without samples nothing moves."""
+        """Updates the layer's running statistics as one batch with the pooled moments; does nothing without samples."""
         counter: Tensor | None = layer.num_batches_tracked
         Moments(self.packed).move(layer.running_mean, layer.running_var, counter, layer.momentum)

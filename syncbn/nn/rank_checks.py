@@ -1,8 +1,9 @@
-"""Which layer a collective belongs to: for errors, and in debug mode for a check before each one.
+"""Collectives of layers: errors that name the layer, and debug checks that ranks call the same collective.
 
 Ranks whose layers do not call the same collectives in the same order wait for each other forever, or add up numbers of
 different layers. With `SYNCBN_DEBUG=1` in the environment (or `bn.debug=true`) the ranks compare layer, direction and
-call before each collective, over a group of their own, and all of them raise if they differ. Off, it costs nothing.
+number of calls before each collective, over a separate process group, and all of them raise if these differ. Without
+debug mode there is no additional communication.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
 
 @contextmanager
 def enabling(wanted: bool) -> Iterator[None]:
-    """Checks inside if wanted, and where the environment asks for it; afterwards as before."""
+    """Enables the checks inside of the context if `wanted`, or if the environment does; then restores the setting."""
     global enabled
     before, enabled = enabled, enabled or wanted
     try:
@@ -36,14 +37,14 @@ def enabling(wanted: bool) -> Iterator[None]:
         enabled = before
 
 
-_names = WeakIdKeyDictionary()  # layer -> name
-_calls = WeakIdKeyDictionary()  # layer -> number of collectives, by direction
-_BARE = nn.Identity()  # stands for sync_batch_norm without a layer
+_names = WeakIdKeyDictionary()  # layer -> dotted name
+_calls = WeakIdKeyDictionary()  # layer -> {direction: number of collectives so far}
+_BARE = nn.Identity()  # key in _calls for sync_batch_norm, which has no layer
 _channels: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
 
 
 class CollectiveError(RuntimeError):
-    """A collective of a layer that failed, or that the ranks do not agree on.
+    """A collective of a layer failed, or the ranks are about to call different ones.
 
     Args:
         where: the layer and the direction.
@@ -55,14 +56,14 @@ class CollectiveError(RuntimeError):
 
 
 def reduce(tensor: Tensor, group: dist.ProcessGroup | None, owner: nn.Module | None, direction: str) -> Tensor:
-    """`all_reduce_sum` of a layer; errors name it.
+    """`all_reduce_sum` for a layer, which errors name.
 
     Args:
         owner: the layer; None for the bare function.
-        direction: "forward" or "backward".
+        direction: "forward", "watched forward" (see `recorder`) or "backward".
 
     Raises:
-        CollectiveError: the collective failed; in debug mode also where the ranks are in different layers or passes.
+        CollectiveError: the collective failed, or, in debug mode, the ranks are in different layers or passes.
     """
     if group is None or torch.compiler.is_compiling():
         return all_reduce_sum(tensor, group)
@@ -82,7 +83,11 @@ def reduce(tensor: Tensor, group: dist.ProcessGroup | None, owner: nn.Module | N
 
 
 def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, device: torch.device) -> None:
-    """Compares with the other ranks of the group what they are about to sum; a collective of its own."""
+    """Compares across the ranks of the group which sum each is about to call; itself a collective.
+
+    Raises:
+        CollectiveError: the ranks differ, or some of them did not arrive.
+    """
     calls = _calls.setdefault(_BARE if owner is None else owner, {})
     calls[direction] = calls.get(direction, 0) + 1
     mine = CallSite(name_of(owner), direction, calls[direction])
@@ -106,15 +111,17 @@ def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, dev
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where a rank is: a layer, "forward" or "backward", and how often it has been there."""
+    """The collective that a rank is about to call: layer name, direction, and the number of such calls so far."""
 
     name: str
     direction: str
     call: int
 
     def fits(self, other: CallSite) -> bool:
-        """Whether both are the same place. One rank's model may be a part of something larger, and then its names are
-        longer; and a name may be unknown.
+        """Whether both denote the same collective.
+
+        One name may be a suffix of the other, because one rank's model may be part of a larger module. An unknown name
+        fits any other.
         """
         names = sorted((self.name, other.name), key=len)
         same = names[0] == names[1] or names[1].endswith("." + names[0]) or any(n.startswith("a ") for n in names)
@@ -125,11 +132,11 @@ class CallSite:
 
 
 def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, for the checks alone."""
+    """A gloo group of the same ranks, used for the checks only; created at the first call."""
     for known, channel in _channels:
         if known is group:
             return channel
-    timeout = timeout_of(group, device)  # as patient as the group itself
+    timeout = timeout_of(group, device)  # that of the group itself
     members = dist.get_process_group_ranks(group)
     channel = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=True)
     _channels.append((group, channel))
@@ -137,7 +144,7 @@ def _channel(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGrou
 
 
 def name_of(owner: nn.Module | None) -> str:
-    """A layer's dotted name in the largest module of this process that holds it: slow, for errors and debugging."""
+    """A layer's dotted name in the largest module of this process that contains it; slow, for errors and debugging."""
     if owner is None:
         return "sync_batch_norm"
     if owner not in _names:

@@ -1,10 +1,11 @@
-"""Noticing a `DistributedDataParallel` that wrapped the model before parameters were frozen or unfrozen.
+"""Detection of a `DistributedDataParallel` that wrapped the model before parameters were frozen or unfrozen.
 
-DDP fixes the list of parameters that it reduces when it wraps. Unfrozen later, a parameter would train on each rank's
-own gradient without a word; frozen later, backward ends in an error about unfinished reductions. So every layer of ours
-looks whether the wrapper around a training forward still fits: an integer comparison, unless something was frozen or
-unfrozen since it last looked. What is compared is what `freeze` holds, not `requires_grad`: a GAN that switches its
-discriminator off and on by hand is nobody's mistake. A wrapped model without any layer of ours is not looked at.
+DDP fixes the list of parameters that it reduces at construction. A parameter that is unfrozen later would silently
+train on each rank's own gradient; with one that is frozen later, backward fails with an error about unfinished
+reductions. So every `SyncBatchNorm` checks that the wrapper around its training forward is not stale: an integer
+comparison, unless something was frozen or unfrozen since the last check. The check compares which parameters `freeze`
+has frozen, not `requires_grad`, because switching that by hand (the discriminator of a GAN) is legitimate. A wrapped
+model without a `SyncBatchNorm` is not checked.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.nn import frozen
 from syncbn.torch_compat import ddp_around, num_parameters_reduced_by
 
-# On the wrapper: how often anything had been frozen or unfrozen when it was last looked at, and what was frozen at its
-# first forward.
+# Attributes of the wrapper: `frozen.num_changes()` at the last check, and the names of the parameters that were frozen
+# at its first forward.
 _SEEN, _HELD = "_syncbn_seen", "_syncbn_held"
 
 
 def check_wrapper() -> None:
-    """Raises on every rank, before any of them communicates, if the DDP around the present forward is stale.
+    """Raises on every rank, before any rank communicates, if the DDP wrapper around the running forward is stale.
 
     Raises:
-        RuntimeError: the message names a parameter that has changed, and the remedy.
+        RuntimeError: with a parameter that has changed, or the numbers of parameters, and the remedy.
     """
     if not torch.compiler.is_dynamo_compiling():
         _check()
@@ -33,12 +34,12 @@ def check_wrapper() -> None:
         _check_while_tracing(frozen.num_changes())
 
 
-@torch.compiler.assume_constant_result  # without a wrapper no freeze anywhere needs another graph
+@torch.compiler.assume_constant_result  # without a wrapper, no freeze anywhere has to cause a retrace
 def _is_wrapped() -> bool:
     return ddp_around() is not None
 
 
-@torch.compiler.assume_constant_result  # runs when a graph is made; a change since then makes another graph
+@torch.compiler.assume_constant_result  # runs at trace time; a new num_changes() causes a retrace
 def _check_while_tracing(_: int) -> None:
     _check()
 
@@ -47,7 +48,7 @@ def _check() -> None:
     wrapper = ddp_around()
     if wrapper is None or wrapper.__dict__.get(_SEEN) == frozen.num_changes():
         return
-    # Under reentrant checkpointing gradients are off in a forward that is trained all the same.
+    # Reentrant checkpointing disables gradients in a training forward, so that alone does not end the check.
     if not torch.is_grad_enabled() and not wrapper.training:
         return
     held = _held_names(wrapper.module)
@@ -71,7 +72,7 @@ def _held_names(model: nn.Module) -> set[str]:
 
 
 def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
-    """The first forward: DDP tells how many parameters it reduces, not which."""
+    """Check at the first forward, by number: DDP reports how many parameters it reduces, not which."""
     reduced = num_parameters_reduced_by(wrapper)
     if reduced is None or frozen.num_changes() == 0:
         return
@@ -81,7 +82,7 @@ def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
         if name not in wrapper.parameters_to_ignore
     }
     trained = sum(parameter.requires_grad for parameter in candidates.values())
-    if reduced not in (trained, len(candidates.keys() - held)):  # the latter: some switched off by hand since
+    if reduced not in (trained, len(candidates.keys() - held)):  # the latter: requires_grad was cleared by hand since
         _refuse(f"{reduced} parameters were trained when it wrapped the model, {trained} are now")
 
 

@@ -1,9 +1,9 @@
-"""Synchronizing subclasses of torch's batch normalization without losing what they add.
+"""Synchronized classes for subclasses of torch's batch normalization, which preserve what the subclasses add.
 
-A subclass `Fused(nn.BatchNorm2d)` becomes `SyncFused(Fused, SyncBatchNorm)`, a class made for it. Python's method order
-then does most of the work: what `Fused` defines stays, and its `super().forward(...)` arrives at
-`SyncBatchNorm.forward`. A `forward` that calls `F.batch_norm` itself is run with that one function replaced, for the
-time of the call, by the synchronized one.
+A layer of class `Fused(nn.BatchNorm2d)` gets the generated class `SyncFused(Fused, SyncBatchNorm)`. Python's method
+resolution order does most of the work: what `Fused` defines takes precedence, and its `super().forward(...)` calls
+`SyncBatchNorm.forward`. A `forward` that calls `F.batch_norm` itself runs with this one function replaced by the
+synchronized one for the duration of the call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from syncbn.nn.bytecode import names_in
 if TYPE_CHECKING:
 
     class _Base(_BatchNorm):
-        """What every class made here inherits from the synchronized layer, after the original class."""
+        """Methods of the synchronized layer that `SyncSubclass` calls; for type checking only."""
 
         def _normalize_with(self, *args: Any) -> Tensor: ...
 
@@ -38,7 +38,7 @@ _BATCH_NORMS = (F.batch_norm, torch.batch_norm)
 
 
 class _SynchronizedCalls(TorchFunctionMode):
-    """Replaces `F.batch_norm` by the layer's own statistics while the layer's original `forward` runs."""
+    """Redirects the layer's calls of `F.batch_norm` to its synchronized version while its original `forward` runs."""
 
     def __init__(self, layer: SyncSubclass) -> None:
         super().__init__()
@@ -61,24 +61,24 @@ class _SynchronizedCalls(TorchFunctionMode):
         *_: Any,
         **__: Any,
     ) -> bool:
-        """Whether a call is the layer's, and not one of a batch normalization inside it."""
+        """Whether a call normalizes for the layer itself, not for a batch normalization nested in it."""
         if running_mean is not None:
             return id(running_mean) in self.tensors
         return not isinstance(weight, nn.Parameter) or id(weight) in self.tensors
 
 
 class SyncSubclass(_Base):
-    """What the classes made here share; first in the method order, before the original class and `SyncBatchNorm`."""
+    """First base of the generated classes, before the original class and `SyncBatchNorm` in the resolution order."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, its statistics synchronized.
+        """The original forward, with synchronized statistics.
 
         Raises:
-            RuntimeError: in a training forward in which nothing was normalized by a call that could be synchronized.
+            RuntimeError: a training forward made no normalization call that could be synchronized.
         """
-        # No such attributes: a lazy layer has just become an ordinary one, inside this very call.
+        # The attributes are missing if a lazy layer has just become an ordinary one, inside of this call.
         original_forward = getattr(type(self), "_original_forward", None)
-        if original_forward is None:  # not overridden: torch's own, so ours
+        if original_forward is None:  # torch's forward, not overridden: use the synchronized layer's
             return getattr(type(self), "_layer_class", type(self)).forward(self, *args, **kwargs)
         self.__dict__["_num_normalized"] = 0
         with self._scratch_counter(), _SynchronizedCalls(self):
@@ -93,7 +93,10 @@ class SyncSubclass(_Base):
 
     @contextmanager
     def _scratch_counter(self) -> Iterator[None]:
-        """Hands the original forward a counter of its own: ours counts by the global batch, and not while frozen."""
+        """Gives the original forward a copy of the batch counter to increment; the layer itself updates the true one.
+
+        The true counter counts global batches, and none while the statistics are frozen.
+        """
         counter = self._buffers["num_batches_tracked"]
         if counter is None:
             yield
@@ -111,7 +114,7 @@ class SyncSubclass(_Base):
         return counter if self.__dict__.get("_num_normalized", 0) == 0 else None  # one forward is one batch
 
     def _activation_name(self) -> None:
-        """An `activation` of a subclass is its own affair."""
+        """None: an attribute `activation` of a subclass is not the one that `SyncBatchNorm` fuses."""
 
     def _normalize_with(self, *args: Any) -> Tensor:
         if "_num_normalized" in self.__dict__:  # inside the original forward
@@ -130,31 +133,31 @@ class SyncSubclass(_Base):
         eps: float = 1e-5,
         cudnn_enabled: bool = True,
     ) -> Tensor:
-        """`F.batch_norm` with the arguments that the original forward chose, over all ranks."""
+        """Synchronized `F.batch_norm`, with the arguments that the original forward passed."""
         counter = self._counter()
         rate = None if self._is_cumulative(momentum) and counter is not None else momentum
         return self._normalize_with(input, running_mean, running_var, counter, weight, bias, training, rate, eps)
 
     def _is_cumulative(self, momentum: float) -> bool:
-        """Whether the original forward asks for the cumulative average: 1 over the counter that it has just read."""
+        """Whether the original forward uses the cumulative average: its momentum is then 1 / num_batches_tracked."""
         if self.momentum is not None or self.num_batches_tracked is None:
             return False
-        counted = float(self.num_batches_tracked)  # waits, as the original's own reading of it did
+        counted = float(self.num_batches_tracked)  # waits for the device, as the original forward's own read did
         return counted > 0 and abs(momentum * counted - 1.0) < 1e-6
 
     def extra_repr(self) -> str:
-        """The original's, and the frozen switches, which it does not know."""
+        """That of the original class, with the frozen switches added if it lacks them."""
         text, frozen = super().extra_repr(), self._frozen_text()
         return text if frozen in text else f"{text}, {frozen}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in this process alone: pickle by the original, which can be imported.
+        # The generated class cannot be imported by name, so pickle the class that it was generated from.
         members = type(self).__dict__
         return rebuild, (members["_original_class"], members["_layer_class"]), self.__getstate__()
 
 
 def rebuild(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> nn.Module:
-    """An empty layer of the synchronized class of `original`, for unpickling."""
+    """An uninitialized layer of the synchronized class of `original`, for unpickling."""
     cls = synchronized_class(original, layer_class)
     return cls.__new__(cls)
 
@@ -163,7 +166,7 @@ _classes: dict[tuple[type, type], type[_BatchNorm]] = {}
 
 
 def synchronized_class(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> type[_BatchNorm]:
-    """The synchronized class of a subclass of torch's batch normalization; the same at every call.
+    """The synchronized class of a subclass of torch's batch normalization; generated once, then cached.
 
     Args:
         layer_class: the synchronized layer that it inherits from, after the original class.
@@ -188,7 +191,7 @@ def _make_class(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> ty
 
 
 def why_not(layer: _BatchNorm) -> str | None:
-    """Why the behaviour of a layer of a subclass could not be kept; None where it can."""
+    """Why a subclass's behavior would be lost in conversion; None if it would be preserved."""
     original = type(layer)
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
@@ -200,9 +203,9 @@ def why_not(layer: _BatchNorm) -> str | None:
 
 
 def _reaches_batch_norm(cls: type, function: Any, seen: set[Any]) -> bool:
-    """Whether a function, or one of the class or its module that it calls, calls a batch normalization we can replace.
+    """Whether `function`, directly or through functions that it names, calls a batch normalization we can replace.
 
-    A look at the names in its code: the proof is the first training forward, which raises if nothing was replaced.
+    Judged by the names in its bytecode. The proof is the first training forward, which raises if nothing was replaced.
     """
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)

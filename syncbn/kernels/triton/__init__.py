@@ -1,1 +1,1 @@
-"""The operators as Triton programs, and how they are laid out over an activation."""
+"""Triton kernels of the operators, and the tiles and launch grids by which they cover an activation."""

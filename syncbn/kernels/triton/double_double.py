@@ -1,4 +1,4 @@
-"""Double-double arithmetic for the programs, as in `packing`, and sums stored in its form."""
+"""Double-double arithmetic and the packing of moments for the Triton kernels; see `packing` for both."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def store_float64(pointer, value, mask):
-    """Stores float64 values; on the way to a half type through float32, as torch does."""
+    """Stores float64 values in the type of `pointer`; half types are converted via float32, as in torch."""
     if pointer.dtype.element_ty.primitive_bitwidth < 32:
         value = value.to(tl.float32)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
@@ -23,7 +23,7 @@ def two_sum(a, b):
 
 @triton.jit
 def two_product(a, b):
-    # Dekker's splitting rather than a fused multiply-add, which Triton's interpreter does not have.
+    # Dekker's splitting rather than a fused multiply-add, which Triton's interpreter does not support.
     high = a * b
     a_split, b_split = a * 134217729.0, b * 134217729.0  # 2^27 + 1
     a_high, b_high = a_split - (a_split - a), b_split - (b_split - b)
@@ -47,7 +47,7 @@ def pair_product(a_high, a_low, b_high, b_low):
 
 @triton.jit
 def _power_of_two(exponent):
-    """2^exponent; infinite above the range of float64, 0 below its normal numbers."""
+    """2^exponent in float64; infinity on overflow, 0 below the smallest normal number."""
     inside = tl.minimum(tl.maximum(exponent, -1022), 1023)
     power = ((inside + 1023) << 52).to(tl.float64, bitcast=True)
     return tl.where(exponent > 1023, float("inf"), tl.where(exponent < -1022, 0.0, power))
@@ -55,7 +55,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _split(high, low, exponent):
-    shift = 1.5 * _power_of_two(exponent + 28)  # 52 bits less the quantum's 24
+    shift = 1.5 * _power_of_two(exponent + 28)  # 28: the 52 bits of a mantissa less the 24 of the quantum
     part = (high + shift) - shift
     part = tl.where(tl.abs(part) < float("inf"), part, high)
     return part, (high - part) + low
@@ -63,7 +63,7 @@ def _split(high, low, exponent):
 
 @triton.jit
 def store_packed(packed, channel, num_channels, count, pivot, first, second):
-    """`packing.pack` for some channels."""
+    """`packing.pack` for the channels of one program; the count is stored by program 0."""
     n = count.to(tl.float64)
     high, low = two_product(pivot, n)
     sum_high, sum_low = pair_sum(high, low, first, first * 0.0)
@@ -74,7 +74,7 @@ def store_packed(packed, channel, num_channels, count, pivot, first, second):
     square_high, square_low = pair_sum(square_high, square_low, cross_high, cross_low)
 
     field = ((sum_high / n).to(tl.int64, bitcast=True) >> 52) & 0x7FF
-    exponent = tl.where(field == 0, 0, field - 1022)  # as frexp gives it, but 0 for what is below the normal numbers
+    exponent = tl.where(field == 0, 0, field - 1022)  # as by frexp, but 0 for subnormal numbers
     sum_part, sum_rest = _split(sum_high, sum_low, exponent)
     square_part, square_rest = _split(square_high, square_low, 2 * exponent)
     inside = channel < num_channels

@@ -1,4 +1,4 @@
-"""The programs that write an activation: normalize, and the gradient of the input."""
+"""Elementwise Triton kernels, which write a whole activation: `normalize`, and the gradient of the input."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: N803
@@ -11,7 +11,7 @@ from syncbn.kernels.triton.tiles import SIZES, elementwise_tile
 
 @triton.jit
 def normalized(x, mean, invstd, weight, bias, num_channels, channel, known, dtype: tl.constexpr):
-    """Values normalized, and rounded to `dtype`, as an operator of its own would."""
+    """Normalized values, rounded to `dtype` as by a separate operator, but returned in the compute type."""
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
     scale = tl.load(invstd + channel, mask=known)
@@ -26,7 +26,7 @@ def normalized(x, mean, invstd, weight, bias, num_channels, channel, known, dtyp
 
 @triton.jit
 def with_residual(y, residual, offset, exists, dtype: tl.constexpr):
-    """y, or y + residual, rounded to `dtype`."""
+    """y without a residual, else y + residual rounded to `dtype`; returned in the type of y."""
     if residual is not None:
         y = (y + tl.load(residual + offset, mask=exists).to(y.dtype)).to(dtype).to(y.dtype)
     return y
@@ -34,7 +34,7 @@ def with_residual(y, residual, offset, exists, dtype: tl.constexpr):
 
 @triton.jit
 def sigmoid(z):
-    small = tl.exp(-tl.abs(z))  # which cannot overflow
+    small = tl.exp(-tl.abs(z))  # the exponent is never positive, so exp cannot overflow
     return tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
 
 
@@ -75,7 +75,7 @@ def backward_elementwise(
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
     inverse = tl.load(invstd + channel, mask=known)
-    share = 1.0 / tl.maximum(tl.load(count), 1.0)  # of one value, once per program: a division each would be felt
+    share = 1.0 / tl.maximum(tl.load(count), 1.0)  # 1 / N: one division per program, not one per value
     grad_mean = (tl.load(sums + channel, mask=known) * share).to(high.dtype)
     projection = (tl.load(sums + num_channels + channel, mask=known) * share).to(high.dtype)
     scale = inverse

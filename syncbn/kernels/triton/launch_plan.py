@@ -1,29 +1,31 @@
-"""How programs are laid out over an activation: tiles, grids, and over how many programs a channel is split."""
+"""Launch plans of the Triton kernels: tile sizes, launch grids, and over how many programs a channel is split."""
 
 import math
 from functools import lru_cache
 from typing import NamedTuple
 
-# Values of a tile: of a pass that sums, of one that writes, and of one that writes a small activation (of which large
-# tiles are too few to keep all multiprocessors busy). Chosen by what fits into registers; nobody has timed them yet.
+# Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
+# which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers; not
+# tuned by timing yet.
 _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Warps of the programs that sum (float64 sums take two registers each), and of those that write.
+# Warps per program: of reductions (a float64 accumulator takes two registers), and of elementwise kernels.
 _SUM_WARPS, WARPS = 8, 4
-# The widest tile: in planes it runs along a plane; in rows over channels, few, so that it has rows to add up.
+# Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum).
 _WIDEST_PLANE, _WIDEST_ROW = 1024, 64
-# Where small planes are written, most rows of a tile that has not few values anyway: each row brings a channel of its
-# own, whose vectors take registers.
+# Most rows of a tile in an elementwise kernel over small planes, unless the tile has at most _SMALL_TILE values: each
+# row has a channel of its own, whose per-channel values take registers.
 _MOST_PLANES = 16
-# Programs that sum, for each multiprocessor; and tiles that are worth a program.
+# Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program.
 _PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
-# Of the programs that add up parts of sums: channels at a time, and numbers at a time.
+# Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
 COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
 
 
 class Layout(NamedTuple):
-    """How a dense activation lies in memory: `planes` of `size` values for each channel, or (`last`) rows of channels.
+    """Memory layout of a dense activation: planes (contiguous), or rows of channels (`last`; see `reductions`).
 
-    In rows, `planes` is their number and `size` that of the channels.
+    In planes, each channel has `planes` planes (one per sample) of `size` values. In rows, `planes` is the number of
+    rows and `size` their length, the number of channels.
     """
 
     planes: int
@@ -33,7 +35,7 @@ class Layout(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """How the programs that sum are laid out."""
+    """Launch plan of a reduction, and of the kernel that combines its partial sums (`combine`)."""
 
     grid: tuple[int, int]
     sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across, tiles_per_split
@@ -42,7 +44,7 @@ class _Sums(NamedTuple):
 
 
 class _Passes(NamedTuple):
-    """How the programs that write are laid out."""
+    """Launch plan of an elementwise kernel."""
 
     grid: tuple[int]
     sizes: tuple[int, ...]  # num_channels, rows, units, tiles_across
@@ -51,7 +53,7 @@ class _Passes(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
-    """Tiles of the programs that sum, and over how many of them a channel is split."""
+    """Plans a reduction: its tiles, and over how many programs (`grid[1]`) each channel is split."""
     width, height = _block(layout, _SUM_TILE)
     height = min(height, _power_of_two(layout.planes))
     tiles_across = 1 if layout.last else ceil_div(layout.size, width)
@@ -74,7 +76,7 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
 
 @lru_cache(maxsize=4096)
 def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> _Passes:
-    """Tiles of the programs that write."""
+    """Plans an elementwise kernel."""
     rows = layout.planes if layout.last else layout.planes * layout.channels
     is_small = rows * layout.size < 4 * _TILE * multiprocessors
     width, height = _block(layout, _SMALL_TILE if is_small else _TILE)
@@ -90,14 +92,14 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> _Passes:
 
 
 def _block(layout: Layout, tile: int) -> tuple[int, int]:
-    """Columns and rows of a tile of so many values."""
+    """Columns and rows of a tile of `tile` values."""
     width = min(_power_of_two(layout.size), _WIDEST_ROW if layout.last else _WIDEST_PLANE, tile)
     return width, tile // width
 
 
 def _common(layout: Layout, unit: int, height: int, width: int) -> dict[str, int | bool]:
     rows = layout.planes if layout.last else layout.planes * layout.channels
-    # A tile may begin inside of the activation and end behind it.
+    # The last tile may extend past the end of the activation, so offsets can exceed its number of values.
     needs_wide = (rows + height) * (layout.size + width) >= 2**31
     return {
         "CHANNELS_LAST": layout.last,
@@ -109,12 +111,12 @@ def _common(layout: Layout, unit: int, height: int, width: int) -> dict[str, int
 
 
 def _unit(size: int, itemsize: int) -> int:
-    """The largest power of two that divides a row, up to the 16 bytes of the widest load."""
+    """The largest power of two that divides a row's length, at most the number of values in a 16-byte (widest) load."""
     return math.gcd(size, 16 // itemsize)
 
 
 def _power_of_two(number: int) -> int:
-    """The next one, not below the number."""
+    """The smallest power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 

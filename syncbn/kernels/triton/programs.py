@@ -1,4 +1,4 @@
-"""The programs that `cuda` launches, by name. Importing this module imports Triton."""
+"""The Triton kernels that `cuda` launches, in one namespace. Importing this module imports Triton."""
 
 from syncbn.kernels.triton.elementwise import backward_elementwise as backward_elementwise
 from syncbn.kernels.triton.elementwise import normalize as normalize

@@ -1,17 +1,17 @@
-"""The Triton programs that `cuda` launches. Importing this module imports Triton.
+"""Triton kernels that reduce an activation, or moments, to per-channel values. Importing this module imports Triton.
 
-An activation is read in the order of memory, as one of two layouts. In planes (contiguous), a value of sample n,
-channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and whatever has one position), row n
-holds the values of all channels, at n * C + c. `CHANNELS_LAST` says which; a tile is
-`BLOCK_ROWS` by `BLOCK_COLS`.
+An activation is read in the order of memory, in one of two layouts. In planes (contiguous), the value of sample n,
+channel c and position s lies at (n * C + c) * S + s. In rows (channels_last, and inputs with a single position), row n
+holds the values of all channels, at n * C + c. `CHANNELS_LAST` selects rows. A tile is `BLOCK_ROWS` by `BLOCK_COLS`
+values.
 
-Sums are taken in float64: the passes are bound by memory, and the sums of two programs then add without further care.
-Each program sums a fixed part in a fixed order, and no two write to the same place, so results have the same bits every
-time on the same device. Double-double arithmetic is as in `packing`; programs are compiled without fusing a product
-into a sum (which would break it), and say `tl.fma` where that is wanted.
+Accumulators are float64: the kernels are bound by memory, and partial sums of several programs then add without loss
+that matters. Each program sums a fixed part in a fixed order, and no two programs write to the same address, so results
+are bitwise reproducible on the same device. Double-double arithmetic is as in `packing`. Kernels are compiled without
+floating-point contraction, which would break it, and call `tl.fma` where a fused multiply-add is wanted.
 
-`UNIT` divides the length of a row, which tells the compiler how wide its loads may be. With `INT64_OFFSETS`, offsets
-are 64 bits wide.
+`UNIT` is a power of two that divides the length of a row; it tells the compiler how wide its loads may be. With
+`INT64_OFFSETS`, offsets are computed in 64 bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -38,9 +38,10 @@ def moments(
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x - pivot and its square over a part of a channel, the pivot being the channel's first value.
+    """Sums of (x - pivot) and (x - pivot)^2 over a part of a channel, where pivot is the channel's first value.
 
-    Into `partial` (splits, 2, C), or, where one program has the whole channel (`SINGLE_SPLIT`), into `packed`.
+    The sums are stored to `partial` (splits, 2, C) or, if one program covers the whole channel (`SINGLE_SPLIT`), packed
+    and stored to `packed` (4C+1,).
     """
     block, split = tl.program_id(0), tl.program_id(1)
     if INT64_OFFSETS:
@@ -74,7 +75,7 @@ def moments(
 
 @triton.jit
 def _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Both sums over the splits, in a fixed order."""
+    """Adds up the two partial sums of each channel over the splits, in a fixed order."""
     first = tl.zeros([BLOCK_SPLITS, BLOCK_CHANNELS], tl.float64)
     second = tl.zeros([BLOCK_SPLITS, BLOCK_CHANNELS], tl.float64)
     for start in range(0, splits, BLOCK_SPLITS):
@@ -91,7 +92,7 @@ def combine_moments(
     input, partial, packed, count, num_channels, splits, stride, BLOCK_SPLITS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of `moments` over its splits, packed; `stride` leads from one channel's first value to the next."""
+    """Adds up the partial sums of `moments` and packs them; `stride` is the distance between channels' first values."""
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     pivot = tl.load(input + channel.to(tl.int64) * stride, mask=channel < num_channels, other=0.0).to(tl.float64)
     first, second = _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS, BLOCK_CHANNELS)
@@ -103,22 +104,24 @@ def finish(
     packed, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, momentum: tl.float64,
     eps: tl.float64, num_channels, CUMULATIVE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`reference.finish`. With `CUMULATIVE`, and only then, there has to be one program: it reads what it counts up."""
+    """`reference.finish`; `CUMULATIVE` is momentum=None.
+
+    `CUMULATIVE` needs a grid of one program: the rate depends on the batch counter, which program 0 increments.
+    """
     count = tl.load(packed)
     n = tl.maximum(count, 1.0)
-    counts = (
-        tl.zeros([BLOCK_CHANNELS], tl.float64) + count
-    )  # Triton's interpreter cannot combine a comparison of one number
+    # The count as a block: Triton's interpreter cannot combine a mask with a comparison of scalars.
+    counts = tl.zeros([BLOCK_CHANNELS], tl.float64) + count
     rate = tl.zeros([BLOCK_CHANNELS], tl.float64)
     if not CUMULATIVE:
         rate += momentum
-    if num_batches_tracked is not None:  # noqa: SIM102 - decided when it is compiled, the other one when it runs
+    if num_batches_tracked is not None:  # noqa: SIM102 - decided at compile time; the inner condition at run time
         if tl.program_id(0) == 0:
             counted = tl.load(num_batches_tracked)
             counted += (count > 0).to(counted.dtype)
             if CUMULATIVE:
                 rate += 1.0 / tl.maximum(counted.to(tl.float64), 1.0)
-            tl.debug_barrier()  # all threads have read it
+            tl.debug_barrier()  # every thread reads the counter before it is overwritten
             tl.store(num_batches_tracked, counted)
     if tl.program_id(0) == 0:
         tl.store(count_copy, count)
@@ -138,7 +141,7 @@ def finish(
         squared_high, squared_low = pair_product(sum_high, sum_low, sum_high, sum_low)
         spread, rest = pair_sum(scaled_high, scaled_low, -squared_high, -squared_low)
         spread += rest
-        variance = tl.where(spread < 0.0, 0.0, spread) / (n * n)  # NaN stays what it is
+        variance = tl.where(spread < 0.0, 0.0, spread) / (n * n)  # a maximum with 0 would lose NaN
 
         if running_mean is not None:
             old_mean = tl.load(running_mean + channel, mask=inside, other=0.0).to(tl.float64)
@@ -173,9 +176,11 @@ def backward_sums(
     tiles, tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g * (x - mean) over a part of a channel, as `moments`; `SINGLE_SPLIT` into `sums` and `affine`.
+    """Sums of g and g * (x - mean) over a part of a channel.
 
-    With an `ACTIVATION`, g goes through it first, and is written to `through` (`reference.activated_reduce`).
+    The sums are stored to `partial` (splits, 2, C) or, if one program covers the whole channel (`SINGLE_SPLIT`), to
+    `sums` and `affine` (see `reference.backward_reduce`). With an `ACTIVATION`, g is first taken back through it and
+    stored to `through` (see `reference.activated_reduce`).
     """
     block, split = tl.program_id(0), tl.program_id(1)
     if INT64_OFFSETS:
@@ -228,7 +233,7 @@ def backward_sums(
 def combine_backward_sums(
     partial, invstd, sums, affine, num_channels, splits, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of `backward_sums` over its splits, in float64 and in the type of weight and bias."""
+    """Adds up the partial sums of `backward_sums`; stores them in float64 and in the type of weight and bias."""
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first, second = _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS, BLOCK_CHANNELS)
     _store_sums(sums, affine, invstd, channel, num_channels, first, second)

@@ -1,4 +1,4 @@
-"""Offsets of the tiles that a program works on."""
+"""Memory offsets, masks and channels of the tiles that a Triton program works on."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: N803
@@ -6,7 +6,8 @@
 import triton
 import triton.language as tl
 
-# Sizes change from layer to layer; a program is compiled for types and block shapes alone.
+# Arguments that Triton must not specialize on: sizes change from layer to layer, and kernels are compiled per types and
+# block shapes only.
 SIZES = ["count", "num_channels", "planes", "units", "rows", "tiles", "tiles_across", "tiles_per_split", "splits"]
 
 
@@ -22,7 +23,7 @@ def reduced_tile(
     tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of one tile of a channel (`CHANNELS_LAST`: of BLOCK_COLS channels), and which of them exist."""
+    """Offsets of one tile of a channel (`CHANNELS_LAST`: of BLOCK_COLS channels), and the mask of those in bounds."""
     down, across = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLS)[None, :]
     if CHANNELS_LAST:
         n = tile * BLOCK_ROWS + down
@@ -37,7 +38,7 @@ def reduced_tile(
 
 @triton.jit
 def channels_of(block, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """The channels of a program that reduces: BLOCK_COLS of them, or the one."""
+    """The channels that a reducing program covers: BLOCK_COLS of them with `CHANNELS_LAST`, else the single one."""
     if CHANNELS_LAST:
         channel = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     else:
@@ -47,7 +48,7 @@ def channels_of(block, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 @triton.jit
 def total_per_channel(values, CHANNELS_LAST: tl.constexpr):
-    """Of a tile, per channel."""
+    """Sums the values of a tile per channel: (BLOCK_COLS,) with `CHANNELS_LAST`, else a scalar."""
     if CHANNELS_LAST:
         total = tl.sum(values, 0)
     else:
@@ -60,8 +61,11 @@ def elementwise_tile(
     num_channels, rows, units, tiles_across, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of one tile of the whole activation, which of them exist, and the channels, (BLOCK_ROWS, 1) or
-    (1, BLOCK_COLS).
+    """Offsets of this program's tile of the whole activation, with masks and channels.
+
+    Returns:
+        offsets and the mask of those in bounds, both (BLOCK_ROWS, BLOCK_COLS); the channels and the mask of those that
+        exist, both (BLOCK_ROWS, 1) or, with `CHANNELS_LAST`, (1, BLOCK_COLS).
     """
     tile = tl.program_id(0)
     if INT64_OFFSETS:
