@@ -1,6 +1,6 @@
 """Programs in an interpreter that has its imports behind it: `run_warm([script, *arguments], cwd, environment)`.
 
-Starting Python and importing torch, Hydra and torchmetrics takes seconds, and many tests start `train.py` as a user does.
+Starting Python and importing torch, Hydra and torchmetrics takes seconds, and many tests start `train.py` as a user
 does. So one process imports what others wrote (nothing of this project), and forks for each program: the fork has the
 working directory, environment, arguments and output of its own, runs the script as `__main__`, and ends. What differs
 from a fresh `python script.py` is that imports are quick and the order of them is not the script's.
