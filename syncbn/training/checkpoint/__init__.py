@@ -1,1 +1,1 @@
-"""What survives a job: its state by name, the files, and the rules of going on from them."""
+"""Checkpoints: the named parts of a job's state, the files, and the rules for resuming from them."""

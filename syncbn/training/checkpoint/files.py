@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, read without running code from them, found in a run directory."""
+"""Checkpoint files: atomic writes, reading without executing code from the file, and lookup in a run directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST = "sha256"
 
 
 def digest(value: Any) -> str:
-    """SHA-256 over the content: keys, plain values, and the types, shapes and bytes of tensors."""
+    """SHA-256 digest, in hex, of nested containers: keys, plain values, and dtypes, shapes and bytes of tensors."""
     total = hashlib.sha256()
 
     def add(item: Any) -> None:
@@ -49,14 +49,21 @@ def digest(value: Any) -> str:
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all, with a digest of its content, which `read` checks."""
+    """Atomically writes a checkpoint together with a digest of its content, which `read` checks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=True) as temporary:
         torch.save({**content, DIGEST: digest(content)}, temporary)
 
 
 def read(path: Path, key: str) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; `key` is the configuration key that errors name."""
+    """Reads a checkpoint or a safetensors file; its tensors are on the CPU.
+
+    Args:
+        key: the configuration key that errors name.
+
+    Raises:
+        ConfigError: no such file, an unreadable one, other content than a dict, or a missing or wrong digest.
+    """
     if not path.is_file():
         raise ConfigError(f"{key}: expected a checkpoint, found no file {str(path)!r}")
     try:
@@ -66,7 +73,7 @@ def read(path: Path, key: str) -> dict[str, Any]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Not torch's message: it suggests to load the file with code execution switched on.
+        # Without torch's message, which suggests loading the file with weights_only=False.
         raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{key}: {str(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")
@@ -79,7 +86,16 @@ def read(path: Path, key: str) -> dict[str, Any]:
 
 
 def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
-    """A model's state dict, from a run directory (its best checkpoint), a checkpoint, or a bare state dict."""
+    """Reads a model's state dict from a run directory (its best checkpoint), a checkpoint, or a bare state dict.
+
+    Prefixes of DDP and torch.compile are removed from its keys.
+
+    Args:
+        key: the configuration key that errors name.
+
+    Raises:
+        ConfigError: see `read`; or there is no checkpoint, or values that are not tensors.
+    """
     stored = read_best_or_newest(path, key)
     path, content = stored.path, stored.content
     weights = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
@@ -89,7 +105,7 @@ def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
 
 
 def _without_wrapper(name: str) -> str:
-    """A key as it is without DDP's and torch.compile's prefixes."""
+    """Removes the prefixes of DDP and torch.compile from a key."""
     parts = name.split(".")
     while parts[0] in ("module", "_orig_mod"):
         parts = parts[1:]
@@ -98,30 +114,30 @@ def _without_wrapper(name: str) -> str:
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of a run that has been read, with its digest checked: once, however many ask for what is in it."""
+    """A checkpoint file that has been read and whose digest has been checked, so that neither is done again."""
 
     path: Path
     content: dict[str, Any] = field(repr=False)
 
     @classmethod
     def read(cls, path: Path, key: str) -> Stored:
-        """See `read`."""
+        """Reads the file; see the function `read`."""
         return cls(path, read(path, key))
 
     @property
     def step(self) -> int:
-        """The number of steps done."""
+        """The number of steps done when it was written."""
         return int(self.content["step"])
 
 
 def newest(run_dir: Path) -> Stored | None:
-    """The newest training checkpoint of a run directory that is whole; a warning for each that is not."""
+    """Reads the newest intact training checkpoint of a run directory; warns of each newer one that is damaged."""
     whole = (read_whole(path) for path in reversed(by_step(run_dir / "checkpoints")))
     return next((stored for stored in whole if stored is not None), None)
 
 
 def read_whole(path: Path) -> Stored | None:
-    """A run's checkpoint that is whole; None, with a warning, for any other file."""
+    """Reads an intact checkpoint of a run; for any other file logs a warning and returns None."""
     try:
         stored = Stored.read(path, "resume")
     except ConfigError as error:
@@ -134,7 +150,14 @@ def read_whole(path: Path) -> Stored | None:
 
 
 def read_best_or_newest(path: Path, key: str) -> Stored:
-    """A file, or of a run directory the best checkpoint, else its newest, else what task=recalibrate has left there."""
+    """Reads a file, or of a run directory its best checkpoint, else the newest, else the one of task=recalibrate.
+
+    Args:
+        key: the configuration key that errors name.
+
+    Raises:
+        ConfigError: see `read`; or the directory has no checkpoint.
+    """
     if not path.is_dir():
         return Stored.read(path, key)
     best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
@@ -149,11 +172,11 @@ def read_best_or_newest(path: Path, key: str) -> Stored:
 
 
 def step_of(path: Path) -> int:
-    """The number of steps done at a training checkpoint, from its name; 0 for another name."""
+    """The number of steps done, from the name of a training checkpoint; 0 for any other name."""
     found = _NAME.fullmatch(path.name)
     return int(found.group(1)) if found else 0
 
 
 def by_step(directory: Path) -> list[Path]:
-    """The training checkpoints, oldest first (the best one is not among them)."""
+    """Paths of the training checkpoints step_*.pt, oldest first; the best one is a separate file and not included."""
     return sorted(path for path in directory.glob("step_*.pt") if _NAME.fullmatch(path.name))

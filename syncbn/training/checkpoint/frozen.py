@@ -1,4 +1,4 @@
-"""The frozen switches of a model, as a part of its state."""
+"""Saving and restoring which statistics and parameters of a model are frozen."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from syncbn.surgery.freeze import apply_switches, frozen_switches
 
 
 class FrozenSwitches:
-    """The frozen switches of a model's modules, which its state dict does not carry."""
+    """The frozen switches ("stats", "affine", "weights") of a model's modules, which are not in its state dict."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules())
 
     def state_dict(self) -> dict[str, Any]:
-        """The frozen ones of "stats", "affine" and "weights" of every module that has one."""
+        """Maps the name of every module with a frozen switch to the sorted list of its frozen switches."""
         switches = {name: sorted(frozen_switches(module)) for name, module in self._modules.items()}
         return {name: frozen for name, frozen in switches.items() if frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Freezes and unfreezes accordingly."""
+        """Freezes and unfreezes the model's modules so that their switches are those of the state."""
         targets = {name: set(state_dict.get(name, ())) for name in self._modules}
         apply_switches(
             self._modules[""],

@@ -1,7 +1,7 @@
-"""Going on with a run: which checkpoint, and which configuration.
+"""Resuming a run: choice of the checkpoint, and merging of its configuration with the command line.
 
-The stored configuration is the run's. What the command line says again is compared with it: a few keys may change
-between attempts, for any other a difference is an error, because the run would silently be another one from there on.
+A resumed run uses the configuration in its checkpoint. Keys given on the command line are compared with it: those in
+MAY_CHANGE may differ; for any other key a difference is an error, because it would silently make it another run.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
 
-# What may differ from one attempt to the next: where and how long it runs, and how it is watched.
+# Keys that may differ between attempts: where and how long the run goes, and how it is evaluated, logged and saved.
 MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "log_every", "profile", "save",
               "tracker", "on_nonfinite", "collective_timeout", "bn.debug", "audit", "data.path", "data.workers",
               "data.prefetch", "data.cache", "eval", "recalibrate", "export")  # fmt: skip
-# What a resumed run does not use: the checkpoint has the weights, so the file that they once came from may be gone.
+# Groups that a resumed run does not read: the checkpoint has the weights, so the file they came from may be gone.
 _UNUSED = ("init",)
 _GROUPS = (*SCHEMAS, "freeze", "tracker")
-_ANYTHING = ("experiment", "debug")  # choices that may set any key
+_ANYTHING = ("experiment", "debug")  # config groups that may set any key
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
-    """The checkpoint that this run goes on from; None for a new run.
+    """Reads the checkpoint that this run resumes from; None for a new run.
 
-    A path is where a run begins. Once the run has checkpoints of its own it goes on from those, unless the path is one
-    of them.
+    With `resume=PATH` a run starts from that path. Once it has checkpoints of its own, it resumes from the newest of
+    those, unless the path is in its own directory.
 
     Raises:
-        ConfigError: `resume=none` in a directory that holds a run already; no checkpoint where one was named.
+        ConfigError: `resume=none` in a directory that already holds a run, or no checkpoint at the given path.
     """
     present = newest(run_dir)
     if config.resume == "auto" or (present is not None and world.attempt() != "0"):
-        return present  # whatever the first attempt started from, after a restart the run goes on
+        return present  # after a restart by torchrun, whatever `resume` says
     if present is not None and config.resume == "none":
         raise ConfigError(f"resume: {run_dir} holds a run already; choose another name with run=..., or resume=auto")
     if config.resume == "none":
@@ -64,17 +64,22 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
 
 
 def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[str]) -> Config:
-    """The configuration of the run that the checkpoint belongs to, with what the command line may change.
+    """The configuration stored in the checkpoint, with the MAY_CHANGE keys that the command line sets.
+
+    Args:
+        config: the configuration composed from the command line, from which changed values are taken.
+        checkpoint: its entry "config" is the stored configuration.
+        overrides: the command line's overrides, which tell the keys that it sets.
 
     Raises:
-        ConfigError: a key given on the command line differs from the stored one and may not change.
+        ConfigError: another key on the command line differs from the stored value, or a redacted secret is not given.
     """
     path, stored, current = checkpoint.path, checkpoint.content["config"], to_dict(config)
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
     for key, value in before.items():
         if is_redacted(value) and redacted(now.get(key), key.split(".")[-1]) == value:
-            OmegaConf.update(merged, key, now[key])  # a secret is not stored: it has been given anew
+            OmegaConf.update(merged, key, now[key])  # checkpoints hold no secrets; take the one given now
             before[key] = now[key]
     for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
         if key.split(".")[0] in _UNUSED:
@@ -93,10 +98,12 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
 
 
 def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:
-    """Raises a ConfigError for a value that a checkpoint does not store and nobody has given.
+    """Raises a ConfigError if a secret that the checkpoint does not hold is not given on the command line.
 
     Args:
-        unused: groups that nothing will read.
+        config: the configuration, in which such a secret is still redacted.
+        path: the checkpoint, for the message.
+        unused: top-level keys that are not read, and so may stay redacted.
     """
     for key, value in flatten(config):
         if is_redacted(value) and key.split(".")[0] not in unused:
@@ -104,7 +111,7 @@ def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ..
 
 
 def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
-    """The keys that the command line sets, one by one or by choosing a group."""
+    """The dotted keys, among `keys`, that overrides set, singly or by choosing a config group."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given: set[str] = set()
@@ -118,10 +125,12 @@ def _given_keys(overrides: Sequence[str], keys: set[str]) -> set[str]:
 
 
 def record_classes(run_dir: Path, names: Sequence[str], context: RankContext) -> None:
-    """Keeps which class has which number in `classes.json` of the run.
+    """Writes the class names, in the order of their labels, to `classes.json` of the run, or compares with that file.
+
+    Rank 0 reads and writes the file; a collective over all ranks.
 
     Raises:
-        ConfigError: the run that goes on began with other classes.
+        ConfigError: on every rank, the file has other classes: the resumed run began with them.
     """
     path = run_dir / "classes.json"
     here = json.loads(path.read_text(encoding="utf-8")) if context.is_first and path.exists() else None

@@ -1,4 +1,4 @@
-"""What survives a job: registered by name, written atomically, read without running code from the file."""
+"""Saving and restoring the state of a job: parts registered by name, in checkpoint files that a thread writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """Anything whose state can be taken and put back."""
+    """Protocol of an object with a state dict."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -26,17 +26,17 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, written in the background.
+    """The checkpoints of one run directory, written by a background thread.
 
-    Saving stops the job for as long as it takes to copy the state; a thread hashes and writes it, one at a time. A
-    write that fails is reported at once, leaves the last good checkpoint where it was, and fails the job when it
-    closes.
+    Saving blocks the job only while the state is copied to the CPU (and an earlier write is unfinished); the thread
+    computes the digest and writes, one file at a time. A write that fails is logged at once, leaves the last good
+    checkpoint in place, and makes `close` raise.
 
     Args:
-        directory: where they lie; made when the first is written.
-        keep: how many of the newest to keep (the best one is a file of its own).
-        facts: what goes into every file, the best one too, and is not put back.
-        parts: what is saved, by name.
+        directory: directory of the files; created with the first one.
+        keep: number of newest checkpoints to keep, in addition to the best one, which is a separate file.
+        facts: entries that every file gets, also the best one, and that `load` does not restore.
+        parts: the objects whose state is saved and restored, by name.
     """
 
     def __init__(self, directory: Path, keep: int, facts: dict[str, Any] | None = None, **parts: Stateful) -> None:
@@ -49,7 +49,7 @@ class Checkpoints:
         self._failed: BaseException | None = None
 
     def find_best(self, resumed_from: Path, step: int) -> Path | None:
-        """The best model so far, of `step`: this run's own, or the one beside the checkpoint that it resumes from."""
+        """Path of the best model if it is of `step`: this run's own, or the one beside the checkpoint resumed from."""
         candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
         for path in candidates:
             stored = read_whole(path) if path.exists() else None
@@ -58,11 +58,13 @@ class Checkpoints:
         return None
 
     def begin(self, step: int, best: Path | None = None) -> None:
-        """Makes the directory that of a run that has done `step` steps: what is later is set aside, as
-        `step_*.pt.abandoned`, and half-written files of a killed job go.
+        """Prepares the directory for a run that resumes at `step`.
+
+        Checkpoints of later steps are renamed to `step_*.pt.abandoned`, temporary files of a killed job are deleted,
+        and `best` is copied here.
 
         Args:
-            best: the best model so far, which may be another run's; it is copied here.
+            best: file of the best model so far, possibly of another run; None for none.
         """
         for rest in self.directory.glob(".*.tmp"):
             rest.unlink()
@@ -76,30 +78,44 @@ class Checkpoints:
                 shutil.copyfile(best, temporary)
 
     def save(self, step: int) -> None:
-        """Saves the state after `step` steps, and removes the oldest checkpoints beyond `keep`."""
+        """Copies the state after `step` steps and hands it to the background thread to write.
+
+        After the write the thread deletes the oldest training checkpoints beyond `keep`.
+        """
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, **self.facts, **state})
 
     def save_best(self, step: int, model: nn.Module) -> None:
-        """Saves a model alone, as the best so far."""
+        """Copies the model's state dict and hands it to the background thread, as the best model so far."""
         content = {"step": step, **self.facts, "model": model.state_dict()}
         self._submit(self.directory / BEST, content)
 
     def wait(self) -> None:
-        """Until everything that was saved lies on the disk, or has failed."""
+        """Blocks until the pending write is on disk or has failed; does not raise its error."""
         if self._pending is not None:
             self._pending.exception()
             self._pending = None
 
     def close(self) -> None:
-        """Waits, and raises what went wrong with any write."""
+        """Waits for the pending write and ends the thread.
+
+        Raises:
+            RuntimeError: a write has failed.
+        """
         self.wait()
         self._writer.shutdown()
         if self._failed is not None:
             raise RuntimeError(f"a checkpoint could not be written: {self._failed}") from self._failed
 
     def load(self, stored: Stored, key: str) -> int:
-        """Puts the state back into the parts; returns the number of steps done."""
+        """Loads the state of a checkpoint into the parts; returns the number of steps done.
+
+        Args:
+            key: the configuration key that errors name.
+
+        Raises:
+            ConfigError: a part is missing in the checkpoint or does not accept its state.
+        """
         for name, part in self.parts.items():
             if name not in stored.content:
                 raise ConfigError(f"{key}: {stored.path} is not a training checkpoint, it has no {name!r}")
@@ -107,13 +123,13 @@ class Checkpoints:
         return stored.step
 
     def _submit(self, path: Path, content: dict[str, Any]) -> None:
-        self.wait()  # at most one in flight
+        self.wait()  # at most one write is pending
         self._pending = self._writer.submit(self._write, path, _copied(content))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         try:
             write_atomically(path, content)
-            # Of the files up to this one: newer ones, damaged or of a future that was left, must not push it out.
+            # Count files up to this one only: later ones, damaged or of an abandoned attempt, must not displace it.
             for old in [other for other in by_step(self.directory) if other.name <= path.name][: -self.keep]:
                 old.unlink()
         except BaseException as error:
@@ -122,7 +138,7 @@ class Checkpoints:
 
 
 def _copied(value: Any) -> Any:
-    """Tensors as copies on the CPU, so that training may go on while they are written."""
+    """Copies the tensors in nested dicts and lists to the CPU, so that training can continue while they are written."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -131,7 +147,7 @@ def _copied(value: Any) -> Any:
 
 
 def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> None:
-    """`part.load_state_dict`, its complaints as a ConfigError that names the key."""
+    """Calls `part.load_state_dict`; raises its errors as a ConfigError that names the key."""
     try:
         part.load_state_dict(content)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -1,1 +1,1 @@
-"""The configuration: schemas, parsing, errors that name the key. Never imports torch."""
+"""The configuration: schemas, parsing, and errors that name the key. Never imports torch."""

@@ -1,4 +1,4 @@
-"""The schemas of the data sets; part of `config`, and like it free of torch."""
+"""Schemas of the data sets. Like all of `config`, never imports torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
 @dataclass(kw_only=True)
 class LoadingConfig:
-    """What every data set has: how batches are augmented and who prepares them."""
+    """Settings that the named data sets share: augmentation, and the processes that prepare batches."""
 
     shift: int
-    """Random shift in pixels."""
+    """Largest random shift, in pixels, up, down, left and right."""
     flip: bool
-    """Random mirroring."""
+    """Mirror images left to right, at random, half of the time."""
     workers: int = 0
-    """Processes per rank that prepare batches ahead; 0: the training process prepares each when it needs it."""
+    """Worker processes per rank that prepare batches ahead; 0: the training process prepares each when it needs it."""
     prefetch: int = 2
-    """Batches that each of them keeps ready."""
+    """Batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
         require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
@@ -33,11 +33,11 @@ class LoadingConfig:
 
 @dataclass
 class DigitsConfig(LoadingConfig):
-    """scikit-learn's digits."""
+    """scikit-learn's digits: gray images of 8x8."""
 
     name: str
     classes: list[int] | None
-    """Labels to keep, renumbered from 0; None for all."""
+    """Labels to keep, renumbered from 0 in this order; None for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class FashionMnistConfig(LoadingConfig):
     """Directory of the four IDX files, plain or gzipped."""
     classes: list[int] | None
     train_samples: int | None
-    """Train on the first so many samples; None for all 55,000."""
+    """Number of training samples to use, from the first; None for all 55,000."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class FashionMnistConfig(LoadingConfig):
 
 @dataclass
 class SyntheticConfig(LoadingConfig):
-    """A pattern per class plus noise."""
+    """Synthetic images: a random pattern per class plus Gaussian noise of standard deviation `noise`."""
 
     name: str
     num_samples: int
@@ -83,16 +83,16 @@ class SyntheticConfig(LoadingConfig):
 
 @dataclass(kw_only=True)
 class DecodedConfig(LoadingConfig):
-    """What data sets have whose images are files or encoded."""
+    """Settings that data sets of encoded images (files or bytes) share."""
 
     path: str
-    """Directory."""
+    """Directory of the data set."""
     size: int
-    """Height and width that every image is brought to: its shorter side is resized, and the centre cut out."""
+    """Height and width of every image, in pixels: the shorter side is resized to it, and the center cropped."""
     channels: int
     """3: RGB; 1: gray."""
     cache: str
-    """Keep decoded images in memory: "auto" up to a quarter of what is free, a size such as 2GB, or 0."""
+    """Memory for keeping decoded images: "auto" (a quarter of the free memory), a size such as 2GB, or 0 for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,14 +104,14 @@ class DecodedConfig(LoadingConfig):
 
 @dataclass(kw_only=True)
 class ImageFolderConfig(DecodedConfig):
-    """A directory of images per class."""
+    """Classification images, in one directory per class."""
 
     name: str
 
 
 @dataclass(kw_only=True)
 class HfConfig(DecodedConfig):
-    """A data set of Hugging Face's library, saved to disk."""
+    """A data set that Hugging Face's `datasets` library saved to disk."""
 
     name: str
     image: str
@@ -126,12 +126,12 @@ class HfConfig(DecodedConfig):
 
 @dataclass(kw_only=True)
 class MaskFolderConfig(DecodedConfig):
-    """Images and masks of equal names."""
+    """Segmentation images, and masks of the same file names."""
 
     name: str
     num_classes: int
     ignore: int | None
-    """Value of a mask that is left out of loss and metrics; None: every pixel counts."""
+    """Mask value of pixels that loss and metrics exclude; None: every pixel counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,18 +142,18 @@ class MaskFolderConfig(DecodedConfig):
 
 @dataclass(kw_only=True)
 class ShapesConfig(LoadingConfig):
-    """Coloured shapes and their masks."""
+    """Generated images of colored shapes, and their masks."""
 
     name: str
     num_samples: int
     num_classes: int
-    """Background, and so many kinds of shapes less one."""
+    """Number of classes: the background and `num_classes - 1` kinds of shapes."""
     size: int
     noise: float
     ragged: float
-    """The largest share of a mask's rows that is ignored."""
+    """Largest share of a mask's rows that is ignored, 0 to 1."""
     seed: int
-    """Another seed, other images."""
+    """Seed of the images, apart from the run's own seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +166,7 @@ class ShapesConfig(LoadingConfig):
 
 
 class OpenData(dict[str, Any]):
-    """A data set of the user's own: `_target_`, its arguments, and how its batches are prepared."""
+    """A user-defined data set: `_target_` and its arguments, and the settings `workers` and `prefetch`."""
 
     def __init__(self, node: dict[str, Any]) -> None:
         super().__init__(node)
@@ -177,7 +177,7 @@ class OpenData(dict[str, Any]):
 
     @property
     def name(self) -> str:
-        """What is built."""
+        """The `_target_`: import path of the class or function that builds the data set."""
         return str(self["_target_"])
 
     @property
@@ -192,7 +192,7 @@ class OpenData(dict[str, Any]):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """`_target_` and its arguments alone."""
+        """`_target_` and its arguments, without `workers` and `prefetch`."""
         return {key: value for key, value in self.items() if key not in ("workers", "prefetch")}
 
 
@@ -209,7 +209,7 @@ DataConfig = (
 
 
 def parse_bytes(text: str) -> int | None:
-    """A size such as 500MB or 2GB in bytes (powers of 1000); None for what is no size."""
+    """Parses a size such as 500MB or 2GB into bytes (powers of 1000); None if the text is no size."""
     found = _SIZE.fullmatch(text.strip())
     return None if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
 

@@ -1,4 +1,4 @@
-"""Durations: one grammar for every time in the configuration."""
+"""Durations in steps, epochs or minutes: one syntax for all of the configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str | int | float, *, allow_minutes: bool = False) -> Duration:
-        """Reads one; raises ValueError with what was expected."""
+        """Parses a duration.
+
+        Raises:
+            ValueError: the text is no duration, or is in minutes where they are not allowed.
+        """
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ep|min)?", str(text).strip())
         unit = {None: "steps", "ep": "epochs", "min": "minutes"}[found.group(2)] if found else ""
         if not found or (unit == "minutes" and not allow_minutes) or (unit == "steps" and "." in found.group(1)):
@@ -26,6 +30,6 @@ class Duration:
         return cls(float(found.group(1)), unit)
 
     def in_steps(self, steps_per_epoch: int) -> int:
-        """As a number of steps, rounded up."""
+        """Converts epochs (or steps, but not minutes) to a number of steps, rounded up."""
         assert self.unit != "minutes"
         return math.ceil(self.value * steps_per_epoch) if self.unit == "epochs" else int(self.value)

@@ -1,4 +1,4 @@
-"""Errors that are all that a user sees, and checks that raise them. Never imports torch, as `config` does not."""
+"""Errors that reach the user as one message without a traceback, and checks that raise them. Never imports torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from syncbn.training.config.duration import Duration
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration; the message names the key and the remedy, and is all that a user sees."""
+    """A mistake in the configuration. The message names the key and the remedy; the user sees no traceback."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why, and is all that a user sees."""
+    """Training cannot continue. The message gives the reason; the user sees no traceback."""
 
 
 class RankError(TrainingError):
-    """What one rank alone has met; the others learn of it because it is gone."""
+    """An error on one rank; its peers fail when it exits."""
 
 
 def require(condition: bool, key: str, expected: str, got: object) -> None:
@@ -31,7 +31,7 @@ def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) -> Duration:
-    """A `Duration`, or a ConfigError that names the key."""
+    """Parses a `Duration`; raises a ConfigError that names the key if the text is none."""
     try:
         return Duration.parse(text, allow_minutes=minutes)
     except ValueError as error:
@@ -39,11 +39,11 @@ def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) 
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names and how many more there are: "a, b, c and 7 more"."""
+    """Joins the first `most` names and counts the rest: "a, b, c and 7 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:
-    """The text on one line that no terminal takes for commands."""
+    """The text with line breaks, terminal escapes and other unprintable characters written as backslash escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""What a configuration builds by name: a model, a loss, a metric or a data set of the user's own, from `_target_`."""
+"""Builds user-defined models, losses, metrics and data sets from configuration nodes with `_target_`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from syncbn.training.config.errors import ConfigError
 
 
 def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **offered: Any) -> Any:
-    """What `_target_` makes of the node's other keys.
+    """Calls the node's `_target_` with its other keys as arguments, by Hydra's `instantiate`.
 
     Args:
-        key: of the node in the configuration, for errors.
-        kind: what it has to be an instance of.
-        offered: further arguments, for those that take them by name and were not given them.
+        key: key of the node in the configuration, for error messages.
+        node: `_target_` (import path of a class or function) and its keyword arguments.
+        kind: class that the result has to be an instance of; None for any.
+        offered: default arguments. Each is passed if it is not None, the target has a parameter of that name, and the
+            node does not set it.
 
     Raises:
-        ConfigError: it cannot be imported or called, or makes something else.
+        ConfigError: the target cannot be imported or called, or does not return an instance of `kind`.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import get_object, instantiate
@@ -29,7 +31,7 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
         built = instantiate({**{k: v for k, v in offered.items() if k in taken and v is not None}, **node})
     except InstantiationException as error:
         raise ConfigError(f"{key}._target_={name}: {_one_line(error.__cause__ or error)}") from None
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # of get_object, or the signature
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # raised by get_object or inspect.signature
         raise ConfigError(f"{key}._target_={name}: {_one_line(error)}") from None
     if kind is not None and not isinstance(built, kind):
         raise ConfigError(f"{key}._target_={name}: expected a {_shown(kind)}, got {type(built).__name__}")
@@ -39,7 +41,7 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
 def _parameters(target: Any) -> set[str]:
     try:
         return set(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # of something built in
+    except (TypeError, ValueError):  # some builtins have no signature
         return set()
 
 

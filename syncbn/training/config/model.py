@@ -1,4 +1,4 @@
-"""The schemas of models, of their normalization, and of what is loaded into them or frozen."""
+"""Schemas of models, batch normalization, freezing, and loading of pretrained sub-networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from syncbn.training.config.errors import require as require
 from syncbn.training.config.errors import require_choice as require_choice
 
-CHANNELS_PER_GROUP = 4  # of GroupNorm
+CHANNELS_PER_GROUP = 4  # in each group of nn.GroupNorm
 
 
 @dataclass
@@ -17,7 +17,7 @@ class ResnetSmallConfig:
 
     name: str
     width: int
-    """Channels of the first stage."""
+    """Channels of the first stage; each further stage doubles them."""
     depth: int
     """Residual blocks per stage."""
     stages: int
@@ -38,9 +38,9 @@ class UnetSmallConfig:
 
     name: str
     width: int
-    """Channels at full resolution."""
+    """Channels at full resolution; each halving doubles them."""
     depth: int
-    """How often height and width are halved."""
+    """Number of times that height and width are halved."""
 
     def __post_init__(self) -> None:
         for key in ("width", "depth"):
@@ -52,25 +52,26 @@ class BnConfig:
     """Batch normalization."""
 
     sync: bool
-    """Convert to SyncBatchNorm; False leaves statistics local to each rank."""
+    """Convert batch normalization to SyncBatchNorm; False: statistics are local to each rank."""
     group: str | int
-    """The ranks to sum over: "world", "node", or a number of neighbouring ranks."""
+    """Ranks whose statistics are summed: "world", "node", or a number of neighboring ranks per group."""
     own_group: bool
-    """Where `group` is the world: a process group for BN alone, so that its sums do not queue behind DDP's buckets."""
+    """With group "world": a process group of BN's own, so that its all-reduces do not queue behind DDP's buckets."""
     buffers: str
-    """Running statistics that differ between ranks: "pool" them before evaluation and checkpoint, or keep "per_group".
+    """Treatment of running statistics that differ between ranks: "pool" combines them before evaluation and checkpoint,
+    "per_group" leaves them different.
     """
     virtual_ranks: int | None
-    """Local statistics as of so many ranks in all, a multiple of those that there are; see `virtual`."""
+    """Number of ranks whose local statistics are imitated, a multiple of the world size; see `models.virtual_ranks`."""
     momentum: float | str | None
-    """None: as built; a number; "cumulative" for torch's momentum=None."""
+    """Momentum of the running statistics; "cumulative": torch's momentum=None; None: as the model was built."""
     eps: float | None
     fuse: bool
-    """Let SyncBatchNorm do the activation, and the addition, that follow it (`syncbn.fuse`)."""
+    """Fuse the addition and activation that follow a SyncBatchNorm into it (`syncbn.fuse`)."""
     memory: str
-    """"lean": with `fuse`, layers with a leaky ReLU keep their output for backward instead of their input."""
+    """What fused layers save for backward: "lean" saves the output instead of the input, where a leaky ReLU follows."""
     debug: bool
-    """Compare the ranks' places before each collective."""
+    """Compare layer, direction and call between ranks before each collective, and raise if they differ; slow."""
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
@@ -98,7 +99,7 @@ class BnConfig:
 
 @dataclass
 class FreezeRuleConfig:
-    """What a rule of the freeze plan selects (see `syncbn.FreezePlan`); times are durations."""
+    """A rule of the freeze plan (see `syncbn.FreezePlan`); `start` and `until` are durations."""
 
     match: str | list[str]
     exclude: str | list[str] | None = None
@@ -111,14 +112,14 @@ class FreezeRuleConfig:
 
 @dataclass
 class InitConfig:
-    """A pretrained sub-network."""
+    """A pretrained state to load into a sub-network of the model."""
 
     path: str
-    """A checkpoint of ours, a run directory, or a state dict saved by torch or safetensors."""
+    """A checkpoint of this package, a run directory, or a state dict saved by torch or safetensors."""
     prefix: str | None = None
-    """What its keys have in front; None: the name of the sub-network, where they have it."""
+    """Prefix of the sub-network's keys in the file; None: its name or nothing, whichever matches more keys."""
     strict: bool = True
-    """Everything has to fit; False loads what does."""
+    """Require that all keys and shapes match; False: load those that match."""
 
 
-ModelConfig = ResnetSmallConfig | UnetSmallConfig | dict[str, Any]  # the last: a `_target_` and its arguments
+ModelConfig = ResnetSmallConfig | UnetSmallConfig | dict[str, Any]  # dict: a user's `_target_` and its arguments

@@ -1,4 +1,4 @@
-"""The schemas of optimizers and learning rate schedules."""
+"""Schemas of optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SgdConfig:
     weight_decay: float
     nesterov: bool
     on_unfreeze: str
-    """The momentum of a parameter that is unfrozen: "keep" it from before it was frozen, or "reset" it."""
+    """Momentum of a parameter when it is unfrozen: "keep" the one from before it was frozen, or "reset" it."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", "a number above 0", self.lr)
@@ -32,12 +32,12 @@ class SgdConfig:
 
 @dataclass
 class CosineConfig:
-    """Linear warm-up, then half a cosine."""
+    """Linear warm-up, then half a cosine down to `final`."""
 
     name: str
     warmup: str
     final: float
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         parse_duration("schedule.warmup", self.warmup)

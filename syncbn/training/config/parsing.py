@@ -1,7 +1,7 @@
-"""From what Hydra composed to checked dataclasses, and errors that name the key.
+"""Parses the configuration that Hydra composed into checked dataclasses; errors name the key.
 
-Hydra composes plain dictionaries; `parse` merges the result once more into the schema, so that a key that nobody reads
-is an error even where Hydra's `+` let it in.
+Hydra composes plain dictionaries. `parse` merges them once more into the schema, so that an unknown key is an error
+even if it was added with Hydra's `+`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
-    """The composed configuration as checked dataclasses.
+    """Parses the composed configuration into checked dataclasses.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, a missing value.
@@ -61,10 +61,10 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A stored configuration with what was given on the command line on top.
+    """Applies command-line overrides to a stored configuration.
 
     Raises:
-        ConfigError: an override that chooses a config group, which a stored configuration has no room for, or a sweep.
+        ConfigError: an override that chooses a config group, which a stored configuration does not have, or a sweep.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -86,14 +86,14 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain containers, for YAML, trackers and checkpoints."""
+    """Converts the configuration to plain containers, for YAML, trackers and checkpoints."""
     container = OmegaConf.to_container(OmegaConf.create(_plain(config)))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested dictionaries."""
+    """Iterates over the leaves of nested dictionaries as (dotted key, value); an empty dictionary is a leaf."""
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -127,7 +127,7 @@ Schema = TypeVar("Schema")
 
 
 def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
-    """`node` as an instance of the schema; errors carry the full key."""
+    """Converts `node` to an instance of the schema; a ConfigError names the full key."""
     if not isinstance(node, Mapping):
         raise ConfigError(f"{prefix}: expected the keys {', '.join(f.name for f in fields(schema))}, got {node!r}")  # type: ignore[arg-type]
     _check_keys(schema, node, prefix)
@@ -147,8 +147,9 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
 
 @cache
 def _without_unions(schema: type) -> type:
-    """The schema as OmegaConf can check it: where it has no type for what is meant (one of several schemas, a pattern
-    or a list of them) anything passes, and `__post_init__` and `parse` look.
+    """The schema with `Any` for types that OmegaConf cannot check: unions other than `X | None`, and values of dicts.
+
+    `__post_init__` and `parse` check those.
     """
 
     def loosened(hint: Any) -> Any:
@@ -172,13 +173,13 @@ def _without_unions(schema: type) -> type:
 
 
 def _hints(schema: type) -> dict[str, Any]:
-    """The types of the keys; anything for a group, which `parse` turns into its schema afterwards."""
+    """Types of the keys; `Any` for the groups of `Config`, which `parse` converts to their schemas afterwards."""
     hints = get_type_hints(schema)
     return hints | dict.fromkeys(SCHEMAS, Any) if schema is Config else hints
 
 
 def _construct(schema: type[Schema], values: Any) -> Schema:
-    """An instance, and instances of the schemas within it; each checks itself."""
+    """Constructs the schema and the schemas nested in it; the `__post_init__` of each checks its values."""
     hints = _hints(schema)
     return schema(
         **{
@@ -189,7 +190,7 @@ def _construct(schema: type[Schema], values: Any) -> Schema:
 
 
 def _expected_type(schema: type, path: list[str]) -> str:
-    """How the schema spells the type of a key, such as `int | None`."""
+    """The type of a (nested) key as the schema's source spells it, such as `int | None`."""
     spelled = next((str(field.type) for field in fields(schema) if field.name == path[0]), "another type")
     return _expected_type(NESTED[spelled], path[1:]) if len(path) > 1 and spelled in NESTED else spelled
 

@@ -1,7 +1,7 @@
-"""Secrets stay out of everything that is written or shown: logs, checkpoints, run directories, wandb.
+"""Redaction of secrets in everything that is written or shown: logs, checkpoints, run directories, wandb.
 
-What counts as one: the values of environment variables that are named like secrets (WANDB_API_KEY), user names and
-passwords in URLs, their parameters that are named like secrets, and configuration values whose key is.
+Secrets are the values of environment variables that are named like secrets (WANDB_API_KEY), user names and passwords in
+URLs, parameters of URLs that are named like secrets, and configuration values whose key is named like a secret.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _learned: set[str] = set()  # values of configuration keys that are named like s
 
 
 def redact(text: str) -> str:
-    """The text without the secrets in it."""
-    for value in sorted(_learned | _environment_values(), key=len, reverse=True):  # one may be a part of another
+    """Replaces the secrets in a text by `HIDDEN`."""
+    for value in sorted(_learned | _environment_values(), key=len, reverse=True):  # one may contain another
         text = text.replace(value, HIDDEN)
     return _AS_PARAMETER.sub(rf"\1{HIDDEN}", _IN_URL.sub(rf"\1{HIDDEN}@", text))
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """A configuration without the secrets in it, of the same shape."""
+    """Copies a configuration (nested dicts and lists) with its secrets replaced by `HIDDEN`."""
     if isinstance(value, dict):
         return {name: redacted(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
@@ -43,12 +43,12 @@ def redacted(value: Any, key: str = "") -> Any:
 
 
 def is_redacted(value: object) -> bool:
-    """Whether a secret has been taken out of this value."""
+    """Whether a secret in this value has been replaced by `HIDDEN`."""
     return isinstance(value, str) and HIDDEN in value
 
 
 def learn(config: Any, key: str = "") -> None:
-    """From here on, the values under keys that are named like secrets are hidden wherever they appear."""
+    """Registers the configuration's values under secret-like keys; `redact` replaces them from then on."""
     if isinstance(config, dict):
         for name, item in config.items():
             learn(item, str(name))
@@ -62,21 +62,21 @@ def learn(config: Any, key: str = "") -> None:
 @cache
 def _environment_values() -> frozenset[str]:
     values = {value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name) and len(value) >= _SHORTEST}
-    # A path (SSH_KEY=/home/...) is a place, not a secret.
+    # A variable such as SSH_KEY=/home/... holds a path, which is not secret.
     return frozenset(value for value in values if not os.path.exists(value))
 
 
 class RedactingFilter(logging.Filter):
-    """Takes secrets out of log records."""
+    """A logging filter that redacts secrets in log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Redacts the finished message; keeps every record."""
+        """Redacts the formatted message; drops no record."""
         record.msg, record.args = redact(record.getMessage()), ()
         return True
 
 
 def guard_logging() -> None:
-    """From here on, no handler of the root logger writes a secret."""
+    """Adds a `RedactingFilter` to every present handler of the root logger that has none."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(present, RedactingFilter) for present in handler.filters):
             handler.addFilter(RedactingFilter())

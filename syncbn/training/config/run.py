@@ -1,4 +1,4 @@
-"""The schemas of what surrounds the training: tracking, checkpoints, the audit, the tasks with `load`."""
+"""Schemas of tracking, checkpoints, the audit, and the tasks that load a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from syncbn.training.config.errors import require_choice as require_choice
 
 @dataclass
 class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Tracking of metrics by wandb and in a report, in addition to metrics.jsonl."""
 
     mode: str
     project: str
     group: str | None
     timeout: float
-    """Seconds that wandb's server may take to start the run, and again to take in the rest at its end."""
+    """Seconds to wait for wandb's server when the run starts, and again for the remaining uploads at its end."""
     report: bool = True
-    """Write report.html at the end."""
+    """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
@@ -28,11 +28,11 @@ class TrackerConfig:
 
 @dataclass
 class SaveConfig:
-    """Checkpoints."""
+    """Saving of checkpoints; `every` is a duration."""
 
     every: str
     keep: int
-    """Newest checkpoints kept; the best one is kept besides."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
 
     def __post_init__(self) -> None:
         parse_duration("save.every", self.every, minutes=True)
@@ -44,7 +44,7 @@ class AuditConfig:
     """The audit at the start of a run."""
 
     level: str
-    """What findings do: "warning" prints them, "error" stops the job at those of severity error, "off"."""
+    """Effect of findings: "warning" prints them, "error" stops the job at one of severity error; "off": no audit."""
 
     def __post_init__(self) -> None:
         require_choice("audit.level", self.level, ("warning", "error", "off"))
@@ -52,12 +52,12 @@ class AuditConfig:
 
 @dataclass
 class EvalConfig:
-    """What the tasks with `load` evaluate."""
+    """Evaluation in the tasks that load a checkpoint."""
 
     weights: str
-    """Of a checkpoint: "auto" those that training evaluated, "raw", or "ema", the averaged ones."""
+    """Weights of the checkpoint: "auto" (those that training evaluated), "raw", or "ema" (the averaged ones)."""
     precise_bn: int | None
-    """task=eval: evaluate once more, with population statistics of so many global batches; None does not."""
+    """task=eval: evaluate again with population statistics of this many global batches; None: do not."""
 
     def __post_init__(self) -> None:
         require_choice("eval.weights", self.weights, ("auto", "raw", "ema"))
@@ -67,10 +67,10 @@ class EvalConfig:
 
 @dataclass
 class RecalibrateConfig:
-    """Population statistics."""
+    """Estimation of population statistics (task=recalibrate)."""
 
     batches: int | None
-    """Global batches of training; None for the whole training set."""
+    """Number of global training batches; None for the whole training set."""
 
     def __post_init__(self) -> None:
         require(self.batches is None or self.batches >= 1, "recalibrate.batches", "null or 1 or more global batches",
@@ -82,10 +82,10 @@ EXPORT_FORMATS = ("safetensors", "pt2", "onnx")
 
 @dataclass
 class ExportConfig:
-    """A model for the use without this package."""
+    """Export of a model for use without this package."""
 
     formats: list[str] | None
-    """Of EXPORT_FORMATS; None for all that can be written here."""
+    """A subset of EXPORT_FORMATS; None for all that the installed packages can write."""
 
     def __post_init__(self) -> None:
         formats = self.formats if self.formats is not None else EXPORT_FORMATS

@@ -1,6 +1,6 @@
-"""The schema of the configuration: types, documentation and checks. Values live in `configs/`, each in one place.
+"""The schema of the configuration: types, documentation and checks. Default values are in `configs/`.
 
-This module never imports torch: composing a configuration has to be quick.
+Never imports torch, because composing a configuration has to be fast.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Config:
             require(duration.value > 0, key, "more than 0", getattr(self, key))
 
 
-# The named choices of each group. A node with `_target_` is open instead: its keys are the target's arguments.
+# Named choices of each group. A node with `_target_` has no schema: its keys are the target's arguments.
 SCHEMAS: dict[str, dict[str, type]] = {
     "data": {
         "digits": DigitsConfig,

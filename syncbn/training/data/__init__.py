@@ -1,1 +1,1 @@
-"""From disk to a batch: data sets, decoding, augmentation, sampling, loading."""
+"""Data sets, decoding, augmentation, sampling, and loading of batches."""

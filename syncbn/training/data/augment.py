@@ -1,4 +1,4 @@
-"""Augmentation that depends on the sample and not on the rank."""
+"""Random augmentation as a function of (seed, epoch, sample), the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from syncbn.training.data.randomness import Draw, integers
 
 
 def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, epoch: int, *, fill: int = 0) -> Tensor:
-    """Shifts each image by up to `shift` pixels in both directions and mirrors half of them.
+    """Shifts each image by up to `shift` pixels along both axes and, if `flip`, mirrors half of them left to right.
 
     Args:
         images: (N, C, H, W).
-        index: (N,) int64, the samples' positions in the data set, which decide what is drawn for them.
-        fill: what comes in at the border.
+        index: (N,) int64, the samples' positions in the data set; with seed and epoch they determine the draws.
+        fill: value of the pixels that a shift brings in at the border.
+
+    Returns:
+        (N, C, H, W); `images` itself if there is nothing to do.
     """
     num, channels, height, width = images.shape
     if num == 0 or (shift == 0 and not flip):

@@ -1,4 +1,4 @@
-"""The data sets that come with packages or are made up."""
+"""Data sets that other packages install (digits, Fashion-MNIST), and a synthetic one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,14 @@ def load_fashion_mnist(config: FashionMnistConfig) -> ImageData:
 
 
 def _read_idx(directory: Path, stem: str) -> Tensor:
-    """An IDX file (MNIST's format: a big-endian header, then bytes): images as float32 / 255, labels as int64."""
+    """Reads an IDX file (MNIST's format: a big-endian header, then unsigned bytes), plain or gzipped.
+
+    Returns:
+        Images (N, 1, H, W) float32 between 0 and 1, or labels (N,) int64.
+
+    Raises:
+        ConfigError: the file is missing, or is not a complete IDX file of one or three dimensions.
+    """
     candidates = [directory / f"{stem}-ubyte", directory / f"{stem}-ubyte.gz"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:

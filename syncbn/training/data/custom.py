@@ -1,4 +1,4 @@
-"""Data sets of the user's own: any three map-style datasets of torch."""
+"""User-defined data sets: any three map-style datasets of torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from syncbn.training.data.randomness import Draw, mix_key
 class CustomData:
     """Three map-style datasets of torch's kind: `train`, `val`, `test`.
 
-    Items are (image, target): a float tensor (C, ...), normalized as the user wants it, and a tensor or number. What an
-    item draws from torch's random numbers is a function of (seed, epoch, sample), so that own augmentation is the same
-    at any world size; other generators are the user's to seed.
+    Items are (image, target): a float tensor (C, ...), already normalized, and a tensor or number. Before each item is
+    read, torch's generator is seeded by (seed, epoch, sample), so that augmentation which draws from it is the same at
+    any world size. Other generators, such as NumPy's, are the user's to seed.
     """
 
     train: Any
@@ -33,46 +33,46 @@ class CustomData:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """None: what targets are is the loss's business."""
+        """Empty: targets need not be classes; only the loss interprets them."""
         return ()
 
     @property
     def num_channels(self) -> int:
-        """Channels of an image."""
+        """Channels of an image; reads the first training sample."""
         return int(self._batch(self.train, torch.tensor([0]), (0, 0), torch.float32)[0].size(1))
 
     @property
     def has_masks(self) -> bool:
-        """What targets are is the loss's business."""
+        """Always False: only the loss interprets the targets."""
         return False
 
     @property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """0 and 1: nothing is normalized here."""
+        """Mean 0 and standard deviation 1: items are not normalized here."""
         shape = (1, self.num_channels, 1, 1)
         return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Images and targets of these samples, stacked."""
+        """Images and targets of these training samples, stacked; images are cast to `dtype`."""
         return self._batch(self.train, index, (seed, epoch), dtype)
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Images and targets of these samples, stacked."""
+        """Images and targets of these samples of a split, stacked; images are cast to `dtype`."""
         return self._batch(split, index, (0, 0), dtype)
 
     def normalized_by(self, mean: Tensor, std: Tensor) -> CustomData:
-        """The same: nothing is normalized here."""
+        """Returns the data unchanged: items are not normalized here."""
         return self
 
     def first(self, num_samples: int) -> CustomData:
-        """See `Data`."""
+        """See `Data`; augmentation inside the user's datasets stays on."""
         few = Subset(self.train, range(num_samples))
         return replace(self, train=few, val=few, test=few)
 
     def _batch(self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng(devices=[]):
             items = []
-            for sample in index.tolist() or [0]:  # of an empty batch too the shape has to be known
+            for sample in index.tolist() or [0]:  # an empty batch takes its shapes from sample 0
                 torch.manual_seed(mix_key(*draw, sample, Draw.ITEM))
                 items.append(split[sample])
         images = torch.stack([torch.as_tensor(image) for image, *_ in items])[: len(index)]
@@ -81,11 +81,12 @@ class CustomData:
 
 
 def load(config: OpenData) -> Data:
-    """What `data._target_` makes: an object with the datasets `train`, `val`, `test`, and with `num_classes` where the
-    targets are classes.
+    """Builds `data._target_`: an object with the datasets `train`, `val` and `test`, and optionally `num_classes`.
+
+    An `ImageData` or `CustomData` is returned as it is.
 
     Raises:
-        ConfigError: it lacks one of them, one is empty, or its items are not pairs that begin with a tensor.
+        ConfigError: a dataset is missing or empty, or its first item is not a pair (image tensor, target).
     """
     built, key = build_target("data", config.arguments), f"data._target_={config.name}"
     if isinstance(built, ImageData | CustomData):

@@ -1,4 +1,4 @@
-"""Data sets, their splits, and augmentation that depends on the sample and not on the rank."""
+"""Interfaces of data sets and their splits, and the description of the data in a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
 
-IGNORE = 255  # in a mask: left out of loss and metrics
+IGNORE = 255  # mask value of pixels that loss and metrics exclude
 
 
 class Rows(Protocol):
-    """What a split holds, by index: a tensor is one, and so is anything that decodes rows when they are asked for."""
+    """Images or labels of a split, by index: a tensor, or an object that decodes rows when they are indexed."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """As a tensor's."""
+        """(N, ...), the shape of a tensor of all rows."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        """The rows of int64 positions (N,), a tensor (N, ...)."""
+        """The rows at the positions `index`, (B,) int64, as a tensor (B, ...)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and what they are labelled with.
+    """Images of a split and their labels or masks.
 
     Images are (N, C, H, W): float32 between 0 and 1 (synthetic ones: any range), or uint8 between 0 and 255. Labels are
-    (N,) int64, or masks (N, H, W) uint8 in which 255 is to be ignored.
+    (N,) int64, or masks (N, H, W) uint8 in which IGNORE (255) marks pixels that do not count.
     """
 
     images: Rows
@@ -43,30 +43,30 @@ class Split:
 
 
 class Data(Protocol):
-    """A data set for a run: three splits, and batches of them.
+    """Protocol of a data set for a run: three splits, and batches of them.
 
-    `ImageData` holds images, decoded or not; `CustomData` anything that a user's own datasets give.
+    `ImageData` implements it for images, decoded or encoded; `CustomData` for a user's map-style datasets.
     """
 
     @property
     def train(self) -> Any:
-        """What a split is, only the data set itself knows; it has a length."""
+        """Training split. It has a length; otherwise its type is private to the data set."""
 
     @property
     def val(self) -> Any:
-        """See `train`."""
+        """Validation split, of the same type as `train`."""
 
     @property
     def test(self) -> Any:
-        """See `train`."""
+        """Test split, of the same type as `train`."""
 
     @property
     def num_classes(self) -> int | None:
-        """None where the targets are no classes."""
+        """Number of classes; None if the targets are not classes."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the labels 0, 1, ..., where the data set has names; else empty."""
+        """Names of the labels 0, 1, ...; empty if the data set has none."""
 
     @property
     def num_channels(self) -> int:
@@ -74,43 +74,44 @@ class Data(Protocol):
 
     @property
     def has_masks(self) -> bool:
-        """Whether every pixel has a label, and not the image."""
+        """Whether labels are per pixel (masks) instead of per image."""
 
     @property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (1, C, 1, 1), float64, that normalize the pixels; the same on every rank."""
+        """Mean and standard deviation by which pixels are normalized, (1, C, 1, 1) float64; the same on every rank."""
 
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Images and targets of these training samples; what is drawn depends on (seed, epoch, sample) alone.
+        """Images and targets of these training samples; random augmentation depends only on (seed, epoch, sample).
 
         Args:
             index: (N,) int64, positions in the split; N may be 0.
+            dtype: of the images.
         """
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these samples of a split, without augmentation."""
 
     def normalized_by(self, mean: Tensor, std: Tensor) -> Data:
-        """The same data, its pixels normalized by these numbers instead of its own."""
+        """The same data, its pixels normalized by this mean and standard deviation instead of its own."""
 
     def first(self, num_samples: int) -> Data:
-        """The first training samples, not augmented, as training, validation and test set."""
+        """The first training samples as training, validation and test set, without random shifts and mirroring."""
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, for `as_trained`."""
+    """Class names and pixel statistics as entries of a checkpoint, which `as_trained` reads."""
     mean, std = data.pixel_stats
     return {"data": {"classes": list(data.class_names), "mean": mean, "std": std}}
 
 
 def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
-    """Data for a model that was trained: pixels are normalized as they were then, whatever images there are now.
+    """The data, normalized by the pixel statistics that the checkpoint stores, for use with its trained model.
 
     Raises:
-        ConfigError: its labels have other names.
+        ConfigError: the class names differ from those in the checkpoint.
     """
     stored = checkpoint.get("data")
-    if stored is None:  # written before checkpoints kept it
+    if stored is None:  # a checkpoint without a description of its data
         return data
     if stored["classes"] != list(data.class_names):
         raise ConfigError(

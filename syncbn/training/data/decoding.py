@@ -1,4 +1,4 @@
-"""Images that are decoded when they are asked for, and kept where there is room."""
+"""Images and masks that are decoded on access, with an optional cache in memory."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from syncbn.training.distributed import world
 
 log = logging.getLogger(__name__)
 
-_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's tag; from this value on height and width are exchanged
+_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's orientation tag; its values from 5 on exchange height and width
 _SHARED_MEMORY = "/dev/shm"  # where torch keeps the tensors that processes share, on Linux
 
 
 class Source(Protocol):
-    """Encoded images by position; has to pickle, because worker processes read it too."""
+    """Protocol of a sequence of encoded images. Has to be picklable, because worker processes read it too."""
 
     def __len__(self) -> int: ...
 
     def read(self, position: int) -> Path | bytes:
-        """A file, or a file's content."""
+        """The path of an image file, or the content of one."""
 
     def name(self, position: int) -> str:
-        """What an error calls it."""
+        """Name of the image in error messages."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files as a source; text takes less memory than `Path`s, and each worker has a copy."""
+    """Image files as a `Source`. Paths are text, because each worker has a copy and `Path`s take more memory."""
 
     paths: Sequence[str]
 
@@ -48,19 +48,19 @@ class Files:
         return len(self.paths)
 
     def read(self, position: int) -> Path:
-        """The file itself."""
+        """The path of the file."""
         return Path(self.paths[position])
 
     def name(self, position: int) -> str:
-        """Its path."""
+        """The path of the file, as given."""
         return self.paths[position]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Decoded rows (N, ...) uint8 and whether each is there (N,) uint8; worker processes share them.
+    """Decoded rows, (N, ...) uint8, and flags, (N,) uint8, of the rows that are filled; workers may share both.
 
-    Two processes that decode the same row write the same bytes, so nobody waits for anybody.
+    It needs no lock: two processes that decode the same row write the same bytes.
     """
 
     rows: Tensor
@@ -68,42 +68,46 @@ class Cache:
 
     @classmethod
     def empty(cls, shape: Sequence[int], *, shared: bool) -> Cache:
-        """Shared memory is reserved now, so that too little of it is known before training, not in the middle of it."""
+        """An empty cache.
+
+        Args:
+            shared: allocate shared memory, all of it now, so that a shortage shows before training, not during it.
+        """
         rows, filled = (torch.zeros(size, dtype=torch.uint8) for size in (tuple(shape), tuple(shape[:1])))
         return cls(rows.share_memory_(), filled.share_memory_()) if shared else cls(rows, filled)
 
 
 @dataclass
 class Decoded:
-    """Rows of a split (see `data.Rows`) that are decoded when asked for, uint8.
+    """Rows of a split (see `dataset.Rows`) that are decoded on access, uint8.
 
-    Images are turned as their EXIF data says, their shorter side is resized to `size` (bilinear, antialiased) and the
-    centre is cut out: (channels, size, size). Masks are cut in the same way, but by the nearest pixel, and hold class
-    numbers: (size, size).
+    Images are brought upright by their EXIF data, their shorter side is resized to `size` (bilinear, antialiased), and
+    the center is cropped: (channels, size, size). Masks hold class numbers, (size, size), and are resized and cropped
+    in the same way, but by the nearest pixel.
 
     Raises:
-        ConfigError: an image that cannot be read, by name.
+        ConfigError: on access, an image that cannot be read; the message names it.
     """
 
     source: Source
     size: int
     channels: int | None
-    """3: RGB, 1: gray, None: a mask."""
+    """3: RGB; 1: gray; None: the rows are masks."""
     values: Sequence[int] | None = None
-    """Masks: what each of the 256 values becomes, negative for a value that must not occur."""
+    """For masks: class number of each of the 256 stored values, negative for a value that must not occur."""
     of: Source | None = None
-    """Masks: their images, which have to be of the same size."""
+    """For masks: their images, whose height and width have to be the same."""
     cache: Cache | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, channels, size, size) or, of masks, (N, size, size)."""
+        """(N, channels, size, size), or (N, size, size) for masks."""
         channels = () if self.channels is None else (self.channels,)
         return (len(self.source), *channels, self.size, self.size)
 
     @property
     def num_bytes(self) -> int:
-        """What all of it takes when it is decoded."""
+        """Bytes that all rows take when decoded."""
         return int(np.prod(self.shape))
 
     def __len__(self) -> int:
@@ -120,7 +124,7 @@ class Decoded:
             return self._decode(position)
         if not self.cache.filled[position]:
             self.cache.rows[position] = self._decode(position)
-            self.cache.filled[position] = 1  # after the row: whoever sees it finds the row complete
+            self.cache.filled[position] = 1  # after the row, so that a set flag implies a complete row
         return self.cache.rows[position]
 
     def _decode(self, position: int) -> Tensor:
@@ -130,7 +134,7 @@ class Decoded:
                 pixels = self._fit(ImageOps.exif_transpose(image), position)
         except ConfigError:
             raise
-        except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
+        except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
             raise ConfigError(
                 f"data.path: cannot read the image {name!r} ({' '.join(str(error).split()) or type(error).__name__});"
                 " repair it, or remove it"
@@ -162,7 +166,7 @@ class Decoded:
 
 
 def _opened(source: Source, position: int) -> Image.Image:
-    """An image whose pixels are not read yet."""
+    """Opens an image without reading its pixels yet."""
     content = source.read(position)
     return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
@@ -172,7 +176,13 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def _as_bytes(image: Image.Image) -> Image.Image:
-    """16 bits per pixel as 8; Pillow's own conversion would cut everything above 255 off."""
+    """Converts 16 bits per pixel to 8, and palettes with transparency to RGBA.
+
+    16-bit values are divided by 256, because Pillow's own conversion clips at 255.
+
+    Raises:
+        ValueError: a mode without a fixed range of values ("I" or "F").
+    """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -181,14 +191,18 @@ def _as_bytes(image: Image.Image) -> Image.Image:
 
 
 def _as_classes(image: Image.Image) -> Image.Image:
-    """The numbers of a mask as they are stored: of a palette the indices and not the colours."""
+    """A mask whose pixels are the stored class numbers, for a palette its indices instead of its colors.
+
+    Raises:
+        ValueError: a mode other than palette, gray of 8 bits, or 1 bit.
+    """
     if image.mode not in ("P", "L", "1"):
         raise ValueError(f"a mask of mode {image.mode}; expected class numbers, as a palette or gray of 8 bits")
     return image if image.mode != "1" else Image.fromarray(np.asarray(image).astype(np.uint8))
 
 
 def keep_decoded(parts: Iterable[Decoded], config: DecodedConfig) -> None:
-    """Gives all parts a cache if together they fit into `config.cache`, else none of them."""
+    """Gives every part a cache if all of them together fit into `config.cache`; otherwise none gets one."""
     parts, shared = list(parts), config.workers > 0
     needed, allowed = sum(part.num_bytes for part in parts), _allowed_bytes(config.cache, shared)
     if allowed == 0:
@@ -204,19 +218,19 @@ def keep_decoded(parts: Iterable[Decoded], config: DecodedConfig) -> None:
 
 
 def _allowed_bytes(limit: str, shared: bool) -> int:
-    """The share of one rank: each has a cache of its own."""
+    """Bytes that this rank may use for its cache; every rank on the machine has its own."""
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size()))
     given, free = parse_bytes(limit), _free_bytes(shared)
     return (free // 4 if given is None else min(given, free)) // num_ranks
 
 
 def _free_bytes(shared: bool) -> int:
-    """Memory that is free on this machine, in this container, and (if `shared`) for sharing between processes."""
+    """Free bytes: the least of the machine's memory, its container's (cgroup v2) and, if `shared`, of /dev/shm."""
     meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    else:  # not Linux: half of what there is
+    else:  # not Linux: half of the physical memory
         free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
         free.append(max(0, int(limit) - int((cgroup / "memory.current").read_text())))

@@ -1,4 +1,4 @@
-"""Data sets of your own: a directory of images per class, or images beside masks."""
+"""Data sets read from directories: images in one directory per class, or images and masks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 
 
 def load_classes(config: ImageFolderConfig) -> ImageData:
-    """`data=image_folder`: `train/`, `val/` and `test/` that each hold a directory per class, or those directories.
+    """Loads `data=image_folder`: one directory per class, in each of `train/`, `val/` and `test/` or in `data.path`.
 
-    Without `val/` a tenth of `train/` validates.
+    Without `val/`, a tenth of `train/` is held out for validation. Without any of the three, the images are split
+    80/10/10 per class.
+
+    Raises:
+        ConfigError: a directory is missing, classes differ between splits, or a class has too few images to split.
     """
     root, others = _root(config), Counter[str]()
     splits = _splits(root, optional="val")
@@ -45,7 +49,11 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
 
 
 def load_masks(config: MaskFolderConfig) -> ImageData:
-    """`data=mask_folder`: `train/`, `val/` and `test/` that each hold `images/` and `masks/`, with equal names."""
+    """Loads `data=mask_folder`: `train/`, `val/` and `test/`, each with `images/` and `masks/` of equal file names.
+
+    Raises:
+        ConfigError: a directory is missing, an image has no mask, or a mask no image.
+    """
     root, others = _root(config), Counter[str]()
     if not _splits(root):
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
@@ -66,7 +74,11 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
 
 
 def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> ImageData:
-    """Data of images that are decoded when asked for, with a cache if they fit."""
+    """Makes `ImageData` of the three splits, with a cache of decoded images if they fit.
+
+    Raises:
+        ConfigError: a split is empty.
+    """
     for name, split in zip(SPLITS, splits, strict=True):
         if len(split) == 0:
             raise ConfigError(f"data.path: no image for {name} in {config.path!r}; expected at least one")
@@ -79,7 +91,7 @@ def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, nam
 
 
 def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:
-    """Indices of train, val and test, 80/10/10 per class; or of train and val alone, 90/10.
+    """Indices of train, val and test, 80/10/10 per class; without `with_test` of train and val, 90/10.
 
     Raises:
         ConfigError: a class with fewer than ten images.
@@ -101,13 +113,15 @@ def _root(config: DecodedConfig) -> Path:
 
 
 def _splits(root: Path, optional: str | None = None) -> list[str]:
-    """The parts into which the data set is divided already; none where it is not.
+    """The directories among train, val and test that the data set has; empty if it is not divided into splits.
+
+    Without `train`, or with `train` alone, these directories count as classes.
 
     Args:
-        optional: a part that may be missing.
+        optional: a split that may be missing.
 
     Raises:
-        ConfigError: it is divided, but into other parts than train, val and test. (A lone `train` may be a class.)
+        ConfigError: train and one of val and test are there, and the other is missing and not optional.
     """
     found = [split for split in SPLITS if split in _directories(root)]
     if "train" not in found or len(found) == 1:
@@ -133,14 +147,14 @@ def _class_names(root: Path) -> list[str]:
 
 
 def _labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
-    """The images below the class directories, in the order of their names, and their labels."""
+    """Paths of the images below the class directories, class by class, and their labels, (N,) int64."""
     found = [_images(root / name, others) for name in names]
     sizes = torch.tensor([len(paths) for paths in found])
     return [str(path) for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
 
 
 def _images(directory: Path, others: Counter[str]) -> list[Path]:
-    """Images at any depth, sorted; links are followed, each directory once. Files of other types are counted."""
+    """Image files at any depth, sorted; follows links, each directory once. Counts other files in `others`."""
     paths, seen = [], set()
     for parent, below, files in os.walk(directory, followlinks=True):
         real = os.path.realpath(parent)
@@ -156,7 +170,7 @@ def _images(directory: Path, others: Counter[str]) -> list[Path]:
 
 
 def _by_stem(directory: Path, others: Counter[str]) -> dict[str, Path]:
-    """Images by their path without directory and extension."""
+    """Image files by their path relative to `directory`, without the extension."""
     if not directory.is_dir():
         raise ConfigError(f"data.path: expected the directory {str(directory)!r}, found none")
     paths: dict[str, Path] = {}

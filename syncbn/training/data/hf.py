@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets` library, from disk; imported only where one is asked for."""
+"""Data sets that Hugging Face's `datasets` library saved to disk; imports the library only to load one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("
 
 @dataclass(frozen=True)
 class Column:
-    """A column of images as a source (see `decoding.Source`)."""
+    """A column of images, as a `decoding.Source`."""
 
     dataset: Any
     column: str
@@ -34,7 +34,11 @@ class Column:
         return len(self.dataset)
 
     def read(self, position: int) -> Path | bytes:
-        """Encoded as it is stored; arrays of pixels (H, W) or (H, W, 3) become an image first."""
+        """The image as it is stored, encoded; an array of pixels, (H, W) or (H, W, 3), is encoded as PNG.
+
+        Raises:
+            ValueError: an array of other values than integers from 0 to 255.
+        """
         value = self.dataset[position][self.column]
         if isinstance(value, dict):
             return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
@@ -45,14 +49,18 @@ class Column:
         return encoded.getvalue()
 
     def name(self, position: int) -> str:
-        """Its row."""
+        """Row and split of the image."""
         return f"row {position} of {self.split}"
 
 
 def load(config: HfConfig) -> ImageData:
-    """`data=hf`: what `save_to_disk` wrote, with the splits train, validation (or val) and test, or a single one.
+    """Loads `data=hf`: a directory that `save_to_disk` wrote, with the splits train, validation (or val) and test.
 
-    Without validation a tenth of train is held out for it.
+    Without a validation split, a tenth of train is held out for it. A single data set without splits is split 80/10/10
+    per class.
+
+    Raises:
+        ConfigError: the library is not installed; a split or column is missing; labels are not 0, 1, ....
     """
     try:
         import datasets
@@ -100,7 +108,7 @@ def _part(loaded: Any, split: str) -> Any:
 
 
 def _labels(part: Any, config: HfConfig) -> tuple[list[str], Tensor]:
-    """Names of the classes and label of each row."""
+    """Names of the classes, and the label of each row, (N,) int64; numbers are names where the column has none."""
     for key, column in (("image", config.image), ("label", config.label)):
         if column not in part.column_names:
             raise ConfigError(f"data.{key}: no column {column!r}; found {', '.join(part.column_names)}")

@@ -1,4 +1,4 @@
-"""Data sets of images: all of one size, normalized by the statistics of their pixels, shifted and mirrored."""
+"""Data sets of images of one size, normalized by their pixel statistics and augmented by shifts and mirroring."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from syncbn.training.data.augment import augment
 from syncbn.training.data.dataset import IGNORE, Rows, Split
 
-STATS_SAMPLES = 1000  # of images that are decoded when asked for, these many give mean and standard deviation
+STATS_SAMPLES = 1000  # for images decoded on access: number of samples that give mean and std
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of one size (see `Split`), what normalizes their pixels, and how the training ones are augmented."""
+    """Three splits of images of one size (see `Split`), their normalization, and the augmentation in training."""
 
     train: Split
     val: Split
     test: Split
     num_classes: int | None
-    """None where the targets are no classes."""
+    """None if the targets are not classes."""
     shift: int
     flip: bool
     class_names: tuple[str, ...] = ()
-    """Of the labels 0, 1, ..., where the data set has names."""
+    """Names of the labels 0, 1, ...; empty if the data set has none."""
     trained_stats: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation to normalize with, those of a training that is over; None: of these images."""
+    """Mean and standard deviation from the checkpoint of a trained model; None: those of the training images."""
 
     @property
     def num_channels(self) -> int:
@@ -37,13 +37,14 @@ class ImageData:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every pixel has a label, and not the image."""
+        """Whether labels are per pixel (masks) instead of per image."""
         return len(self.train.labels.shape) > 1
 
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images and their labels, (N,) or (N, H, W) int64.
+        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64.
 
-        What is drawn depends on (seed, epoch, sample) alone. A mask moves with its image; what comes in is ignored.
+        Augmentation depends only on (seed, epoch, sample). A mask moves with its image; mask pixels that a shift
+        brings in are IGNORE.
         """
         images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
         images = augment(images, index, self.shift, self.flip, seed, epoch)
@@ -52,14 +53,15 @@ class ImageData:
         return self._normalize(images, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normalized images and their labels, (N,) or (N, H, W) int64."""
+        """Normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64."""
         return self._normalize(split.images[index], dtype), split.labels[index].to(torch.int64)
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (1, C, 1, 1) of the training images, float64; the same on every rank.
+        """Mean and standard deviation of the training images, (1, C, 1, 1) float64; the same on every rank.
 
-        Of images that are decoded when asked for: over STATS_SAMPLES of them, evenly spaced.
+        If images are decoded on access, they are those of at most STATS_SAMPLES evenly spaced ones. `trained_stats`
+        takes precedence.
         """
         if self.trained_stats is not None:
             return self.trained_stats
@@ -87,7 +89,7 @@ class ImageData:
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1, C, 1, 1) of bytes, as numbers between 0 and 1; the sums are exact."""
+    """Mean and standard deviation of uint8 images scaled to [0, 1], (1, C, 1, 1) float64, from exact integer sums."""
     sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
     for part in index.split(32):
         values = images[part].to(torch.int64)
@@ -99,5 +101,5 @@ def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers between 0 and 1."""
+    """Converts images to `dtype`, and scales uint8 ones to [0, 1]."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)

@@ -1,7 +1,7 @@
-"""Batches of this rank in the order in which they are needed, prepared ahead by worker processes.
+"""Loads this rank's batches in order, prepared ahead by worker processes.
 
-What is in a batch is decided before a worker gets it, and drawn by (seed, epoch, sample): neither the number of workers
-nor which of them is quicker changes a bit. One set of workers serves training and evaluation.
+The samples of a batch are chosen before a worker gets it, and their augmentation depends on (seed, epoch, sample), so
+batches are bitwise the same for any number and speed of workers. One pool of workers serves training and evaluation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 
 Batch = tuple[Tensor, Tensor]  # images and labels
-Task = tuple[Any, ...]  # name of a method of Data, and its arguments
+Task = tuple[Any, ...]  # name of a method of Data, followed by its arguments
 
 _STOPPING = {signal.SIGTERM, signal.SIGINT}
 _DIED = (
@@ -39,14 +39,18 @@ _DIED = (
 
 
 class Loader:
-    """Prepares batches and brings them to the device; without workers each when it is asked for.
+    """Prepares batches, in worker processes or (`workers=0`) in this one, and copies them to the device.
 
-    Workers are processes of their own (from a fork server, so that they share neither the process group nor CUDA with
-    the rank) of one thread each. They let signals pass, because the rank decides what happens then, and end with the
-    rank however it ends.
+    Workers come from a fork server, so that they share neither the process group nor CUDA with the rank, and use one
+    thread each. They ignore SIGTERM and SIGINT, which the rank handles, and exit when the rank does, however it ends.
+    They start with the first batch that is needed.
+
+    Args:
+        workers: worker processes of this rank.
+        prefetch: batches that are prepared ahead, per worker.
 
     Raises:
-        ConfigError: a sample that cannot be read, by name; a data set that workers cannot be given.
+        ConfigError: a sample cannot be read (the message names it), or the data set cannot be pickled for workers.
         TrainingError: a worker has died.
     """
 
@@ -55,35 +59,35 @@ class Loader:
         self._num_ahead = workers * prefetch
         self._pins = context.device.type == "cuda"
         self._workers: ProcessPoolExecutor | None = None
-        self._lifeline: Connection | None = None  # workers end when it is closed, by us or because we are gone
+        self._lifeline: Connection | None = None  # workers exit when it is closed, be it by our exit
         self._pinning: ThreadPoolExecutor | None = None
-        self._training: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and from it on
+        self._training: tuple[int, Iterator[Batch]] | None = None  # the next step, and the batches from that step on
 
     def micro_batches(self, sampler: Sampler, seed: int, step: int) -> Iterator[Batch]:
-        """This rank's part of each micro-batch of a step; steps that follow each other are prepared ahead."""
+        """This rank's part of each micro-batch of a step; the batches of the steps that follow are prepared ahead."""
         if self._training is None or self._training[0] != step:
             self._training = (step, self._prepare(self._train_tasks(sampler, seed, step)))
         batches = self._training[1]
-        self._training = None  # in the middle of a step, and if it fails
+        self._training = None  # until this step is complete: an unfinished one must not be continued
         for _ in sampler.shards(step):
             yield next(batches)
         self._training = (step + 1, batches)
 
     def one_batch(self, sampler: Sampler, seed: int, step: int) -> Batch:
-        """This rank's part of the first micro-batch of a step, out of turn."""
+        """This rank's part of the first micro-batch of any step, prepared in this process."""
         return self._move(_do(self.data, next(self._train_tasks(sampler, seed, step))))
 
     def eval_batches(self, split: Any, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """A batch for each index, in their order."""
+        """A batch for each of `indices`, (N,) int64 positions in the split, in order."""
         names = [name for name in ("train", "val", "test") if getattr(self.data, name) is split]
         assert names, "a split of this loader's data"
         yield from self._prepare(("eval_batch", names[0], index, self.context.dtype) for index in indices)
 
     def close(self) -> None:
-        """Ends the workers; what they have prepared is lost."""
+        """Ends the workers and discards prepared batches; the next batch starts new workers."""
         self._training = None
         if self._lifeline is not None:
-            self._lifeline.close()  # first: a pool that has lost a worker waits for the others, which let SIGTERM pass
+            self._lifeline.close()  # first: a broken pool waits for its workers, which ignore SIGTERM
         for pool in (self._workers, self._pinning):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
@@ -96,13 +100,13 @@ class Loader:
         self.close()
 
     def _train_tasks(self, sampler: Sampler, seed: int, step: int) -> Iterator[Task]:
-        while True:  # an epoch follows the other; who asks knows when to stop
+        while True:  # epoch after epoch; the consumer stops
             for shard in sampler.shards(step):
                 yield "train_batch", shard.index, seed, sampler.epoch_of(step), self.context.dtype
             step += 1
 
     def _prepare(self, tasks: Iterator[Task]) -> Iterator[Batch]:
-        """What the tasks give, in their order, on the device."""
+        """Results of the tasks, in order, on the device."""
         if self.num_workers == 0:
             for task in tasks:
                 yield self._move(_do(self.data, task))
@@ -117,17 +121,17 @@ class Loader:
                 yield self._move(ahead.popleft().result())
         except BrokenProcessPool:
             raise TrainingError(_DIED) from None
-        # What is ahead when nobody asks any more is not cancelled: a pool whose workers are gone fails over futures
-        # that were (CPython 3.11 sets an exception on each of them).
+        # Pending futures are not cancelled when the consumer stops early: a broken pool sets an exception on each
+        # pending future, and in CPython 3.11 that fails for cancelled ones.
 
     def _submit(self, task: Task) -> Future[Batch]:
         if self._workers is None:
             self._workers, self._lifeline = _start(self.data, self.num_workers)
             self._pinning = ThreadPoolExecutor(1, "pin") if self._pins else None
-        # A worker's process starts here too, and inherits which signals are blocked. One that arrives meanwhile waits.
+        # `submit` may start a worker, which inherits the mask of blocked signals. Signals stay pending meanwhile.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         try:
-            # An index travels as plain bytes: a tensor would take a shared memory file, and a connection to this rank.
+            # An index is sent as a NumPy array: a tensor would need a shared-memory file and a connection to this rank.
             future = self._workers.submit(_work, tuple(_packed(part) for part in task))
         except (AttributeError, TypeError, PicklingError) as error:
             raise ConfigError(
@@ -160,18 +164,18 @@ def _pinned(future: Future[Batch]) -> Batch:
 
 
 def _start(data: Data, num: int) -> tuple[ProcessPoolExecutor, Connection]:
-    data.pixel_stats  # noqa: B018 - once here, and not in each worker
+    data.pixel_stats  # noqa: B018 - computed once here instead of in each worker
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     theirs, ours = context.Pipe(duplex=False)
     return ProcessPoolExecutor(num, context, _begin, (data, theirs)), ours
 
 
-_data: Data  # of a worker process
+_data: Data  # in a worker process: the data set that `_work` reads
 
 
 def _begin(data: Data, lifeline: Connection) -> None:
-    """The beginning of a worker."""
+    """Initializes a worker process."""
     global _data
     _data = data
     for number in _STOPPING:
@@ -182,8 +186,8 @@ def _begin(data: Data, lifeline: Connection) -> None:
 
 def _end_with(lifeline: Connection) -> None:
     with suppress(EOFError):
-        lifeline.recv_bytes()  # nobody sends anything: it returns when the other end is closed
-    os._exit(0)  # whatever the main thread waits for does not come any more
+        lifeline.recv_bytes()  # nothing is ever sent: raises EOFError when the rank's end is closed
+    os._exit(0)  # the main thread may wait for tasks that no longer come
 
 
 def _work(task: Task) -> Batch:

@@ -1,6 +1,4 @@
-"""Random numbers as a function of what they are for: (seed, epoch, sample), never of a rank or of what was drawn
-before.
-"""
+"""Stateless random numbers: functions of a key (seed, epoch, sample, purpose), not of what was drawn before."""
 
 from enum import IntEnum
 
@@ -9,20 +7,20 @@ from torch import Tensor
 
 
 class Draw(IntEnum):
-    """What a random number is for: part of its key, so that two purposes never share a number.
+    """Purpose of a random number, a part of its key, so that no two purposes share a number.
 
-    The numbers are part of what a seed means: a run that is resumed draws the same.
+    The values must not change: a resumed run has to draw the same numbers from its seed.
     """
 
     SHUFFLE = 1
-    """The order of the samples in an epoch."""
+    """Order of the samples in an epoch."""
     SHIFT_Y = 2
     SHIFT_X = 3
     FLIP = 4
     MODEL = 5
-    """What the model draws in a step: dropout, stochastic depth."""
+    """Draws of the model in a step: dropout, stochastic depth."""
     ITEM = 6
-    """What a user's own data set draws for a sample."""
+    """Draws of a user-defined data set for a sample."""
 
 
 _MASK = (1 << 64) - 1
@@ -37,7 +35,7 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift; torch's is arithmetic for int64."""
+    """Logical right shift; torch's own is arithmetic for int64."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
@@ -50,7 +48,7 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def _mix_int(bits: int) -> int:
-    """`mix` of one integer, 0 <= bits < 2^64, some fifty times quicker than operators on a tensor."""
+    """`mix` of one Python integer, 0 <= bits < 2^64; some fifty times faster than operators on a tensor."""
     bits = (bits + _GAMMA) & _MASK
     bits = (bits ^ (bits >> 30)) * _FIRST & _MASK
     bits = (bits ^ (bits >> 27)) * _SECOND & _MASK
@@ -58,7 +56,7 @@ def _mix_int(bits: int) -> int:
 
 
 def mix_key(*parts: int) -> int:
-    """Several integers as one well-mixed non-negative one, for seeding generators."""
+    """Hashes integers into one, 0 <= key < 2^63, for seeding generators; their order counts."""
     key = 0
     for part in parts:
         key = _mix_int(key ^ (part & _MASK))
@@ -66,10 +64,10 @@ def mix_key(*parts: int) -> int:
 
 
 def seed_generators(key: int, device: torch.device) -> None:
-    """Seeds what models draw from (dropout, stochastic depth): torch's own generators of the host and of the device.
+    """Seeds torch's default generators of the host and of `device`, which models draw from (dropout, stochastic depth).
 
-    `torch.manual_seed` seeds those of every backend there is, and writes down a stack trace for each that has not been
-    started: 0.1 to 0.4 ms, which a training step notices.
+    `torch.manual_seed` also seeds every other backend, and records a stack trace for each one that is not initialized:
+    0.1 to 0.4 ms, which is noticeable in a training step.
     """
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
@@ -77,12 +75,12 @@ def seed_generators(key: int, device: torch.device) -> None:
 
 
 def integers(high: int, index: Tensor, *key: int) -> Tensor:
-    """For every sample index an integer of 0 <= value < high that depends on the index and the key alone.
+    """For every sample index an integer 0 <= value < high that depends only on the index and the key.
 
     Args:
         high: exclusive bound, far below 2^62 (the bias is high / 2^62).
         index: int64, any shape; the output has the same.
-        key: what the draw is for: seed, epoch, purpose.
+        key: further parts of the key: seed, epoch, purpose.
     """
     bits = mix(mix(index) ^ _signed(mix_key(*key)))
     return _shift_right(bits, 2) % high

@@ -1,4 +1,4 @@
-"""From the configuration of a data set to its data."""
+"""Loads the data set that the configuration selects."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from syncbn.training.data.images import ImageData
 
 
 def load(config: DataConfig) -> Data:
-    """The data set that the configuration names.
+    """Loads the data set of the configuration, restricted to `config.classes` if that is set.
 
     Raises:
-        ConfigError: files that are missing or not what they should be; the message names the key and the remedy.
+        ConfigError: files are missing or malformed, or labels unknown; the message names the key and the remedy.
     """
     data: Data
     match config:
@@ -55,7 +55,7 @@ def load(config: DataConfig) -> Data:
 
 
 def _keep_classes(data: Data, classes: list[int]) -> Data:
-    assert isinstance(data, ImageData)  # the schemas that have `classes` are of images
+    assert isinstance(data, ImageData)  # only schemas of image data sets have `classes`
     assert data.num_classes is not None
     if unknown := sorted(set(classes) - set(range(data.num_classes))):
         raise ConfigError(f"data.classes: expected labels between 0 and {data.num_classes - 1}, got {unknown}")

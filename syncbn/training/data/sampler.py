@@ -1,4 +1,4 @@
-"""Which samples make up a step: a function of (seed, epoch, step), cut over however many ranks there are."""
+"""The samples of each step: a function of (seed, step), split over the ranks, of which there may be any number."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from syncbn.training.data.randomness import Draw, mix_key
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of one micro-batch."""
+    """One rank's share of one micro-batch."""
 
     index: Tensor
-    """int64, the samples of this rank; may be empty."""
+    """(N,) int64, positions of this rank's samples in the data set; N may be 0."""
     num_global: int
-    """Samples of the micro-batch over all ranks."""
+    """Number of samples of the micro-batch over all ranks."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Cuts an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads, never drops.
+    """Splits an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads or drops.
 
-    Every sample of an epoch is visited once. The last step of an epoch takes what is left, so it may leave a rank with
-    fewer samples than the others, or with none. Shards differ by at most one sample (those of virtual ranks do).
+    Every sample is visited once per epoch. The last step of an epoch takes the rest, so a rank may have fewer samples
+    than the others, or none. Virtual ranks differ by at most one sample per micro-batch, shards by `groups_per_rank`.
     """
 
     num_samples: int
@@ -38,27 +38,27 @@ class Sampler:
     rank: int
     world_size: int
     groups_per_rank: int = 1
-    """Virtual ranks that each rank stands for: it has the samples of all of them, one after the other."""
+    """Virtual ranks per rank; a shard is the concatenation of their samples, in order."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that visit every sample once."""
+        """Number of steps in which every sample is visited once."""
         return -(-self.num_samples // self.batch_size)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to, from 0."""
+        """The epoch that a step belongs to, counted from 0."""
         return step // self.steps_per_epoch
 
     def shards(self, step: int) -> list[Shard]:
-        """This rank's part of each micro-batch of a step."""
+        """This rank's shard of each micro-batch of a step."""
         return list(_shards(self, step))
 
     def samples(self, step: int, rank: int) -> Tensor:
-        """The samples of a step on any rank, int64."""
+        """Positions of all samples of a step on the given rank, (N,) int64."""
         return torch.cat([shard.index for shard in replace(self, rank=rank).shards(step)])
 
     def num_seen(self, step: int) -> list[int]:
-        """Samples that this rank has seen before a step, from the beginning of the run: of each of its groups."""
+        """Numbers of samples in all steps before `step`, from 0 on, for each group (virtual rank) of this rank."""
         epochs, position = divmod(step, self.steps_per_epoch)
         order = torch.arange(self.num_samples)
         sizes = torch.tensor(
@@ -70,7 +70,7 @@ class Sampler:
         return (epochs * sizes.sum(0) + sizes[:position].sum(0)).tolist()
 
     def _cut(self, order: Tensor, position: int) -> list[Shard]:
-        """This rank's part of each micro-batch of the step at `position` of an epoch."""
+        """This rank's shard of each micro-batch of the step at `position` in an epoch with the given order."""
         micro_batches = self._micro_batches(order, position)
         groups = self._groups(order, position)
         return [Shard(torch.cat(mine), len(part)) for mine, part in zip(groups, micro_batches, strict=True)]
@@ -80,7 +80,7 @@ class Sampler:
         return batch.tensor_split(min(self.accumulate, len(batch)))
 
     def _groups(self, order: Tensor, position: int) -> list[list[Tensor]]:
-        """For each micro-batch the samples of each of this rank's groups."""
+        """For each micro-batch, the samples of each group (virtual rank) of this rank."""
         num_groups, first = self.world_size * self.groups_per_rank, self.rank * self.groups_per_rank
         return [
             list(part.tensor_split(num_groups)[first : first + self.groups_per_rank])
@@ -88,12 +88,12 @@ class Sampler:
         ]
 
     def smallest_micro_batch(self) -> int:
-        """Samples of the smallest micro-batch of an epoch, over all ranks."""
+        """Number of samples, over all ranks, of the smallest micro-batch of an epoch."""
         last = self.num_samples - (self.steps_per_epoch - 1) * self.batch_size
         return last // min(self.accumulate, last)
 
 
-@lru_cache(maxsize=2)  # the trainer asks, and its loader does
+@lru_cache(maxsize=2)  # the trainer and its loader both ask for the same step
 def _shards(sampler: Sampler, step: int) -> tuple[Shard, ...]:
     epoch, position = divmod(step, sampler.steps_per_epoch)
     return tuple(sampler._cut(_epoch_order(sampler.num_samples, sampler.seed, epoch), position))

@@ -1,4 +1,4 @@
-"""A data set for segmentation without files: coloured shapes on a background, and masks of which parts are ignored."""
+"""A generated data set for segmentation: colored shapes on a background, and masks that are partly ignored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from syncbn.training.data.images import ImageData
 from syncbn.training.data.randomness import mix_key
 
 NAMES = ("background", "square", "disk", "triangle")
-MAX_SHAPES = 4  # in an image
+MAX_SHAPES = 4  # per image; the number is drawn from 1 to this
 
 
 def make(config: ShapesConfig) -> ImageData:
-    """`data=shapes`: uint8 images (N, 3, size, size) and masks; a sample depends on the data's seed and itself alone.
+    """Makes `data=shapes`: uint8 images (N, 3, size, size) and masks (N, size, size), split 80/10/10.
 
-    Colours are random, so that the shape decides. From each mask a band of random height is ignored, so that the
-    number of pixels that count differs from sample to sample, and with it from rank to rank.
+    A sample depends only on `data.seed` and its position. Colors are random, so that only the shape tells the class.
+    In each mask a band of rows of random height is IGNORE, so that the number of pixels that count differs between
+    samples, and thereby between ranks.
     """
     samples = [_sample(config, position) for position in range(config.num_samples)]
     images, masks = (torch.stack(parts) for parts in zip(*samples, strict=True))
@@ -54,9 +55,14 @@ def _sample(config: ShapesConfig, position: int) -> tuple[Tensor, Tensor]:
 
 
 def _inside(kind: int, y: Tensor, x: Tensor, radius: Tensor) -> Tensor:
-    """Pixels of a shape by their distance from its centre."""
+    """Mask of the pixels inside a shape.
+
+    Args:
+        kind: index into NAMES, except the background.
+        y, x: offsets of the pixels from the shape's center, (size, size), in pixels.
+    """
     if NAMES[kind] == "square":
         return (y.abs() <= radius) & (x.abs() <= radius)
     if NAMES[kind] == "disk":
         return y.square() + x.square() <= radius.square()
-    return (y.abs() <= radius) & (x.abs() <= (y + radius) / 2)  # a triangle with its tip on top
+    return (y.abs() <= radius) & (x.abs() <= (y + radius) / 2)  # a triangle with its tip at the top

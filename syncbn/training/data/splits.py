@@ -1,11 +1,11 @@
-"""Cutting a data set into parts, the same at every call."""
+"""Stratified splits of a data set, the same at every call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SPLIT_SEED = 0  # the split is part of a data set, not of a run
+SPLIT_SEED = 0  # fixed: the split belongs to the data set and does not vary with the run's seed
 
 
 def stratified_indices(labels: Tensor) -> list[Tensor]:

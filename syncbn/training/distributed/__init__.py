@@ -1,1 +1,1 @@
-"""This rank among the others: the world, DDP, stopping together, failing together."""
+"""Communication between ranks: rank and store, DDP, stopping on request, and errors that all ranks raise."""

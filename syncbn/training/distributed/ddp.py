@@ -1,4 +1,4 @@
-"""The model in DistributedDataParallel, such that its first step is like every other and its totals travel along."""
+"""A DistributedDataParallel wrapper with stable bucket order from the first step, and totals in its buckets."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.training.distributed.rank_context import RankContext
 
-_WARM_UP_PASSES = 2  # the first records the order of gradients, the second's forward rebuilds the buckets by it
+_WARM_UP_PASSES = 2  # the first backward records the order of gradients, the second forward rebuilds buckets by it
 
 
 class WrappedModel:
-    """A model to train on all ranks of a place, by DDP; as it is where there is one rank.
+    """A model wrapped in DistributedDataParallel (DDP), or the model itself if there is one rank.
 
-    A few totals of a step (the sum of the loss, what it counts) are needed from all ranks before the weights move. They
-    travel as the gradient of a parameter of their own, in DDP's buckets: a step has no collective that DDP and the
-    layers would not have without them.
+    A few totals of a step (loss sum, count, flags) have to be summed over all ranks before the optimizer steps. They
+    are the gradient of an extra parameter and so travel in DDP's buckets: they add no collective to a step.
 
-    DDP sums in its initial bucket layout until it has seen one backward pass, then in another order. A run that is
-    resumed (or unfreezes, and wraps anew) would differ there from one that went on, by rounding. So throwaway passes
-    rebuild the buckets first; buffers and gradients are put back, and no optimizer has stepped.
+    DDP reduces in its initial bucket layout until after its first backward pass, then rebuilds the buckets in another
+    order. A run that is resumed, or that wraps the model again after unfreezing, would therefore differ by rounding
+    from an uninterrupted one. To avoid that, the constructor runs warm-up passes until the buckets are rebuilt, then
+    restores the buffers and clears the gradients; no optimizer steps.
+
+    Every rank has to construct it at the same time: DDP and the warm-up passes communicate.
 
     Args:
-        is_first: takes rank 0's state for all; later that would overwrite what groups of ranks have gathered.
-        num_totals: how many there are.
-        loss_of: this rank's loss of some batch under the wrapper; the same batch on every rank's side of it.
+        is_first: broadcast rank 0's parameters and buffers to all ranks. Only for the first wrapper of a job: later
+            it would overwrite running statistics that differ between groups of ranks.
+        num_totals: number of totals.
+        loss_of: computes this rank's loss, a scalar, for the warm-up passes, by calling the wrapper that it is given.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class WrappedModel:
             self._carrying,
             device_ids=[context.device] if context.device.type == "cuda" else None,
             init_sync=is_first,
-            # Synchronized statistics are equal on all ranks by construction; local ones are pooled when they are used.
+            # Synchronized running statistics are equal on all ranks by construction; local ones are pooled when needed.
             forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
@@ -63,46 +66,47 @@ class WrappedModel:
                 buffer.copy_(value)
 
     def __call__(self, *args: Any) -> Any:
-        """The model's forward."""
+        """The model's forward pass, through DDP if there are several ranks."""
         return (self.model if self._ddp is None else self._ddp)(*args)
 
     def without_communication(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch that is not the last of its step: gradients stay local."""
+        """Context for forward and backward of every micro-batch but the last of a step: gradients stay local."""
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
     def backward(self, loss: Tensor, totals: Tensor) -> Tensor:
-        """The last backward of a step; averages gradients over ranks.
+        """The last backward of a step; DDP's all-reduces average the gradients over all ranks.
 
         Args:
-            loss: of this rank; no dimensions.
-            totals: of this rank, `num_totals` of them.
+            loss: this rank's loss, a scalar tensor.
+            totals: this rank's totals, (num_totals,).
 
         Returns:
-            The totals summed over all ranks, in float64, with the rounding of the model's parameters: they have
-            travelled as a gradient, which DDP divides by the ranks.
+            The totals summed over all ranks, (num_totals,) float64. With several ranks they are rounded to float32
+            (float64 if a trained parameter is float64) on the way, because they travel as a gradient.
         """
         if self._ddp is None:
             loss.backward()
             return totals.double()
         carrier = self._carrying.totals
-        # DDP averages; for two ranks, three, and most numbers of them, whole numbers come back exactly.
+        # DDP divides by the world size again. For 2, 3 and most other world sizes, integers survive that exactly.
         given = (totals * self._world_size).to(carrier.dtype)
         torch.autograd.backward([loss, carrier], [None, given])
         arrived, carrier.grad = carrier.grad, None
         assert arrived is not None
-        return arrived.to(torch.float64, copy=True)  # not the bucket itself
+        return arrived.to(torch.float64, copy=True)  # a copy: the gradient is a view of DDP's bucket
 
 
 class _Carrying(nn.Module):
-    """A model beside a parameter whose gradient carries totals."""
+    """A model together with an extra parameter whose gradient carries the totals."""
 
-    wrapped_child = "model"  # names of modules are those of the model
+    wrapped_child = "model"  # so that module names and patterns are those of the model
 
     def __init__(self, model: nn.Module, num_totals: int, device: torch.device) -> None:
         super().__init__()
         self.model = model
         trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-        wide = torch.float64 if torch.float64 in trained else torch.float32  # DDP has buckets for each type
+        # A bucket holds one dtype: in that of the parameters, the totals need no bucket of their own.
+        wide = torch.float64 if torch.float64 in trained else torch.float32
         self.totals = nn.Parameter(torch.zeros(num_totals, dtype=wide, device=device))
 
     def forward(self, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What one rank meets, told on every rank: collectives that wait in vain, errors of some ranks alone."""
+"""Errors of some ranks that concern all: timeouts of collectives, and configuration errors of single ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from syncbn.training.distributed.world import attempt, is_distributed, rank, sto
 
 
 def explain_one_value(error: ValueError, step: int) -> RankError | None:
-    """What torch says of a batch that has one value per channel, as an error with a remedy; None for another error."""
+    """Converts torch's error about one value per channel to a RankError with a remedy; None for any other error."""
     if "more than 1 value per channel" not in str(error):
         return None
     return RankError(
@@ -23,14 +23,21 @@ def explain_one_value(error: ValueError, step: int) -> RankError | None:
 
 
 def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
-    """A collective that waited in vain, as an error that says where, and for which ranks; None for another error.
+    """Converts a timeout of a collective to an error that names the place and the missing ranks.
 
-    Ranks that gave up say so in the store; who has not come there soon after is what the others have waited for.
+    Each rank that times out writes a key to the store. A rank whose key does not appear within a second is taken for
+    one of those that the others waited for.
+
+    Args:
+        where: the place in the run, for the message, such as "step 12".
+
+    Returns:
+        The new error; None if `error` is no timeout or the job is not distributed.
     """
     if not is_distributed() or not re.search(r"[Tt]imed out", str(error)):
         return None
     missing = []
-    with suppress(Exception):  # a store that is gone must not hide the message
+    with suppress(Exception):  # without a store the message still has to appear
         prefix = f"syncbn/timed_out/{attempt()}/"
         store().set(f"{prefix}{rank()}", "")
         for other in range(world_size()):
@@ -46,7 +53,11 @@ def explain_timeout(error: RuntimeError, where: str) -> RuntimeError | None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Around what one rank does, or each for itself: a ConfigError of any rank is raised on all, not only there."""
+    """Context after which a ConfigError of any rank is raised on every rank.
+
+    All ranks have to enter it: leaving it is a collective (none for other exceptions). A rank that failed raises its
+    own error, the others that of the lowest rank that failed.
+    """
     mine: ConfigError | None = None
     try:
         yield

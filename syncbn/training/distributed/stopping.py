@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and Ctrl-C set a flag, the ranks agree on a step, the state is saved, the job leaves."""
+"""Stopping on request: SIGTERM and Ctrl-C set a flag, the ranks agree on a step, save the state, and exit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODE = 128 + signal.SIGTERM  # as a shell reports a process that the signal ended: the job is not done
+EXIT_CODE = 128 + signal.SIGTERM  # a shell's exit status for a process that SIGTERM ended: the run is not finished
 
 
-class StopAgreed(Exception):  # noqa: N818 - it is no error
-    """All ranks have agreed to stop where they are."""
+class StopAgreed(Exception):  # noqa: N818 - not an error
+    """Raised on every rank after the ranks have agreed to stop at this point of the run."""
 
 
 class Stopped(SystemExit):
-    """The state is saved and the job leaves; not an error, but not the end of the run either."""
+    """Exit of a job that was asked to stop, after its state is saved. Not an error; the run is unfinished."""
 
     def __init__(self, step: int) -> None:
         super().__init__(EXIT_CODE)
@@ -29,9 +29,9 @@ class Stopped(SystemExit):
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A SIGTERM waits for the end of this context, as far as nobody else listens inside.
+    """Context that delays SIGTERM until its end, unless a handler installed inside takes the signal.
 
-    A rank that fails is followed at once by torchrun's signal to all others: the first one has yet to write the report.
+    When a rank fails, torchrun at once sends SIGTERM to all others, but rank 0 still has to write the report.
     """
     taken: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
@@ -44,10 +44,10 @@ def deferred() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether this process has been asked to stop.
+    """Flag: this process has been asked to stop.
 
-    One rank may be asked a moment before the others, and collectives must match: ask `agreed` for a decision, on all
-    ranks at once.
+    Signals reach the ranks at different moments, but collectives must match. Decide by `agreed`, which all ranks call
+    at the same point, not by the flag `requested`.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,10 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Takes the signals. A second Ctrl-C ends the process; a second SIGTERM does not, because who signals every
-        process of a job reaches the ranks twice, once through torchrun (which kills them after 30 s anyway).
+        """Context in which SIGTERM and SIGINT (Ctrl-C) set the flag.
+
+        A second Ctrl-C ends the process. A second SIGTERM does not: a sender that signals every process of a job
+        reaches each rank twice, once through torchrun (which kills the ranks after 30 s anyway).
         """
         before = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
@@ -71,7 +73,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
-        """Whether any rank has been asked; a collective."""
+        """Whether any rank has been asked to stop, the same on every rank; an all-reduce of one number."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.requested
         backend_device = "cpu" if dist.get_backend() == "gloo" or "cpu" in str(dist.get_backend_config()) else "cuda"

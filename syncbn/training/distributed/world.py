@@ -1,4 +1,4 @@
-"""This process among the others of its job, and what they agree on. Imports torch only where it has to talk to them."""
+"""Rank, world size, key-value store and agreement between ranks. Imports torch only in functions that communicate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STORE_TIMEOUT = timedelta(seconds=60)
 
 
 def rank() -> int:
-    """This process's rank in the job; 0 without torchrun."""
+    """Rank of this process in the job; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -29,10 +29,10 @@ def world_size() -> int:
 
 
 def attempt() -> str:
-    """How often torchrun has restarted the job, the same on every rank.
+    """Number of times that torchrun has restarted the job, as text, the same on every rank.
 
-    Each machine counts for itself, and one that joined later has counted fewer: where the store is new at every
-    attempt, rank 0's word holds.
+    Each machine counts its own restarts, so one that joined later has a lower count. If rank 0 hosts the store, which
+    is then new at every attempt, all ranks take rank 0's count from it.
     """
     if is_distributed() and not agent_keeps_store():
         return agree("attempt", restarts)
@@ -40,22 +40,22 @@ def attempt() -> str:
 
 
 def restarts() -> str:
-    """How often this machine's torchrun has restarted its ranks."""
+    """Number of times that torchrun on this machine has restarted its ranks, as text."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def agent_keeps_store() -> bool:
-    """Whether torchrun's agent keeps the store, so that it outlives the ranks."""
+    """Whether torchrun's agent hosts the key-value store, which then outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def is_elastic() -> bool:
-    """Whether a launcher that restarts ranks (torchrun) has started this process."""
+    """Whether torchrun, which can restart ranks, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def num_nodes() -> int:
-    """The number of machines of the job, as torchrun counts them; 1 without it."""
+    """The number of machines (torchrun agents) of the job; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
@@ -64,13 +64,17 @@ def is_distributed() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-agreed: dict[str, str] = {}
+agreed: dict[str, str] = {}  # values that `agree` has returned in this process, by key
 
 
 def agree(key: str, propose: Callable[[], str]) -> str:
-    """What rank 0 proposes, on every rank, and the same again however often it is asked.
+    """Returns rank 0's value for `key` on every rank; every later call with that key returns the same value.
 
-    After an elastic restart too, because torchrun's store outlives the ranks.
+    Communicates through the store: the other ranks wait until rank 0 has called it. If torchrun's agent hosts the
+    store, the value survives an elastic restart.
+
+    Args:
+        propose: computes the value; called on rank 0 only, and only if the store has no value yet.
     """
     if key not in agreed:
         if is_distributed():
@@ -85,7 +89,7 @@ def agree(key: str, propose: Callable[[], str]) -> str:
 
 @cache
 def store() -> Store:
-    """The job's key-value store: the one that torchrun's agent keeps, else one that rank 0 hosts."""
+    """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0."""
     from torch.distributed import TCPStore
 
     return TCPStore(
@@ -98,7 +102,7 @@ def store() -> Store:
 
 
 def on_all_ranks(value: T) -> list[T]:
-    """What each rank says, on every rank, in the order of ranks; values that pickle."""
+    """Gathers a picklable value of each rank on every rank, in rank order; a collective over all ranks."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -109,10 +113,10 @@ def on_all_ranks(value: T) -> list[T]:
 
 
 def check_variables() -> None:
-    """That the variables by which a rank finds the others are complete, or that it is no rank.
+    """Checks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are all set, or RANK and WORLD_SIZE both unset.
 
     Raises:
-        ConfigError: some are there, which anything but torchrun may have set, and others are not.
+        ConfigError: RANK or WORLD_SIZE is set, by torchrun or anything else, and another of the four is not.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     known = [name for name in needed if name in os.environ]

@@ -1,1 +1,1 @@
-"""What is minimized: a sum and a count."""
+"""Losses, each of which returns a sum and a count."""

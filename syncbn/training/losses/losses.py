@@ -1,4 +1,4 @@
-"""Losses: a sum and what it is to be divided by, so that the mean over all ranks is exact."""
+"""Losses that return a sum and its divisor, so that the mean over all ranks is exact."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from syncbn.training.data.dataset import IGNORE, Data
 
 
 class Loss(Protocol):
-    """A loss returns the sum over what it counts, and the count, both tensors without dimensions.
+    """Protocol of a loss: it returns a sum over samples (or pixels, or weights) and their count, as scalar tensors.
 
-    The service divides by the count of the *global* batch. For no rows the sum is 0 and still depends on the outputs,
-    so that a rank without samples takes part in the backward pass.
+    The trainer divides by the count of the *global* batch. For outputs without rows the sum has to be 0 and still
+    depend on the outputs, so that a rank without samples takes part in the backward pass.
     """
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class CrossEntropy:
-    """Cross entropy of logits (N, num_classes, ...) and labels (N, ...), counted per label.
+    """Cross entropy of logits (N, num_classes, ...) and labels (N, ...) int64; its count is the number of labels.
 
     Args:
-        ignore_index: labels of this value are left out, of the count too.
+        ignore_index: labels of this value are excluded from the sum and the count; None for no such value.
     """
 
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int | None = None) -> None:
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over labels, and their number."""
+        """Returns the sum over labels and the number of labels (float64)."""
         if self.ignore_index is None:
             total = F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
             return total, torch.full((), float(targets.numel()), dtype=torch.float64, device=outputs.device)
@@ -46,7 +46,11 @@ class CrossEntropy:
 
 
 def build(config: LossConfig, data: Data) -> Loss:
-    """The loss of the configuration; in masks what is to be ignored needs no mention."""
+    """Builds the loss of the configuration; for masks, IGNORE (255) is the default of `ignore_index`.
+
+    Raises:
+        ConfigError: cross entropy for data without classes, or a `_target_` that cannot be built or called.
+    """
     match config:
         case CrossEntropyConfig():
             if data.num_classes is None:
@@ -67,10 +71,10 @@ def _build_own(config: dict[str, Any]) -> Loss:
 
 
 def check_loss(loss: Loss, outputs: object, targets: Tensor) -> None:
-    """Calls the loss once.
+    """Calls the loss once on a model's outputs and checks what it returns.
 
     Raises:
-        ConfigError: it cannot take these, or does not return a sum and a count.
+        ConfigError: the call fails, or does not return a sum and a count as scalar tensors.
     """
     try:
         returned = loss(outputs, targets)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""From the configuration to a model, its normalization and its pretrained parts."""
+"""Building of models, their batch normalization, and loading of pretrained sub-networks."""

@@ -1,4 +1,4 @@
-"""Models: the residual network that comes with the service, and anybody's own."""
+"""Builds the model of the configuration: the built-in residual network or U-Net, or a user's own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def build_network(config: ModelConfig, bn: BnConfig, in_channels: int, num_classes: int | None) -> nn.Module:
-    """The model of the configuration, its batch normalization set up and, with `bn.sync`, synchronized.
+    """Builds the model of the configuration and applies `bn` to its batch normalization.
 
-    Arguments of a `_target_` that are the words `data.num_channels` or `data.num_classes` become what the data has.
+    Every rank calls it: with `bn.sync`, making process groups is a collective.
+
+    Args:
+        in_channels: channels of the data's images.
+        num_classes: number of classes of the data; None if its targets are not classes.
 
     Raises:
-        ConfigError: a `_target_` that cannot be imported or called; a model without a trainable parameter.
+        ConfigError: a `_target_` that cannot be imported or called or is not an `nn.Module`; a built-in model for data
+            without classes; see also `normalization.set_up`.
     """
     if num_classes is None and not isinstance(config, dict):
         raise ConfigError(f"model: {config.name} is for classes, which this data has not; choose model=custom")
@@ -45,7 +50,7 @@ def build_network(config: ModelConfig, bn: BnConfig, in_channels: int, num_class
 
 
 def _build_own(config: dict[str, Any], in_channels: int, num_classes: int | None) -> nn.Module:
-    """The user's model; `data.num_channels` and `data.num_classes` as values stand for what they name."""
+    """Builds the user's model; replaces the argument values "data.num_channels" and "data.num_classes" by numbers."""
     target = str(config["_target_"])
     if target.startswith("timm.") and find_spec("timm") is None:
         raise ConfigError(f"model._target_={target}: timm is not installed; pip install timm")

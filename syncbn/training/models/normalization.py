@@ -1,4 +1,4 @@
-"""Batch normalization as `bn` configures it: momentum and eps, synchronized over which ranks, fused."""
+"""Applies the `bn` settings to a model: momentum, eps, synchronization over ranks, fusion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 def set_up(model: nn.Module, bn: BnConfig) -> None:
-    """Brings the batch normalization of a fresh model to its configuration, in place; may be a collective.
+    """Applies `bn` to the batch normalization layers of a newly built model, in place.
+
+    Every rank calls it: making a process group (`bn.group`, `bn.own_group`) is a collective.
 
     Raises:
-        ConfigError: a group that cannot be made, a layer whose behaviour would be lost.
+        ConfigError: a process group that cannot be made, or a layer class whose behavior conversion would lose.
     """
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
@@ -59,7 +61,7 @@ def _log_memory(reports: list[FusionOutcome]) -> None:
 
 
 def _log_reasons(what: str, reasons: dict[str, str]) -> None:
-    """A line per reason, however many layers it is the reason of."""
+    """Logs one line per reason, with the names of the layers that it applies to."""
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name or "the model")

@@ -1,4 +1,4 @@
-"""Pretrained sub-networks: loading them, saying what was loaded, and measuring how far their statistics drift."""
+"""Pretrained sub-networks: loading, a report of what was loaded, and the drift of their running statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """What became of every key of a file and of a sub-network; keys are those of the sub-network."""
+    """Outcome for every key of a file and of the sub-network it was loaded into; keys are relative to the sub-network.
+
+    `loaded`: in both, in the same shape. `missing`: in the sub-network only, except batch counters. `unexpected`: in
+    the file only. `mismatched`: in both, in different shapes.
+    """
 
     loaded: list[str]
     missing: list[str]
@@ -31,11 +35,11 @@ class LoadOutcome:
 
     @property
     def missing_statistics(self) -> list[str]:
-        """Missing running statistics: what they stand for would be normalized with mean 0 and variance 1."""
+        """Missing running means and variances, whose layers keep those they were built with, usually 0 and 1."""
         return [key for key in self.missing if key.endswith(("running_mean", "running_var"))]
 
     def problems(self) -> list[str]:
-        """In words, a line for each kind that is not empty."""
+        """Describes the mismatches: a phrase for each kind that is not empty."""
         kinds = {
             "lacks": self.missing,
             "has besides": self.unexpected,
@@ -48,13 +52,13 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
     """Loads a pretrained state into the sub-network `name` of the model.
 
     Args:
-        config: `path` is a checkpoint of ours, a run directory (its best checkpoint), or a state dict saved by torch or
-            safetensors. `prefix` is what its keys have in front of the sub-network's own; None takes `name.` where
-            there are such keys, else nothing. With `strict` everything has to fit, key for key and shape for shape;
-            without, what fits is loaded.
+        config: `path` is a checkpoint of this package, a run directory (its best checkpoint), or a state dict saved by
+            torch or safetensors. `prefix` is the prefix of the sub-network's keys in it; None: `name.` or nothing,
+            whichever matches more keys. With `strict` all keys and shapes have to match; without, those that match
+            are loaded.
 
     Raises:
-        ConfigError: no such sub-network or file; a state that does not fit; nothing that fits.
+        ConfigError: no such sub-network or file; with `strict`, a mismatch; no key that matches.
     """
     key = f"init.{name}"
     try:
@@ -67,7 +71,7 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
     fitting = [k for k in own if k in state and own[k].shape == state[k].shape]
     report = LoadOutcome(
         loaded=fitting,
-        # Files from before torch counted batches have no counter; torch's strict loading takes them too.
+        # num_batches_tracked may be missing: old torch versions saved none, and torch's strict loading accepts that.
         missing=[k for k in own if k not in state and not k.endswith("num_batches_tracked")],
         unexpected=[k for k in state if k not in own],
         mismatched=[k for k in own if k in state and own[k].shape != state[k].shape],
@@ -92,12 +96,12 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
 def _below_prefix(
     weights: dict[str, Tensor], name: str, key: str, config: InitConfig, own: Collection[str]
 ) -> dict[str, Tensor]:
-    """The sub-network's part of a file, its keys without what they have in front."""
+    """The part of the file's weights below the prefix, which is removed from the keys."""
 
     def below(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): value for k, value in weights.items() if k.startswith(prefix)}
 
-    if config.prefix is None:  # a whole model, or the sub-network alone: whichever has more of its keys
+    if config.prefix is None:  # the file holds a whole model or the sub-network alone: take what matches more keys
         return max(weights, below(f"{name}."), key=lambda state: len(state.keys() & set(own)))
     found = below(config.prefix if config.prefix.endswith(".") or not config.prefix else f"{config.prefix}.")
     if not found:
@@ -109,16 +113,17 @@ def _below_prefix(
 
 
 class Drift:
-    """How far the running means of pretrained sub-networks have moved since they were loaded, in running std.
+    """Drift of running means of pretrained sub-networks since loading, in units of the loaded standard deviation.
 
-    The largest over layers and channels; exactly 0 where statistics are frozen.
+    For each sub-network the maximum over layers and channels of |mean - loaded mean| / sqrt(loaded variance + eps);
+    exactly 0 if the statistics are frozen.
     """
 
     def __init__(self) -> None:
         self._loaded: dict[str, dict[str, list[Tensor]]] = {}
 
     def remember(self, model: nn.Module, subnet: str) -> None:
-        """Takes the present statistics of a sub-network as its loaded ones."""
+        """Stores a copy of the sub-network's current running statistics as the loaded ones."""
         self._loaded[subnet] = {
             name: [layer.running_mean.clone(), layer.running_var.clone()]
             for name, layer in model.get_submodule(subnet).named_modules()
@@ -126,7 +131,7 @@ class Drift:
         }
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """`drift/<subnet>` for every sub-network that was loaded."""
+        """Returns the metric `drift/<subnet>` for every sub-network that was loaded."""
         drifts = {}
         for subnet, layers in self._loaded.items():
             modules = dict(model.get_submodule(subnet).named_modules())
@@ -134,15 +139,16 @@ class Drift:
                 ((_mean_of(modules[name]) - mean).abs() / (var + modules[name].eps).sqrt()).max()
                 for name, (mean, var) in layers.items()
             ]
-            drifts[f"{DRIFT}/{subnet}"] = float(torch.stack(moved).max()) if moved else 0.0  # waits; evaluation only
+            # float() synchronizes with the device; `measure` is called at evaluation only.
+            drifts[f"{DRIFT}/{subnet}"] = float(torch.stack(moved).max()) if moved else 0.0
         return drifts
 
     def state_dict(self) -> dict[str, Any]:
-        """What was loaded, so that a resumed run measures from there."""
+        """The loaded statistics, so that a resumed run measures from the same reference."""
         return self._loaded
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes it over."""
+        """Restores the loaded statistics."""
         self._loaded = state_dict
 
 

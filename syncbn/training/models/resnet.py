@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from syncbn.training.config.model import CHANNELS_PER_GROUP
 
-Norm = Callable[[int], nn.Module]  # a normalization, by the number of channels
+Norm = Callable[[int], nn.Module]  # makes a normalization layer for a number of channels
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """In groups of 4 channels, each sample by itself: whatever the batch is, it changes nothing."""
+    """GroupNorm in groups of 4 channels; it normalizes each sample by itself, independently of the batch."""
     return nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with normalization, and a shortcut around them."""
+    """Two 3x3 convolutions with normalization and ReLU, and a shortcut: identity, or a 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small U-Net (Ronneberger, Fischer, Brox 2015), for a class per pixel."""
+"""A small U-Net (Ronneberger, Fischer, Brox 2015) that predicts a class per pixel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Two 3x3 convolutions, each with batch normalization."""
+    """Two 3x3 convolutions, each with batch normalization and ReLU."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -25,8 +25,10 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class UnetSmall(nn.Module):
-    """Three sub-networks: `encoder` (halves height and width `depth` times), `decoder` (back up, with what the encoder
-    saw at each resolution), `head`. Any height and width from 1 up.
+    """A U-Net of three sub-networks, for any height and width from 1 up.
+
+    `encoder` halves height and width `depth` times, `decoder` doubles them again and concatenates the encoder's output
+    at each resolution, and `head` is a 1x1 convolution to the classes.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int, depth: int) -> None:
@@ -41,11 +43,12 @@ class UnetSmall(nn.Module):
         seen = []
         output = input
         for level, block in enumerate(self.encoder):
-            # ceil_mode: an odd size loses nothing, and a size of 1 stays 1
+            # ceil_mode: odd sizes round up, so no pixel is dropped and a size of 1 stays 1
             output = block(output if level == 0 else F.max_pool2d(output, 2, ceil_mode=True))
             seen.append(output)
         for block, skipped in zip(reversed(self.decoder), reversed(seen[:-1]), strict=True):
-            # Doubled and cut, which unlike interpolation has a deterministic gradient on every device.
+            # Nearest upsampling by repeating, cropped to the skip connection: unlike interpolation, its gradient is
+            # deterministic on every device.
             wider = output.repeat_interleave(2, -2).repeat_interleave(2, -1)[
                 ..., : skipped.size(-2), : skipped.size(-1)
             ]

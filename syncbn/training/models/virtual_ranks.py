@@ -1,9 +1,9 @@
-"""Virtual ranks: batch normalization as that many ranks would do it each on its own, in fewer processes.
+"""Virtual ranks: the local batch statistics of many ranks, reproduced in fewer processes.
 
-What local statistics do to a run at 16 ranks can so be seen on a laptop. A process's part of the batch is cut into
-groups, one for each rank that it stands for, and each group is normalized by its own statistics ("ghost batch
-normalization": Hoffer et al. 2017, arXiv:1705.08741). The gradient is that of one graph over all groups: the loss sums
-over samples, so it is what DDP averages to.
+This shows, for example, on one machine how local statistics affect a run at 16 ranks. A process's part of the batch is
+split into groups, one per virtual rank, and each group is normalized by its own statistics ("ghost batch
+normalization": Hoffer et al. 2017, arXiv:1705.08741). One graph spans all groups, and the loss is a sum over samples,
+so the gradient is the one that DDP would obtain by averaging over that many ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class VirtualBatchNorm(_BatchNorm):
-    """A batch normalization whose training forward cuts (N, C, ...) into groups of rows, as `tensor_split` does, and
-    normalizes each by itself. Weight and bias are shared.
+    """Batch normalization that in training splits (N, C, ...) into groups of rows, by `tensor_split`, and normalizes
+    each group by its own statistics. Weight and bias are shared.
 
-    Each group has running statistics of its own, `group_mean` and `group_var` (groups, C), as each rank has. They are
-    buffers, so they move to devices, are averaged and put back like all others, but no part of the state dict, which is
-    that of `nn.BatchNorm*`: there, in evaluation, and for whoever looks, `running_mean` and `running_var` stand for all
-    groups together. A state dict that is loaded is where every group goes on from, as ranks do from a checkpoint.
+    Each group has its own running statistics, `group_mean` and `group_var`, (groups, C), as each rank would have. They
+    are non-persistent buffers: they move between devices, are averaged and restored like other buffers, but are not in
+    the state dict, which is that of `nn.BatchNorm*`. `running_mean` and `running_var`, (C,), are the statistics pooled
+    over the groups; evaluation and the state dict use them. Loading a state dict sets every group's statistics to them,
+    as ranks start from a common checkpoint.
     """
 
     group_mean: Tensor | None
@@ -38,7 +39,7 @@ class VirtualBatchNorm(_BatchNorm):
     num_groups: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalizes by the statistics of each group; in evaluation by the running ones.
+        """Normalizes (N, C, ...) by the statistics of each group in training, by the running statistics in evaluation.
 
         Raises:
             ValueError: in training, a group with a single value per channel.
@@ -60,11 +61,13 @@ class VirtualBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def pool(self, weights: Sequence[float] | None = None) -> None:
-        """Sets `running_mean` and `running_var` to those of all groups together: the weighted mean of the means, and of
-        the variances plus the spread of the means.
+        """Sets `running_mean` and `running_var` to the statistics pooled over all groups.
+
+        The mean is the weighted mean of the groups' means; the variance is the weighted mean of their variances plus
+        the weighted variance of their means (law of total variance).
 
         Args:
-            weights: how much each group counts, usually the samples that it has seen; None: all alike.
+            weights: weight of each group, usually the number of samples it has processed; None: equal weights.
         """
         if self.running_mean is None or self.running_var is None:
             return
@@ -80,7 +83,7 @@ class VirtualBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Lets every group go on from `running_mean` and `running_var`."""
+        """Sets the running statistics of every group to `running_mean` and `running_var`."""
         for of_groups, running in ((self.group_mean, self.running_mean), (self.group_var, self.running_var)):
             if of_groups is not None and running is not None:
                 of_groups.copy_(running.expand_as(of_groups))
@@ -90,17 +93,17 @@ class VirtualBatchNorm(_BatchNorm):
         self.begin()
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions from 2 up: the class before has been any of torch's three."""
+        """Accepts any number of dimensions, because the layer may have been made from nn.BatchNorm1d, 2d or 3d."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_groups={self.num_groups}"
 
 
 def groups_per_rank(bn: BnConfig, world_size: int) -> int:
-    """Virtual ranks that each real one stands for; 1 without `bn.virtual_ranks`.
+    """Number of virtual ranks per rank; 1 without `bn.virtual_ranks`.
 
     Raises:
-        ConfigError: the virtual ranks cannot be shared out evenly.
+        ConfigError: the number of virtual ranks is not a multiple of the world size.
     """
     if bn.virtual_ranks is None:
         return 1
@@ -112,10 +115,10 @@ def groups_per_rank(bn: BnConfig, world_size: int) -> int:
 
 
 def make_virtual(model: nn.Module, num_groups: int) -> None:
-    """Makes every batch normalization of a model a `VirtualBatchNorm`, in place; parameters and keys stay.
+    """Turns every batch normalization of a model into a `VirtualBatchNorm`, in place; parameters and keys stay.
 
     Raises:
-        ConfigError: a layer of another class than torch's three, whose own behaviour would be lost; no layer at all.
+        ConfigError: a layer of another class than nn.BatchNorm1d, 2d or 3d, whose behavior would be lost; no layer.
     """
     layers = {name: layer for name, layer in named_modules(model) if isinstance(layer, _BatchNorm)}
     for name, layer in layers.items():
@@ -136,7 +139,7 @@ def make_virtual(model: nn.Module, num_groups: int) -> None:
 
 
 def virtual_layers(model: nn.Module) -> Iterator[VirtualBatchNorm]:
-    """The layers that `make_virtual` has made."""
+    """Iterates over the `VirtualBatchNorm` layers of a model."""
     return (layer for layer in model.modules() if isinstance(layer, VirtualBatchNorm))
 
 

@@ -1,1 +1,1 @@
-"""How weights move: optimizers, schedules, updates that can be left out, averages."""
+"""Optimizers, learning-rate schedules, updates that can be skipped on the device, and weight averages."""

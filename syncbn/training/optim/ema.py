@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 class WeightAverage:
     """An exponential moving average of a model's weights and floating-point buffers; other buffers are copied.
 
-    The first steps forget quicker: at a decay of 0.999 the initial weights would still be a third of the average after
-    a thousand steps, and no validation before that would mean anything.
+    The decay is smaller in the first steps. With a constant decay of 0.999 the initial weights would still make up a
+    third of the average after a thousand steps (0.999^1000 = 0.37), and earlier validation results would say nothing.
 
-    `torch.optim.swa_utils.AveragedModel` averages too, but waits for the device at every update and cannot leave a step
-    out.
+    `torch.optim.swa_utils.AveragedModel` averages too, but synchronizes with the device at every update and cannot skip
+    a step.
 
     Args:
-        decay: what stays of the average at a step, such as 0.999; at step t at most (1 + t) / (10 + t).
+        model: the model to average; it is deep-copied.
+        decay: factor of the old average in an update, such as 0.999; at step t at most (1 + t) / (10 + t).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -28,7 +29,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, left_out: Tensor, step: int) -> None:
-        """Moves the average towards the model as it is after `step` steps; not at all if `left_out`."""
+        """Moves the average toward the model's weights, unless the step was skipped.
+
+        Args:
+            model: the model after the step.
+            left_out: bool scalar tensor on the device: the step was skipped.
+            step: number of steps done, from 1; it limits the decay.
+        """
         weight = torch.where(left_out, 0.0, 1.0 - min(self.decay, (1 + step) / (10 + step)))
         for averaged, current in zip(_tensors(self.model), _tensors(model), strict=True):
             if averaged.is_floating_point():
@@ -37,11 +44,11 @@ class WeightAverage:
                 averaged.copy_(current)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged model's."""
+        """State dict of the averaged model, with the keys of the model."""
         return self.model.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes it over."""
+        """Loads the state dict of an averaged model."""
         self.model.load_state_dict(state_dict)
 
 

@@ -1,4 +1,4 @@
-"""One operator for many tensors."""
+"""Operators on lists of tensors, with one call per device and dtype."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from syncbn.torch_compat import has_non_finite
 
 
 def multiply(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiplies tensors in place by a number on the device: one operator per type, however many tensors."""
+    """Multiplies tensors in place by a scalar tensor, with one operator per device and dtype."""
     for (device, _), group in by_type(tensors).items():
         torch._foreach_mul_(group, factor.to(device))
 
 
 def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Whether every element is finite: a bool without dimensions on the device, decided there."""
+    """Whether every element is finite, as a bool scalar tensor on `device`; does not synchronize with the host."""
     bad = torch.zeros((), device=device)
     for (_, dtype), group in by_type(tensors).items():
         if dtype in (torch.float32, torch.float64):
@@ -31,7 +31,7 @@ def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def by_type(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Groups that one operator can take, each in order."""
+    """Groups tensors by device and dtype, in order, for operators that take a list of equal ones."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)

@@ -1,4 +1,4 @@
-"""Optimizers: torch's, from the configuration."""
+"""Builds torch optimizers from the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from syncbn.training.config.optim import OptimizerConfig, SgdConfig
 
 
 def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the configuration over all parameters, frozen ones too: its membership never changes."""
+    """Builds the optimizer over all parameters, also frozen ones, so that its parameter groups never change."""
     match config:
         case SgdConfig():
             return torch.optim.SGD(
@@ -20,7 +20,7 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
                 nesterov=config.nesterov,
-                fused=True,  # can leave a step out on the device; see update.py
+                fused=True,  # needed to skip a step on the device; see update.py
             )
         case _:
             assert_never(config)

@@ -1,4 +1,4 @@
-"""Learning rate schedules: the share of the peak at a step."""
+"""Learning-rate schedules, as a fraction of the peak learning rate per step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from syncbn.training.config.optim import ConstantConfig, CosineConfig, ScheduleC
 
 
 def build(config: ScheduleConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The share of the peak learning rate at a step: linear warm-up, then half a cosine or constant."""
+    """Builds a function from a step to its learning rate as a fraction of the peak.
+
+    A linear warm-up over w steps, (step + 1) / (w + 1), is followed by a constant 1, or by half a cosine from 1 at the
+    end of the warm-up to `config.final` at `num_steps` (Loshchilov and Hutter 2017, arXiv:1608.03983, without
+    restarts).
+    """
     warmup = Duration.parse(config.warmup).in_steps(steps_per_epoch)
 
     def share(step: int) -> float:

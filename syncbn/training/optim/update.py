@@ -1,8 +1,8 @@
-"""One update of the weights, taken or left on the device: whether a step counts is decided without waiting for it.
+"""An optimizer step that is applied or skipped on the device, without synchronizing with the host.
 
-A step whose loss or gradient is not finite on any rank leaves parameters, optimizer state, buffers (running statistics
-and their counters) and the average of the weights as they were, bit for bit. The learning rate goes on: it is a
-function of the step.
+A step whose loss or gradient is not finite on any rank is skipped: parameters, optimizer state, buffers (running
+statistics and their counters) and the weight average stay bitwise the same. The learning-rate schedule still advances,
+because it is a function of the step number.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from syncbn.training.optim.foreach import all_finite, by_type, multiply
 
 
 class UpdateOutcome(NamedTuple):
-    """What became of a step; bools without dimensions, on the device."""
+    """Outcome of a step: scalar tensors on the device."""
 
     left_out: Tensor
-    """It changed nothing."""
+    """bool: the step was skipped."""
     at_fault: Tensor
-    """Its loss was not finite, or its gradient, where no scaled float16 explains that."""
+    """bool: the loss was not finite, or a gradient was not and float16 loss scaling does not explain it, or an earlier
+    fault has halted the updates.
+    """
     gradient_norm: Tensor
-    """Of all parameters together (the Euclidean one), before it was clipped; 0 where nothing is clipped."""
+    """Euclidean norm over the gradients of all parameters before clipping; 0 without `clip_norm`."""
 
 
 class Update:
-    """Optimizer, schedule, loss scaler and averaged weights of a model, moved together.
+    """Optimizer, schedule, loss scaler and weight average of a model, stepped together.
 
     Args:
-        model: whole, lazy layers included.
-        optimizer: of torch, over all parameters, built with `fused=True`: those can leave a step out on the device.
-        half: scale the loss, as float16 gradients need it to stay above zero.
-        decay: of the averaged weights; None for no average.
-        clip_norm: a gradient whose Euclidean norm over all parameters is larger is scaled down to it.
+        model: the complete model; lazy layers have their parameters already.
+        optimizer: a torch optimizer over all parameters, built with `fused=True`, which can skip a step on the device.
+        half: scale the loss, so that float16 gradients do not underflow.
+        decay: decay of the weight average; None for no average.
+        clip_norm: largest Euclidean norm over the gradients of all parameters; a larger one is scaled down to it.
     """
 
     def __init__(
@@ -57,27 +59,27 @@ class Update:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.average = None if decay is None else WeightAverage(model, decay)
         self._buffers = BufferSnapshot(model)
-        self._trained: list[int] = []  # the parameters that had a gradient in the last step
+        self._trained: list[int] = []  # ids of the parameters that had a gradient in the last step
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._one = torch.ones((), device=device)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate: the averaged weights, if there are."""
+        """The model to evaluate: the weight average if there is one, else the model itself."""
         return self.model if self.average is None else self.average.model
 
     def begin(self) -> None:
-        """Before the first forward of a step."""
+        """Clears the gradients and copies the buffers; call before the first forward of a step."""
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.remember()
 
     def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
-        """After the last backward of a step: moves everything, unless the loss or a gradient is not finite.
+        """Applies the step, or skips it if the loss or a gradient is not finite; call after the last backward.
 
         Args:
-            loss: the loss of the step, the same on every rank; no dimensions.
-            factor: what the gradients are multiplied with first; no dimensions.
-            halt: a step at fault stops all later ones as well, until `restart`.
+            loss: the loss of the step, the same on every rank; a scalar tensor.
+            factor: factor that the gradients are multiplied by first; a scalar tensor.
+            halt: after a step at fault skip all later ones, until `restart`.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -85,14 +87,14 @@ class Update:
         if trained != self._trained:
             self._begin_momentum()
             self._trained = trained
-        # A loss that is not finite makes every gradient so: one test, with which the scaler's own then agrees.
+        # A non-finite loss (or a halt) makes every gradient NaN, so that the scaler's own test agrees with `left_out`.
         loss_counts = loss.isfinite() & ~self._halted
         factor = torch.where(loss_counts, factor, torch.nan)
         multiply(gradients, factor)
         norm = loss.new_zeros(()) if self.clip_norm is None else self._clip(gradients, self.clip_norm)
         left_out = ~(all_finite(gradients, loss.device) & loss_counts)
-        # A scaled gradient that overflows is no fault, the scaler tries again with a smaller scale; with a scale of 1
-        # it is not the scale's either.
+        # A non-finite gradient is no fault if loss scaling may have caused it: the scaler then reduces its scale. At a
+        # scale of 1 or less, scaling cannot have caused it.
         at_fault = ~loss_counts | left_out
         if self.scaler.is_enabled():
             at_fault = ~loss_counts | (left_out & (self.scaler.scale(self._one) <= 1.0))
@@ -106,7 +108,7 @@ class Update:
         return UpdateOutcome(left_out, at_fault, norm)
 
     def _clip(self, gradients: list[Tensor], clip_norm: float) -> Tensor:
-        """Scales the gradients down where they are longer; returns their norm, without the scaler's factor."""
+        """Scales the gradients down to `clip_norm`; returns their norm before clipping, without the loss scale."""
         norm = get_total_norm(gradients, 2.0).to(self._one.device)
         if self.scaler.is_enabled():
             norm = norm / self.scaler.scale(self._one)
@@ -114,16 +116,16 @@ class Update:
         return norm
 
     def restart(self, step: int) -> None:
-        """Goes back to before `step`, the first one that was left out, as if it had not been tried."""
+        """Ends a halt and resets the schedule to `step`, the first step at fault, so that it can be tried again."""
         self._halted.zero_()
         self.schedule.last_epoch = step - 1
         self.schedule.step()
 
     def _begin_momentum(self) -> None:
-        """Of parameters that have a gradient for the first time, or again.
+        """Zero-initializes the momentum of parameters that gain a gradient.
 
-        torch's fused SGD would leave the momentum of its first step uninitialized where that step is left out, and
-        takes no parameter that joins later. From zero it does the same sums.
+        torch's fused SGD would leave momentum uninitialized if the first step is skipped, and does not accept a
+        parameter that joins later. Starting from zeros gives the same sums.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group.get("momentum") else ():
@@ -136,27 +138,27 @@ class Update:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             for state, value in zip(scaler_state(self.scaler), before, strict=True):
-                state.copy_(torch.where(at_fault, value, state))  # a fault says nothing about the scale
+                state.copy_(torch.where(at_fault, value, state))  # a fault must not change the loss scale
         else:
-            self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as the scaler does
+            self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as GradScaler does
             self.optimizer.step()
 
 
 class BufferSnapshot:
-    """A model's buffers as they were, kept in one flat tensor per type: few operators, however many layers."""
+    """A copy of a model's buffers, flattened into one tensor per device and dtype, so that few operators are needed."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Asking the modules for them again each time takes longer than copying them.
+        # The modules' buffer dicts: walking the modules at every step would take longer than copying the buffers.
         self._places = [module._buffers for module in model.modules()]
         self._before: list[tuple[list[Tensor], Tensor]] = []
 
     def remember(self) -> None:
-        """Copies them."""
+        """Copies the current buffers."""
         buffers = dict.fromkeys(buffer for context in self._places for buffer in context.values() if buffer is not None)
         self._before = [(group, _flat(group)) for group in by_type(buffers).values()]
 
     def put_back(self, where: Tensor) -> None:
-        """Restores them if `where`, a bool without dimensions, decided on the device."""
+        """Restores the copied buffers if `where`, a bool scalar tensor, is True; decided on the device."""
         for buffers, before in self._before:
             kept = torch.where(where, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
             parts = [part if b.dim() == 1 else part.view(b.shape) for part, b in zip(kept, buffers, strict=True)]
