@@ -1,4 +1,4 @@
-"""Checks before a run starts, for mistakes that would fail or silently change it only in the middle."""
+"""Checks before a run starts, for mistakes that would otherwise end it in the middle, or silently change it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 
 def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
-    """Runs the model in evaluation mode; the last module it entered and the error, or None, and the outputs."""
+    """Runs the model in evaluation mode; returns the last module entered with its error, or None, and the outputs."""
     names = {module: name or "the model" for name, module in model.named_modules()}
     running: list[str] = []
     handles = [

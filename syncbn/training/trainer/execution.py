@@ -59,7 +59,7 @@ def applied(config: Config) -> Iterator[None]:
     """Context with TF32 and deterministic operators as configured; restores torch's flags for a multirun's next job."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
-        # cuBLAS is deterministic only with this variable, which it reads at its first use.
+        # Without this variable, cuBLAS calls raise in this mode; it is read at the first of them.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
