@@ -25,7 +25,7 @@ def main(composed: DictConfig) -> None:
     alone = failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
     with clear_errors(), alone:
         config = parse(composed)
-        from syncbn.training.tasks.run import run  # imports torch, which composing a config should not wait for
+        from syncbn.training.tasks.run import run  # here, because it imports torch, which --help and --cfg do not need
 
         run(config, run_dir, job=str(number), overrides=overrides)
 

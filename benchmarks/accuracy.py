@@ -1,4 +1,4 @@
-"""How far the output of synchronized batch normalization is from the truth, for data whose mean is far from zero.
+"""The error of synchronized batch normalization, by scheme, for data whose mean is far from zero.
 
     python benchmarks/accuracy.py            prints the tables of benchmarks/accuracy.md
 
@@ -24,18 +24,19 @@ from torch import Tensor, nn
 from syncbn import SyncBatchNorm
 
 SHAPE = (32, 64, 56, 56)
+# Mean and standard deviation of the input, for each column of the tables.
 COLUMNS = [(0.0, 1.0), (10.0, 1.0), (1000.0, 0.1), (1000.0, 0.01), (1e4, 1.0), (1000.123, 0.01)]
 EPS = 1e-5
 DIMS = (0, 2, 3)
 
 
 def local_batch_norm(input: Tensor) -> Tensor:
-    """torch's own, which sees the whole batch in one process."""
+    """torch's local batch normalization, on the whole batch in one process."""
     return F.batch_norm(input, None, None, training=True, eps=EPS)
 
 
 def raw_sums(input: Tensor) -> Tensor:
-    """E[x^2] - E[x]^2 from sums in the input's type: one all-reduce, and cancellation."""
+    """The variance as E[x^2] - E[x]^2, from sums in the input's dtype: one all-reduce, but cancellation."""
     sums = torch.stack([torch.full((input.size(1),), input.numel() / input.size(1), dtype=input.dtype),
                         input.sum(DIMS), input.square().sum(DIMS)])  # fmt: skip
     dist.all_reduce(sums)
@@ -44,7 +45,7 @@ def raw_sums(input: Tensor) -> Tensor:
 
 
 def merged_moments(input: Tensor) -> Tensor:
-    """Local mean and M2 of every rank, merged pairwise in the input's type, as torch and apex do."""
+    """Mean and M2 (sum of squared deviations) of each rank, merged in the input's dtype, as torch and apex do."""
     count = input.numel() // input.size(1)
     mean = input.mean(DIMS)
     local = torch.stack([mean, (input - mean[:, None, None]).square().sum(DIMS)])
@@ -68,7 +69,7 @@ def _normalize(input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def true_output(input: Tensor) -> Tensor:
-    """What every scheme should compute, as float64."""
+    """The reference output as float64, computed in a wider dtype than the input's."""
     if input.dtype == torch.float32:
         return nn.BatchNorm2d(input.size(1), affine=False, dtype=torch.float64, eps=EPS)(input.double())
     wide = input.numpy().astype(np.longdouble)
@@ -78,7 +79,7 @@ def true_output(input: Tensor) -> Tensor:
 
 
 def measure(dtype: torch.dtype) -> dict[str, list[float]]:
-    """The largest error of each scheme in each column, over both ranks."""
+    """The largest absolute error of each scheme in each column, over both ranks; infinite if an output is NaN."""
     rank = dist.get_rank()
     schemes: dict[str, Callable[[Tensor], Tensor]] = {
         "`F.batch_norm`, one process": local_batch_norm,
@@ -101,7 +102,7 @@ def measure(dtype: torch.dtype) -> dict[str, list[float]]:
 
 
 def print_table(title: str, table: dict[str, list[float]]) -> None:
-    """As markdown; `nan` stands for a negative variance."""
+    """Prints the table as Markdown; `nan` stands for a negative variance."""
     print(f"\n{title}\n")
     print("| mean / std | " + " | ".join(f"{mean:g} / {std:g}" for mean, std in COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
@@ -111,7 +112,7 @@ def print_table(title: str, table: dict[str, list[float]]) -> None:
 
 
 def run_rank(rank: int, store: str) -> None:
-    """One of the two ranks."""
+    """The program of one of the two ranks; rank 0 prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     try:

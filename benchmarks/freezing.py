@@ -1,11 +1,12 @@
-"""What freezing keeps and what it costs, on Fashion-MNIST: docs/freezing.md, docs/data/freezing.csv.
+"""What freezing preserves and what it costs, on Fashion-MNIST: docs/freezing.md, docs/data/freezing.csv.
 
 python benchmarks/freezing.py --out outputs/freezing --csv docs/data/freezing.csv [--seeds 0 1 2]
 
-For each seed three commands, which it prints: a network learns eight classes; its backbone goes on to the other two,
-shirts and T-shirts, frozen in six ways; and the head that knows the eight is evaluated on each of these backbones, as
-they are and with statistics gathered anew from images of the eight. Two seeds run at a time, one thread each.
-Accuracies are those of the test set, of the weights that validation chose.
+For each seed it runs three commands, and prints them: a network is trained on eight classes; its backbone is
+fine-tuned on the other two, shirts and T-shirts, once for each of six choices of `freeze`; and the network of the eight
+classes is evaluated with each of these backbones in place of its own, with their running statistics and with population
+statistics of images of the eight classes. Two seeds run at a time, one thread each. Accuracies are on the test set, of
+the weights with the best validation accuracy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Row = dict[str, str]
 
 
 def train(out: Path, *words: str) -> None:
-    """One command of train.py in the directory `out`."""
+    """Runs train.py with these arguments in the directory `out`; a RuntimeError with its output if it fails."""
     print("python train.py", shlex.join(words), flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *words]
@@ -40,7 +41,7 @@ def train(out: Path, *words: str) -> None:
 
 
 def measure(seed: int, out: Path, overrides: list[str]) -> list[Row]:
-    """Runs the three commands; what was interrupted goes on where it was."""
+    """Runs the three commands of a seed, resuming interrupted runs, and returns a row per case."""
     same = [*COMMON, f"seed={seed}", *overrides]
     old, new, _ = directories(seed)
     train(out, "experiment=pretrain", "data.classes=[1,2,3,4,5,7,8,9]", "duration=4ep", f"run={old}", *same)
@@ -51,7 +52,7 @@ def measure(seed: int, out: Path, overrides: list[str]) -> list[Row]:
 
 
 def judge(seed: int, out: Path) -> None:
-    """The third command."""
+    """Runs the third command: evaluates the network of the eight classes with each fine-tuned backbone."""
     old, new, judged = directories(seed)
     backbones = ",".join(f"outputs/{new}/{number}" for number in range(len(CASES)))
     train(out, "-m", "task=eval", f"load=outputs/{old}", f"init.backbone.path={backbones}", "eval.precise_bn=50",
@@ -59,12 +60,12 @@ def judge(seed: int, out: Path) -> None:
 
 
 def directories(seed: int) -> tuple[str, str, str]:
-    """Where a seed's three commands write."""
+    """The names of the runs of a seed's three commands."""
     return f"eight-{seed}", f"two-{seed}", f"eight-again-{seed}"
 
 
 def collect(seed: int, out: Path) -> Iterator[Row]:
-    """A row for each case."""
+    """Yields a row for each case, from the files of the runs."""
     old, new, judged = (out / "outputs" / name for name in directories(seed))
     before = summary(old)
     for number, case in enumerate(CASES):
@@ -76,17 +77,17 @@ def collect(seed: int, out: Path) -> Iterator[Row]:
 
 
 def summary(run_dir: Path) -> dict[str, float]:
-    """The final metrics of a training."""
+    """The final metrics of a training run."""
     metrics: dict[str, float] = json.loads((run_dir / "summary.json").read_text())["metrics"]
     return metrics
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Lines of markdown: mean and standard deviation over the seeds."""
+    """Yields lines of Markdown: mean and standard deviation over the seeds."""
 
     def cell(field: str, case: str | None) -> str:
         values = [float(row[field]) for row in rows if case in (None, row["freeze"])]
-        values = values if case else values[:: len(CASES)]  # what was before is the same in each case
+        values = values if case else values[:: len(CASES)]  # without a case: the same in all, so one per seed
         spread = statistics.stdev(values) if len(set(values)) > 1 else 0
         return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
@@ -99,7 +100,7 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Runs everything, writes the numbers, prints the table."""
+    """Runs the commands of all seeds, writes the CSV file, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a directory for the runs")
     parser.add_argument("--csv", type=Path, required=True)

@@ -1,14 +1,14 @@
-"""Training against evaluation, on Fashion-MNIST: what docs/train-eval-gap.md shows.
+"""The gap between training and evaluation mode, on Fashion-MNIST: the numbers of docs/train-eval-gap.md.
 
 python benchmarks/gap.py momentum --csv docs/data/gap.csv
 python benchmarks/gap.py dropout --csv docs/data/dropout.csv
 
-`momentum`: one set of weights, evaluated with the statistics of the batch, with moving averages of four momenta, and
-with population statistics. The momentum has no influence on the weights, so one training serves all of them. `dropout`:
-what dropout in front of batch normalization, and behind all of it, does to the variance and to the accuracy.
+`momentum` evaluates one set of weights with the statistics of the batch, with moving averages of four momenta, and with
+population statistics. The momentum has no influence on the weights, so one training serves all of them. `dropout`
+measures what dropout before batch normalization layers, or after the last one, does to the variance and the accuracy.
 
-Images are not augmented, so nothing but normalization and dropout differs between training and evaluation. Trained is
-on the training images, evaluated on the 5,000 held out. Two trainings run at a time, one thread each.
+Images are not augmented, so nothing but normalization and dropout differs between training and evaluation. Models are
+trained on the training images and evaluated on the 5,000 held out. Two trainings run at a time, one thread each.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ from syncbn.training.data.sampler import Sampler
 from syncbn.training.models.resnet import ResnetSmall
 
 SEEDS = (0, 1, 2)
-LR, REFERENCE_BATCH = 0.1, 64  # the learning rate goes with the batch, as in Goyal et al. 2017
-POPULATION = 3200  # samples behind population statistics
+# The learning rate at the reference batch size, and that size: the rate is proportional to the batch size, as in
+# Goyal et al. 2017.
+LR, REFERENCE_BATCH = 0.1, 64
+POPULATION = 3200  # training samples that population statistics are computed from
 Row = dict[str, str]
 
 
 def load(path: Path) -> dataset.Data:
-    """Fashion-MNIST without augmentation."""
+    """Loads Fashion-MNIST, without augmentation."""
     config = FashionMnistConfig(
         name="fashion_mnist", path=str(path), classes=None, train_samples=None, shift=0, flip=False
     )
@@ -50,10 +52,13 @@ def load(path: Path) -> dataset.Data:
 
 
 def train(model: nn.Module, data: dataset.Data, batch_size: int, seed: int, steps: tuple[int, int]) -> Iterator[int]:
-    """SGD with momentum at a constant learning rate, which then falls to 0 in a line; yields after every step.
+    """Trains by SGD with momentum, first at a constant learning rate, then at one that falls linearly towards 0.
 
     Args:
-        steps: with the constant rate, and until it is 0.
+        steps: the number at the constant rate, and the number at the falling one.
+
+    Yields:
+        The number of steps done, after every step.
     """
     peak = LR * batch_size / REFERENCE_BATCH
     optimizer = torch.optim.SGD(model.parameters(), peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -72,7 +77,7 @@ def train(model: nn.Module, data: dataset.Data, batch_size: int, seed: int, step
 
 @torch.no_grad()
 def judge(model: nn.Module, data: dataset.Data, batch_size: int = 500) -> tuple[float, float]:
-    """Accuracy and loss on the validation images, in the mode that the model is in."""
+    """Accuracy and mean loss on the validation images, in the current mode of the model."""
     correct = loss = 0.0
     for index in torch.arange(len(data.val)).split(batch_size):
         images, labels = data.eval_batch(data.val, index, torch.float32)
@@ -83,7 +88,7 @@ def judge(model: nn.Module, data: dataset.Data, batch_size: int = 500) -> tuple[
 
 
 def with_population(model: nn.Module, data: dataset.Data, batch_size: int) -> nn.Module:
-    """A copy with the statistics of POPULATION training images, gathered in batches of this size."""
+    """A copy in evaluation mode with statistics of POPULATION training images, gathered in batches of this size."""
     copied = copy.deepcopy(model)
     index = torch.arange(min(POPULATION, len(data.train)))
     precise_bn(copied, (data.eval_batch(data.train, part, torch.float32)[0] for part in index.split(batch_size)))
@@ -95,16 +100,16 @@ def with_population(model: nn.Module, data: dataset.Data, batch_size: int) -> nn
 BATCH_SIZES = (4, 16, 64)
 MOMENTA: dict[str, float | None] = {"0.01": 0.01, "0.1": 0.1, "0.5": 0.5, "cumulative": None}
 STATISTICS = ("batch", *MOMENTA, "precise", "precise, batches of 256")
-HOT, FALLING = 16_000, 8_000  # samples
+HOT, FALLING = 16_000, 8_000  # samples to train on at the constant learning rate, and at the falling one
 
 
 def statistics_of(model: nn.Module) -> Tensor:
-    """All running means and variances, in one vector."""
+    """A copy of all running means and variances, in one vector."""
     return torch.cat([buffer for buffer in model.buffers() if buffer.is_floating_point()])
 
 
 def with_statistics(model: nn.Module, vector: Tensor) -> nn.Module:
-    """A copy with these running statistics, in evaluation mode."""
+    """A copy in evaluation mode with the running statistics of `statistics_of`."""
     copied = copy.deepcopy(model)
     buffers = [buffer for buffer in copied.buffers() if buffer.is_floating_point()]
     for buffer, part in zip(buffers, vector.split([buffer.numel() for buffer in buffers]), strict=True):
@@ -113,11 +118,11 @@ def with_statistics(model: nn.Module, vector: Tensor) -> nn.Module:
 
 
 def moving_averages(model: nn.Module, steps: Iterator[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What each of MOMENTA would have made of the batches of a training, step by step."""
+    """Yields, after every step, the running statistics that each of MOMENTA would have given."""
     averages = {name: statistics_of(model) for name in MOMENTA}
     for layer in model.modules():
         if isinstance(layer, SyncBatchNorm):
-            layer.momentum = 1.0  # so that the buffers are those of the last batch, which the averages then take in
+            layer.momentum = 1.0  # the buffers are then the statistics of the last batch alone
     for step in steps:
         now = statistics_of(model)
         for name, momentum in MOMENTA.items():
@@ -126,7 +131,7 @@ def moving_averages(model: nn.Module, steps: Iterator[int]) -> Iterator[tuple[in
 
 
 def measure_momentum(path: Path, scale: float, seed: int, batch_size: int) -> list[Row]:
-    """Trains once, evaluates with the learning rate at its height and at its end, with all kinds of statistics."""
+    """Trains once; rows for all kinds of statistics, at the end of the constant learning rate and at the very end."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = load(path)
@@ -147,7 +152,7 @@ def measure_momentum(path: Path, scale: float, seed: int, batch_size: int) -> li
 
 
 def momentum_tables(rows: list[Row]) -> Iterator[str]:
-    """Accuracy and loss, a line for each batch size and time."""
+    """Yields a Markdown table of the accuracy and one of the loss, with a line for each batch size and time."""
     for number in ("accuracy", "loss"):
         yield f"\n{number}\n\n| samples per batch | learning rate | {' | '.join(STATISTICS)} |"
         yield "|---" * (len(STATISTICS) + 2) + "|"
@@ -179,7 +184,7 @@ def network(place: str, rate: float) -> nn.Module:
 
 
 def variance_shift(model: nn.Module, data: dataset.Data) -> list[float]:
-    """For each BN the variance of what it is given in evaluation, over its running variance; the median channel."""
+    """For each BN layer the variance of its input in evaluation over its running variance; median over channels."""
     seen: dict[SyncBatchNorm, Moments] = {}
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -195,7 +200,7 @@ def variance_shift(model: nn.Module, data: dataset.Data) -> list[float]:
 
 
 def measure_dropout(path: Path, scale: float, seed: int, place: str, rate: float) -> list[Row]:
-    """Trains once; one row."""
+    """Trains once; returns one row: variance ratios, accuracy and loss, and findings of the audit."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = load(path)
@@ -212,7 +217,7 @@ def measure_dropout(path: Path, scale: float, seed: int, place: str, rate: float
 
 
 def dropout_table(rows: list[Row]) -> Iterator[str]:
-    """A line for each place and rate."""
+    """Yields a Markdown table with a line for each place and rate."""
     numbers = ("shift_1", "shift_2", "shift_3", "accuracy", "precise_accuracy", "loss", "precise_loss")
     yield "\n| dropout | rate | variance, BN 1 | BN 2 | BN 3 | accuracy | precise | loss | precise | audit |"
     yield "|---" * 10 + "|"
@@ -223,21 +228,21 @@ def dropout_table(rows: list[Row]) -> Iterator[str]:
 
 
 def dropouts() -> list[tuple[str, float]]:
-    """Places and rates."""
+    """The places of dropout with their rates; 0 where there is none."""
     return [(PLACES[0], 0.0), *product(PLACES[1:], RATES)]
 
 
-# Both
+# For both tables
 
 
 def row(**values: object) -> Row:
-    """Numbers to four digits."""
+    """A row of the CSV file; floats other than the rate have four decimals."""
     return {key: f"{value:.4f}" if isinstance(value, float) and key != "rate" else str(value)
             for key, value in values.items()}  # fmt: skip
 
 
 def spread(rows: list[Row], number: str, **where: str) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation of a column over the seeds, of the rows that match `where`."""
     values = [float(one[number]) for one in rows if all(one[key] == value for key, value in where.items())]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
@@ -247,13 +252,13 @@ Case = tuple[Callable[..., list[Row]], tuple[object, ...]]
 
 
 def run(case: Case) -> list[Row]:
-    """One training, in a process of its own."""
+    """Runs one training; a worker process calls it."""
     function, arguments = case
     return function(*arguments)
 
 
 def main() -> None:
-    """Runs all trainings of a table, writes the numbers, prints the table."""
+    """Runs all trainings of a table, writes the CSV file, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("momentum", "dropout"))
     parser.add_argument("--csv", type=Path, required=True)
@@ -277,7 +282,7 @@ def main() -> None:
             if not rows:
                 writer.writeheader()
             writer.writerows(of_one)
-            file.flush()  # what there is, if the rest never comes
+            file.flush()  # keeps the finished rows if a later training fails
             rows += of_one
     print(f"torch {torch.__version__}, {len(arguments.seeds)} seeds")
     print("\n".join((momentum_tables if arguments.table == "momentum" else dropout_table)(rows)))

@@ -1,15 +1,17 @@
-"""What the layer costs on a GPU, next to torch's synchronized one, to torch's local one, and to a copy.
+"""The cost of the layer on a GPU, compared with torch's synchronized layer, torch's local layer, and a copy.
 
 python benchmarks/gpu.py layers [--quick] [--json FILE]   the shapes of ResNet-50's layers, forward and backward
 python benchmarks/gpu.py models [--quick] [--json FILE]   whole training steps of a ResNet-50 and a segmentation model
 
-One process. "Collective forced" is ours with an NCCL all-reduce each way in a world of one; "torch sync" is the
-function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. Device times of layers are by events
-around several steps in a row, launched before the device begins with the first of them, so that launching does not
-count; host times are what the calls take until they return. Whole training steps have no such head start: where the
-host is slower than the device, that is what a user sees. The rows take turns in random order; medians of the runs, with
-their smallest and largest. "Local again" is the same code twice: the noise. The copy moves as many
-bytes as a step has to (eight times the activation), so 1.00 is the bandwidth that the device has.
+One process. "Collective forced" is our layer with an NCCL all-reduce in forward and in backward, in a world of one;
+"torch sync" is the autograd function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. "Local
+again" repeats "local" with the same code and shows the noise. The copy moves as many bytes as a step has to (eight
+times the activation), so 1.00 is the bandwidth of the device.
+
+Device times of layers are measured by events around several steps in a row. The host launches them all before the
+device begins with the first, so launch overhead does not count. Host times last until the calls return. Whole training
+steps are not launched ahead: where the host is slower than the device, its time counts, as it does for a user. The rows
+take turns in random order; printed are medians of the runs, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncFunction
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.nn import groups
 
-# Channels and size of ResNet-50's batch normalization layers at 224 pixels.
+# Channels, and height and width, of the inputs of ResNet-50's batch normalization layers at 224 pixels.
 LAYERS = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28), (256, 14), (1024, 14), (512, 14),
           (512, 7), (2048, 7)]  # fmt: skip
 SAMPLES = [2, 16, 64]
@@ -43,10 +45,10 @@ Step = Callable[[], object]
 
 
 class TorchSync(nn.BatchNorm2d):
-    """The path of `torch.nn.SyncBatchNorm` in a world of one, where the module itself would take the local one."""
+    """torch's synchronized path in a world of one, where `torch.nn.SyncBatchNorm` itself would take the local path."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the module does it."""
+        """Calls the autograd function as the module does."""
         self.num_batches_tracked.add_(1)
         return TorchSyncFunction.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum,
@@ -56,7 +58,7 @@ class TorchSync(nn.BatchNorm2d):
 
 @contextmanager
 def forced_collective(force: bool) -> Iterator[None]:
-    """Ours calls its collectives, in a world of one too."""
+    """Context in which our layers call their collectives in a world of one too, if `force`."""
     groups._force_collective = force
     try:
         yield
@@ -65,7 +67,7 @@ def forced_collective(force: bool) -> Iterator[None]:
 
 
 def layer_rows(input: Tensor, grad: Tensor) -> dict[str, Step]:
-    """Forward and backward of one layer, by name."""
+    """A forward and backward pass of each layer, and the copy, by name of the row."""
     leaf = input.requires_grad_()
     channels = input.size(1)
 
@@ -81,7 +83,7 @@ def layer_rows(input: Tensor, grad: Tensor) -> dict[str, Step]:
     source, target = input.detach(), torch.empty_like(input)
 
     def copy() -> None:
-        for _ in range(4):  # a read and a write each: eight in all, as a step has
+        for _ in range(4):  # one read and one write each: eight in all, as in a step
             target.copy_(source)
 
     return {
@@ -95,7 +97,7 @@ def layer_rows(input: Tensor, grad: Tensor) -> dict[str, Step]:
 
 
 def device_time(step: Step, repeats: int) -> float:
-    """Milliseconds for a step, of several in a row that wait on the device until the host has launched them all."""
+    """Milliseconds per step on the device, of several that the host has launched before the device begins with them."""
     for cycles in (2e7, 2e8, 2e9):  # about 10 ms, 100 ms, 1 s
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -112,7 +114,7 @@ def device_time(step: Step, repeats: int) -> float:
 
 
 def step_time(step: Step, repeats: int) -> float:
-    """Milliseconds for a step, of several in a row, launching included."""
+    """Milliseconds per step, of several in a row, including the time to launch them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -124,7 +126,7 @@ def step_time(step: Step, repeats: int) -> float:
 
 
 def host_time(step: Step, repeats: int) -> float:
-    """Milliseconds until the calls of a step return."""
+    """Milliseconds per step until its calls return on the host."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -135,7 +137,7 @@ def host_time(step: Step, repeats: int) -> float:
 
 
 def in_turns(steps: dict[str, Step], measure: Callable[[Step], float], order: random.Random) -> dict[str, list[float]]:
-    """RUNS values for each step, taken in random order after a warm-up."""
+    """Measures each step RUNS times, in random order, after a warm-up."""
     results: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(3):
@@ -147,7 +149,7 @@ def in_turns(steps: dict[str, Step], measure: Callable[[Step], float], order: ra
 
 
 def run_layers(quick: bool) -> list[dict[str, Any]]:
-    """A block of lines for each shape, type and layout."""
+    """Measures and prints every shape, dtype and layout; returns an entry for each."""
     found = []
     order = random.Random(0)
     for type_name, dtype in list(TYPES.items())[: 1 if quick else None]:
@@ -170,7 +172,7 @@ def run_layers(quick: bool) -> list[dict[str, Any]]:
 
 
 def show_layer(entry: dict[str, Any]) -> None:
-    """Device time, as a ratio to torch's synchronized path and as bandwidth next to the copy; host time."""
+    """Prints device time, its ratio to torch's synchronized path, bandwidth relative to the copy, and host time."""
     times = entry["device"]
     print(f"\n{entry['shape']} {entry['layout']} {entry['dtype']}: {entry['bytes'] / 1e6:.1f} MB,"
           f" copy {8 * entry['bytes'] / median(times['copy']) / 1e9:.2f} TB/s")  # fmt: skip
@@ -185,7 +187,7 @@ def show_layer(entry: dict[str, Any]) -> None:
 
 
 def show_goals(entries: list[dict[str, Any]]) -> None:
-    """The lines of benchmarks/gpu.md that have a goal: ours, over all layers of a size."""
+    """Prints the lines of benchmarks/gpu.md that have a goal for a layer: ours, over all layers of a size."""
     classes = {"under 4 MB": lambda size: size < 4e6, "above 64 MB": lambda size: size > 64e6}
     print("\n| layers | how many | ours to torch sync: median (worst) | bandwidth next to the copy: median (worst) |\n"
           + "|---" * 4 + "|")  # fmt: skip
@@ -200,7 +202,7 @@ def show_goals(entries: list[dict[str, Any]]) -> None:
 
 
 class Bottleneck(nn.Module):
-    """ResNet's block of three convolutions, the stride in the second."""
+    """ResNet's bottleneck block of three convolutions; the second one has the stride."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -265,7 +267,7 @@ def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def with_torch_sync(model: nn.Module) -> nn.Module:
-    """Every layer through torch's synchronized path."""
+    """Makes every `nn.BatchNorm2d` take torch's synchronized path, in place."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = TorchSync
@@ -273,7 +275,7 @@ def with_torch_sync(model: nn.Module) -> nn.Module:
 
 
 def run_models(quick: bool) -> list[dict[str, Any]]:
-    """Whole training steps: samples per second and peak memory."""
+    """Measures and prints whole training steps: time and peak memory; returns an entry for each case."""
     found = []
     order = random.Random(0)
     cases = [
@@ -308,7 +310,7 @@ def run_models(quick: bool) -> list[dict[str, Any]]:
 def model_step(
     model: nn.Module, input: Tensor, labels: Tensor, autocast: torch.dtype | None, force: bool
 ) -> Step:  # fmt: skip
-    """Forward, backward and update."""
+    """A training step of the model: forward, backward and optimizer update."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -323,7 +325,7 @@ def model_step(
 
 
 def peak_memory(step: Step) -> int:
-    """Bytes that a step takes at most, beyond what is there before it."""
+    """Peak memory of a step in bytes, beyond what is allocated before it."""
     step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -334,7 +336,7 @@ def peak_memory(step: Step) -> int:
 
 
 def show_model(entry: dict[str, Any]) -> None:
-    """Samples per second, time as a ratio to the local layers, peak memory."""
+    """Prints samples per second, the ratio of the time to that with local layers, and peak memory."""
     times = entry["milliseconds"]
     print(f"\n{entry['model']}, {entry['samples']} samples, {entry['layout']}, autocast {entry['autocast']}")
     for name, values in times.items():
@@ -347,12 +349,12 @@ def show_model(entry: dict[str, Any]) -> None:
 
 
 def median(values: list[float]) -> float:
-    """The middle one."""
+    """The median of an odd number of values."""
     return sorted(values)[len(values) // 2]
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["layers", "models"])
     parser.add_argument("--quick", action="store_true", help="float32 and a few shapes alone")

@@ -1,17 +1,17 @@
-"""What one layer costs, forward and backward, next to torch's local one and to what nothing can avoid.
+"""The cost of one layer on CPU, forward and backward, compared with torch's local layer and with bare collectives.
 
 torchrun --nproc-per-node 2 benchmarks/layer.py [--quick] [--json FILE]
 python benchmarks/layer.py --device cuda [--quick] [--json FILE]           is benchmarks/gpu.py layers
 python benchmarks/layer.py --memory                                        counts bytes instead, on one rank
 
 On CPU, both ranks run every row at the same time, one thread each, so that all rows share the machine in the same way.
-Rows take turns in random order; five runs; of each run the lower quartile. Printed are ratios to the local layer, and
-in brackets their smallest and largest over the five runs. The row "local again" is the noise: a ratio within its
-brackets means nothing. "fused / unfused" compares a layer that does the ReLU (and the addition) itself with one that is
-followed by them; "lean / not" what memory="lean" takes.
+Rows take turns in random order, in five runs; of each run the lower quartile counts. Printed is the median ratio to the
+local layer, with minimum and maximum over the five runs in brackets. "Local again" repeats "local" with the same code:
+a ratio within its brackets is noise. "fused / unfused" compares a layer that does the ReLU (and the addition) itself
+with one that is followed by them; "lean / not" compares memory="lean" with the default.
 
-With --memory: what backward keeps of one convolution, normalization and activation, and the largest sum of all that is
-allocated during a step of a chain of eight of them; both counted, as multiples of one activation.
+With --memory, two sizes are counted, as multiples of one activation: what one convolution, normalization and activation
+save for backward, and the peak memory of a step of a chain of eight of them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ SHAPES = [(32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14), (32, 64, 16, 1
           (2, 32, 64, 64, 64)]  # fmt: skip
 LOCAL = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# Unfused and fused rows of one thing, for a line with their ratio.
+# Pairs of rows, unfused and fused, whose ratio is printed on a line of its own.
 FUSED = {
     "ReLU, one rank": ("ours, then ReLU, one rank", "ours with ReLU, one rank"),
     "ReLU, two ranks": ("ours, then ReLU, two ranks", "ours with ReLU, two ranks"),
     "add, ReLU, one rank": ("ours, then add, ReLU, one rank", "ours with add, ReLU, one rank"),
     "add, ReLU, two ranks": ("ours, then add, ReLU, two ranks", "ours with add, ReLU, two ranks"),
 }
-# The same for what memory="lean" takes in time: without an activation, and with one that it inverts.
+# The same for the time of memory="lean", default and lean: without an activation, and with one that it inverts.
 LEAN = {
     "one rank": ("ours, one rank", "ours lean, one rank"),
     "two ranks": ("ours, two ranks", "ours lean, two ranks"),
@@ -55,11 +55,11 @@ LEAN = {
     "leaky ReLU, two ranks": ("ours with leaky ReLU, two ranks", "ours lean with leaky ReLU, two ranks"),
 }
 RUNS = 5
-SECONDS = 0.25  # per row and run
+SECONDS = 0.25  # approximate time for each row in each run
 
 
 class Composed(nn.Module):
-    """Synchronized batch normalization out of autograd's operators, as one writes it in ten lines."""
+    """Synchronized batch normalization composed of autograd operators, as one writes it in ten lines."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Composed(nn.Module):
 
 
 def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
+    """The steps to measure, by name of the row."""
     channels = input.size(1)
     leaf = input.requires_grad_()
 
@@ -140,7 +140,7 @@ def rows(input: Tensor, grad: Tensor, own_group: dist.ProcessGroup) -> dict[str,
 
 
 def measure(steps: dict[str, Callable[[], object]], order: random.Random) -> dict[str, list[float]]:
-    """Lower quartiles in milliseconds, one per run."""
+    """For each row the lower quartile of its times in milliseconds, one per run; every rank calls it."""
     repeats = {}
     for name, step in steps.items():
         for _ in range(2):
@@ -164,7 +164,7 @@ def measure(steps: dict[str, Callable[[], object]], order: random.Random) -> dic
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures on all ranks; rank 0 prints, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="float32 in the contiguous layout alone")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -205,14 +205,19 @@ def main() -> None:
 
 
 class Link(nn.Module):
-    """A convolution, a normalization, an addition (or not) and an activation; of a chain of them."""
+    """One link of a chain: a convolution, a normalization, an optional addition of the input, and an activation.
+
+    Args:
+        follows: the activation that follows the layer; None if there is none, or the layer does it itself.
+        add: "inside", as a residual of the layer; "outside", after it; or "" for no addition.
+    """
 
     def __init__(self, layer: nn.Module, follows: Callable[[Tensor], Tensor] | None, add: str = "") -> None:
         super().__init__()
         self.conv, self.layer, self.follows, self.add = nn.Conv2d(64, 64, 1), layer, follows, add
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, 64, H, W) to the same."""
+        """(N, 64, H, W) to the same shape."""
         output = self.conv(input)
         output = self.layer(output, residual=input) if self.add == "inside" else self.layer(output)
         output = output + input if self.add == "outside" else output
@@ -220,7 +225,7 @@ class Link(nn.Module):
 
 
 def links() -> dict[str, Callable[[], Link]]:
-    """What is counted, by name."""
+    """Functions that build the links to count, by name of the row."""
     return {
         "no activation": lambda: Link(SyncBatchNorm(64), None),
         "no activation, lean": lambda: Link(SyncBatchNorm(64, memory="lean"), None),
@@ -240,7 +245,7 @@ def links() -> dict[str, Callable[[], Link]]:
 
 
 def saved_bytes(model: nn.Module, input: Tensor) -> int:
-    """What the graph keeps for backward besides parameters and the input, each storage once."""
+    """Bytes that the graph saves for backward, each storage once, without parameters, buffers and the input."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -255,7 +260,7 @@ def saved_bytes(model: nn.Module, input: Tensor) -> int:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """The largest sum of what is allocated during the step and not freed yet."""
+    """Peak memory of a step in bytes: the largest sum of what it has allocated and not yet freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -267,21 +272,21 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def count_bytes(make: Callable[[], Link], dtype: torch.dtype) -> tuple[float, float]:
-    """What is kept, and the peak of eight links, in activations."""
+    """What one link saves for backward, and the peak memory of eight links, in multiples of one activation."""
     input = torch.randn(8, 64, 28, 28).to(dtype).requires_grad_()
     size = input.numel() * input.element_size()
     first, *rest = (make() for _ in range(9))
     for link in (first, *rest):
-        link.conv.to(dtype)  # statistics and parameters of the normalization stay wide
-    # The next convolution keeps its input, which is this one's output: counted once.
+        link.conv.to(dtype)  # statistics and parameters of the normalization stay float32
+    # The next convolution saves its input, which is the output of this link and is counted once.
     kept = saved_bytes(nn.Sequential(first, nn.Conv2d(64, 64, 1).to(dtype)), input)
     chain = nn.Sequential(*rest)
-    chain(input).sum().backward()  # gradients of parameters are there from now on
+    chain(input).sum().backward()  # allocates the gradients of parameters, before the peak is measured
     return kept / size, peak_bytes(lambda: chain(input).sum().backward()) / size
 
 
 def show_memory() -> None:
-    """The table of bytes."""
+    """Prints the table of saved bytes and peak memory."""
     print("| layer | kept, float32 | kept, bfloat16 | peak of eight, float32 | peak of eight, bfloat16 |")
     print("|---|---|---|---|---|")
     for name, make in links().items():
@@ -291,12 +296,12 @@ def show_memory() -> None:
 
 
 def median(values: list[float]) -> float:
-    """The middle one."""
+    """The median of an odd number of values."""
     return sorted(values)[len(values) // 2]
 
 
 def show(entry: dict) -> None:
-    """A block of ratios, each with its spread."""
+    """Prints the ratios of an entry, each with minimum and maximum."""
     times = entry["milliseconds"]
     print(f"\n{entry['shape']} {entry['layout']} {entry['dtype']}: local {median(times['local']):.3f} ms")
     for name, values in times.items():
@@ -314,7 +319,7 @@ def show(entry: dict) -> None:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """The name of the processor, as far as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,16 +1,17 @@
-"""What a step of the trainer costs next to a bare loop, and what logging costs.
+"""The cost of a step of the trainer, compared with a bare loop, and the cost of logging.
 
 torchrun --nproc-per-node 2 benchmarks/loop.py [--rounds 20] [--overrides data=fashion_mnist ...] [--json FILE]
 torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.fuse=true bn.fuse=false [--overrides ...] [--json FILE]
 
 The bare loop has the same model, data, augmentation, DDP, optimizer and schedule, and nothing else: no check whether
-the loss is finite, no totals over ranks, no logging. All loops live in the same processes and take turns, 50 steps at a
-time and in random order: whatever else slows the machine slows neighbours alike. A turn of the trainer holds one
-logging step (log_every=50), in its middle; what wandb's process makes of it may reach into a neighbour's turn. Printed
-are ratios to the bare loop of the same round: the median, and in brackets the middle half. "Bare again" is the noise.
+the loss is finite, no totals over ranks, no logging. All loops run in the same processes and take turns of 50 steps, in
+random order, so that other load on the machine slows them alike. A turn of the trainer contains one logging step
+(log_every=50), in its middle; wandb's process may still work on it during the next turn. Printed are ratios to the bare
+loop of the same round: the median, with the quartiles in brackets. "Bare again" repeats the bare loop and shows the
+noise.
 
-With --compare: the trainer with the first setting and with the second one, in the same way; ratios of samples per
-second to the second, which also runs twice. A setting may be several overrides in quotes, or "" for none.
+With --compare, the trainer runs in the same way with the first setting and, twice, with the second one; printed are
+ratios of samples per second to the second. A setting may be several overrides in quotes, or "" for none.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ from syncbn.training.trainer.build import build_model
 from syncbn.training.trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-TURN = 50  # steps, log_every's default: each turn of a trainer logs once
-WARM_UP = TURN // 2  # steps before the first turn; then the logging step is in the middle
+TURN = 50  # steps, the default of log_every: each turn of a trainer logs once
+WARM_UP = TURN // 2  # steps before the first turn, so that the logging step is in the middle of each turn
+# The trainers to measure without --compare: overrides by name.
 LOGGING = {
     "trainer": [],
     "trainer, no logging": ["tracker=none", "log_every=1000000"],
@@ -62,11 +64,11 @@ LOGGING = {
 
 
 class Loop(threading.Thread):
-    """A loop that runs for one turn at a time, while nothing else runs."""
+    """A thread with a training loop that runs one turn at a time, while the other loops wait."""
 
     def __init__(self, train: Callable[[Loop], None]) -> None:
         super().__init__(daemon=True)
-        self.seconds: list[float] = []  # of its turns
+        self.seconds: list[float] = []  # durations of its turns
         self._train = train
         self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
         self._began: float | None = None
@@ -74,14 +76,17 @@ class Loop(threading.Thread):
         self.start()
 
     def take_turn(self) -> None:
-        """Returns after it; the first call goes on to the end of the warm-up, one after the last to the end."""
+        """Lets the loop run one turn, and returns after it; raises the exception of the loop if it fails.
+
+        The first call runs the warm-up instead; a call after the last turn runs the rest of the loop.
+        """
         self._mine.release()
         self._others.acquire()
         if self._failure is not None:
             raise self._failure
 
     def at_step(self, step: int) -> None:
-        """Before each step, in the loop's own thread: the end of a turn is the beginning of another."""
+        """Ends a turn at its boundary and waits for the next one; the loop's thread calls it before each step."""
         if step < WARM_UP or (step - WARM_UP) % TURN != 0:
             return
         if self._began is not None:
@@ -91,7 +96,7 @@ class Loop(threading.Thread):
         self._began = time.perf_counter()
 
     def run(self) -> None:
-        """The thread."""
+        """The thread: waits for the first turn, then runs the training."""
         self._mine.acquire()
         try:
             self._train(self)
@@ -101,13 +106,13 @@ class Loop(threading.Thread):
 
 
 def configure(overrides: list[str], num_steps: int) -> Config:
-    """The configuration of train.py for these steps and no evaluation among them."""
+    """The configuration of train.py for this number of steps, without evaluation before the last."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return parse(compose("train", [f"duration={num_steps}", f"eval_every={num_steps}", *overrides]))
 
 
 def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) -> None:
-    """What one would write by hand."""
+    """A training loop as one would write it by hand."""
     data = registry.load(config.data)
     model = build_model(config, data, context)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, context.rank, context.world_size)
@@ -128,14 +133,18 @@ def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) 
 
 
 def trainer_loop(_: Loop, config: Config, context: RankContext, directory: Path) -> None:
-    """What train.py runs."""
+    """The training that train.py runs."""
     directory.mkdir(exist_ok=True)
     with ExitStack() as tracking:
         train.train(config, directory, context, [], tracking)
 
 
 def trainers_in_threads() -> ExitStack:
-    """Lets a trainer run in a thread of a `Loop`, where torch's main thread has signals and wandb its one run."""
+    """Patches that let several trainers run, each in the thread of a `Loop`.
+
+    Each step waits for the turn of its loop. Signal handlers, which need the main thread, are left out, and wandb
+    starts a new run for each trainer instead of its usual one per process.
+    """
     train_step = Trainer._train_step
 
     def in_turn(trainer: Trainer, step: int) -> None:
@@ -153,7 +162,7 @@ def trainers_in_threads() -> ExitStack:
 
 
 def main() -> None:
-    """Measures all loops; rank 0 prints."""
+    """Measures all loops on all ranks; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overrides", nargs="*", default=[])
     parser.add_argument("--compare", nargs=2, metavar="SETTING")
@@ -183,7 +192,7 @@ def main() -> None:
                 partial(trainer_loop, config=config, context=context, directory=Path(scratch[0], str(number)))
             )
         order = list(loops.values())
-        for round_ in range(1 + arguments.rounds + 1):  # the warm-up comes first, and what follows the last turn last
+        for round_ in range(1 + arguments.rounds + 1):  # first the warm-up, and last the rest of each loop
             random.Random(round_).shuffle(order)  # the same on every rank
             for loop in order:
                 dist.barrier()
@@ -196,7 +205,7 @@ def main() -> None:
 
 
 def settings(first: str, second: str) -> dict[str, list[str]]:
-    """Overrides of the two settings, and of the second once more, by name."""
+    """Overrides by name: of the first setting, of the second, and of the second again."""
     names = [first or "as it is", second or "as it is"]
     return {names[0]: shlex.split(first), names[1]: shlex.split(second), f"{names[1]} again": shlex.split(second)}
 
@@ -205,7 +214,7 @@ def report(seconds: dict[str, list[float]], baseline: str, config: Config, path:
     """Prints the table, the baseline first; writes JSON if asked to."""
     print(f"torch {torch.__version__}, {platform.machine()}, {dist.get_world_size()} ranks, data={config.data.name}, "
           f"batch_size={config.batch_size}")  # fmt: skip
-    is_bare = baseline == "bare"  # then what counts is time, and else what is done in it
+    is_bare = baseline == "bare"  # ratios of time to the bare loop, else of throughput
     print(f"| loop | ms per step | {'to the bare loop' if is_bare else f'samples per second, to {baseline}'} |")
     print("|---|---|---|")
     rows = {}

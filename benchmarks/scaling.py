@@ -1,16 +1,16 @@
-"""What synchronizing one layer sends as the world grows, counted, and how long it takes on gloo ranks of this machine.
+"""Bytes that one synchronized layer communicates as the world grows, and its times with gloo on this machine.
 
-python benchmarks/scaling.py [--quick] [--json FILE]        two minutes, most of it starting processes
+python benchmarks/scaling.py [--quick] [--json FILE]        takes two minutes, mostly to start processes
 
-For 1, 2, 4, 8 ranks and some widths C: the bytes that a rank gives to a collective and receives from it, forward and
-backward, taken from the collectives themselves; and how long the forward one takes: an all-reduce of what we send, the
-same as the layer does it on CPU, and the all-gather of 2C+1 float32 per rank that torch's layer does on CUDA. Both
-tables can go into docs/scaling.md as they are.
+The first table counts, for 1, 2, 4 and 8 ranks and some widths C, the bytes that a rank gives to a collective and
+receives from it, forward and backward, by intercepting the collectives. The second one gives the time of the forward
+collective: an all-reduce of our payload, the same sum as the layer does it on CPU, and the all-gather of 2C+1 float32
+per rank that torch's layer does on CUDA. Both tables can go into docs/scaling.md as they are.
 
-Beside the times stands what the model of docs/scaling.md makes of them: a latency a and a time per byte b, fitted to
-the times of two ranks (so at two it agrees by construction), and gloo's rings for more. Ranks share the machine's
-cores: beyond their number each round also waits for its turn on a core, which the model does not know, and the times
-say nothing about a network. The counts are exact everywhere.
+Next to the times are the predictions of the model of docs/scaling.md: a latency a and a time per byte b, fitted to the
+times of two ranks (so at two ranks the model is a fit and no prediction), and gloo's rings for more. Ranks share the
+machine's cores: with more ranks than cores, each round also waits for a core, which the model does not include, and the
+times say nothing about a network. The counts are exact everywhere.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from syncbn import SyncBatchNorm
 from syncbn.nn.collectives import sum_over_ranks
 
 WORLDS = (1, 2, 4, 8)
-WIDTHS = (64, 512, 2048, 16384)  # the last one is wider than layers are: there bytes show beside the latency
-RUNS, CALLS = 5, 10
+WIDTHS = (64, 512, 2048, 16384)  # the last one, wider than real layers, makes the time per byte visible
+RUNS, CALLS = 5, 10  # timed runs of each collective, and calls in each run
 ALL_REDUCE, ALL_GATHER = "all_reduce", "all_gather"
 Row = dict[str, Any]
 
 
 class Traffic:
-    """Collectives of this rank: how many, bytes given, bytes received."""
+    """Counts of this rank's collectives: calls, bytes given to them, bytes received from them."""
 
     def __init__(self) -> None:
         self.calls = self.given = self.received = 0
 
     def add(self, given: Tensor, received: int) -> None:
-        """One collective."""
+        """Counts one collective that gives a tensor and receives `received` tensors of its size."""
         size = given.numel() * given.element_size()
         self.calls, self.given, self.received = self.calls + 1, self.given + size, self.received + size * received
 
 
 def counted(work: Callable[[], object]) -> Traffic:
-    """What `work` sends."""
+    """Runs `work` and counts its all-reduces and all-gathers."""
     traffic = Traffic()
     all_reduce, all_gather = dist.all_reduce, dist.all_gather
 
@@ -74,7 +74,7 @@ def counted(work: Callable[[], object]) -> Traffic:
 
 
 def milliseconds(work: Callable[[], object], runs: int, calls: int) -> float:
-    """A call, of several in a row (the ranks keep step by the collectives themselves); lower quartile of the runs."""
+    """Milliseconds per call, of several in a row (the collectives keep the ranks in step); lower quartile of runs."""
     times = []
     for _ in range(runs + 1):
         dist.barrier()
@@ -82,11 +82,11 @@ def milliseconds(work: Callable[[], object], runs: int, calls: int) -> float:
         for _ in range(calls):
             work()
         times.append((time.perf_counter() - start) / calls)
-    return statistics.quantiles(times[1:], n=4, method="inclusive")[0] * 1e3  # the first run connects the ranks
+    return statistics.quantiles(times[1:], n=4, method="inclusive")[0] * 1e3  # the first run also connects the ranks
 
 
 def measure(rank: int, world: int, directory: str, runs: int, calls: int) -> None:
-    """One rank; the first one writes its rows to `directory`."""
+    """The program of one rank; rank 0 writes its rows to `directory`."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -118,26 +118,29 @@ def measure(rank: int, world: int, directory: str, runs: int, calls: int) -> Non
 
 
 def terms(collective: str, world: int, size: int) -> tuple[float, float]:
-    """How many latencies, and how many times a byte, gloo's ring takes for `size` bytes from each rank."""
+    """Factors of a and b in the model, for `size` bytes n from each of W ranks and gloo's rings (docs/scaling.md).
+
+    An all-reduce takes 2(W-1) a + 2(W-1)/W n b, an all-gather (W-1) a + (W-1) n b.
+    """
     if collective == ALL_REDUCE:
         return 2.0 * (world - 1), 2.0 * (world - 1) / world * size
     return world - 1.0, (world - 1.0) * size
 
 
 def fit(collective: str, rows: list[Row]) -> tuple[float, float]:
-    """Milliseconds of a message and of a byte, from the times of two ranks: least squares of the relative errors."""
+    """Fits a and b, in milliseconds, to the times of two ranks by least squares of the relative errors."""
     pairs = [(terms(collective, 2, row["bytes"][collective]), row["ms"][collective])
              for row in rows if row["world"] == 2]  # fmt: skip
     scaled = torch.tensor([[latencies / ms, size / ms] for (latencies, size), ms in pairs], dtype=torch.float64)
     ones = torch.ones(len(pairs), 1, dtype=torch.float64)
     latency, byte = torch.linalg.lstsq(scaled, ones).solution.flatten().tolist()
-    if byte < 0:  # lost in the noise
+    if byte < 0:  # too small against the noise: only a is fitted
         return float(torch.linalg.lstsq(scaled[:, :1], ones).solution), 0.0
     return latency, byte
 
 
 def show(rows: list[Row]) -> None:
-    """Two tables: what is sent, and how long it takes beside the model."""
+    """Prints the table of counts, the fitted model, and the table of times with its predictions."""
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo, one thread per rank\n")
     print("| ranks | C | collectives forward / backward | bytes given | bytes received |\n|" + "---|" * 5)
     for row in rows:
@@ -163,7 +166,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all world sizes, prints, and writes JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few calls of each, worlds up to 2")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -172,7 +175,7 @@ def main() -> None:
     rows: list[Row] = []
     for world in worlds:
         with tempfile.TemporaryDirectory() as directory:
-            multiprocessing.spawn(measure, (world, directory, runs, calls), nprocs=world)  # an error of a rank ends it
+            multiprocessing.spawn(measure, (world, directory, runs, calls), nprocs=world)  # raises if a rank fails
             rows += json.loads(Path(directory, "rows.json").read_text())
     show(rows)
     if arguments.json:

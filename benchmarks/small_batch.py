@@ -1,8 +1,8 @@
-"""What small batches do to local statistics: the tables and the picture of docs/small-batch.md.
+"""The effect of small batches on local statistics: the tables and the figure of docs/small-batch.md.
 
-python train.py -m experiment=small_batch run=small_batch             trains it all
+python train.py -m experiment=small_batch run=small_batch             trains all runs
 python benchmarks/small_batch.py collect outputs/small_batch/*        runs to docs/data/small_batch*.csv
-python benchmarks/small_batch.py tables                               prints what the page has
+python benchmarks/small_batch.py tables                               prints the tables of the page
 python benchmarks/small_batch.py plot docs/small-batch.png            needs matplotlib
 python benchmarks/small_batch.py worlds outputs/world_1 outputs/world_2 ...     compares runs with the first one
 """
@@ -35,12 +35,12 @@ CASES = {
     "local_4": "local: 4",
     "local_2": "local: 2",
     "group_norm": "GroupNorm",
-}  # with what the page calls them
+}  # with their names on the page
 Row = dict[str, Any]
 
 
 def case_of(config: Config) -> str:
-    """Which of the cases a run was, by its configuration."""
+    """The case to which a run belongs, by its configuration."""
     if config.model.norm == "group":
         return "group_norm"
     if config.bn.sync:
@@ -49,7 +49,7 @@ def case_of(config: Config) -> str:
 
 
 def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
-    """The curves and the ends of finished runs, sorted by length, case and seed; others are passed over."""
+    """Rows of the validation curves and of the final results, sorted by length, case and seed, of finished runs."""
     curves: list[Row] = []
     ends: list[Row] = []
     data: dataset.Data | None = None
@@ -81,9 +81,10 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
 
 @torch.no_grad()
 def of_both_modes(config: Config, content: dict[str, Any], data: dataset.Data) -> Row:
-    """Accuracy and loss of the last weights on the validation images, in batches as in training.
+    """Accuracy and loss of the last weights on the validation images, in evaluation and in training mode.
 
-    In evaluation mode they are normalized by running statistics; in training mode each group of them by its own.
+    Batches are as large as in training. In evaluation mode they are normalized by running statistics, in training mode
+    each group of samples by its own statistics.
     """
     context = RankContext(0, 1, torch.device("cpu"), torch.float32)
     model = build_model(config, data, context)
@@ -102,7 +103,7 @@ def of_both_modes(config: Config, content: dict[str, Any], data: dataset.Data) -
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """The rows as CSV."""
+    """Writes the rows as CSV."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -111,7 +112,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> dict[int, dict[str, list[dict[str, str]]]]:
-    """The rows of a CSV by the length of the runs in steps, then by case, in the order of CASES."""
+    """The rows of a CSV file by the length of their run in steps, then by case, in the order of CASES."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     found: dict[int, dict[str, list[dict[str, str]]]] = {}
@@ -123,13 +124,13 @@ def read(path: Path) -> dict[int, dict[str, list[dict[str, str]]]]:
 
 
 def mean_and_std(rows: list[dict[str, str]], column: str, scale: float) -> tuple[float, float]:
-    """Over seeds; the standard deviation is that of the sample (n - 1)."""
+    """Mean and sample standard deviation (n - 1) of a column over seeds, times `scale`."""
     values = [scale * float(row[column]) for row in rows]
     return statistics.mean(values), statistics.stdev(values)
 
 
 def accuracy_table(final: dict[str, list[dict[str, str]]]) -> Iterator[str]:
-    """How well the cases do, in Markdown."""
+    """Yields a Markdown table of accuracies by case, with the test accuracy's difference to synchronized per seed."""
     yield "| normalized over | seeds | best validation accuracy, % | last, % | test accuracy, % | less synchronized |"
     yield "|---|---|---|---|---|---|"
     reference = {row["seed"]: row for row in final["synchronized"]}
@@ -142,7 +143,7 @@ def accuracy_table(final: dict[str, list[dict[str, str]]]) -> Iterator[str]:
 
 
 def mode_table(final: dict[str, list[dict[str, str]]]) -> Iterator[str]:
-    """The last weights in both modes, in Markdown."""
+    """Yields a Markdown table of the last weights' loss and accuracy in both modes (see `of_both_modes`)."""
     yield "| normalized over | loss, running statistics | loss, those of the batch | accuracy, running, % | batch, % |"
     yield "|---|---|---|---|---|"
     columns = (("eval_loss", 1.0, 3), ("train_loss", 1.0, 3), ("eval_accuracy", 100.0, 2), ("train_accuracy", 100.0, 2))
@@ -158,7 +159,7 @@ def tables() -> list[str]:
 
 
 def plot(path: Path) -> None:
-    """Validation accuracy over steps: means over seeds, and bands of one standard deviation; of the shortest runs."""
+    """Plots validation accuracy over steps and test accuracy of the shortest runs: mean and one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,7 +183,7 @@ def plot(path: Path) -> None:
     end.set_xticks(range(len(CASES)), [name.replace(": ", "\n") for name in CASES.values()], fontsize=8)
     end.set_xlim(-0.5, len(CASES) - 0.5)
     end.set_ylabel("test accuracy, %")
-    whole.set_ylim(bottom=65)  # before the second validation they have hardly begun
+    whole.set_ylim(bottom=65)  # hides the first validation, when training has hardly begun
     whole.set_xlabel("steps of 32 images")
     whole.set_ylabel("validation accuracy, %")
     whole.legend(fontsize=8, title="images that share statistics", title_fontsize=8)
@@ -192,7 +193,7 @@ def plot(path: Path) -> None:
 
 
 def worlds(runs: list[Path]) -> Iterator[str]:
-    """The largest differences between the first run and each of the others, in Markdown."""
+    """Yields a Markdown table of the largest absolute differences between the first run and each of the others."""
     yield "| run | train loss | weights | running means | running variances |"
     yield "|---|---|---|---|---|"
     losses, model = _trajectory(runs[0])
@@ -207,12 +208,14 @@ def worlds(runs: list[Path]) -> Iterator[str]:
 
 
 def _trajectory(run: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The logged training losses of a run, and the state dict of its last checkpoint."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     model = files.read(files.by_step(run / "checkpoints")[-1], "load")["model"]
     return [record["train/loss"] for record in records if "train/loss" in record], model
 
 
 def main() -> None:
+    """Runs the command that the first argument names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("tables")

@@ -1,1 +1,1 @@
-"""Metrics, and their evaluation over a split."""
+"""Metrics, and the evaluation of a model on a split."""

@@ -1,4 +1,4 @@
-"""Evaluation: every sample of a split once, however many ranks share it."""
+"""Evaluation of a model on a split: every sample counts once, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
 from syncbn.training.losses.losses import Loss
 
-EVAL_BATCH_SIZE = 512  # samples over all ranks; evaluation normalizes with running statistics, so it changes no result
+EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
 
 
 def evaluate(
@@ -32,10 +32,18 @@ def evaluate(
     metrics: Mapping[str, Metric] | None = None,
     loader: Loader | None = None,
 ) -> dict[str, float]:
-    """`loss`, for labels `accuracy`, and `metrics` over a split, the same on every rank; modes are restored.
+    """Computes the mean loss, the accuracy (if the data has classes) and `metrics` of a model on a split.
 
-    Every rank has to call it: the metrics are reduced over the default process group. A metric of several numbers has a
-    name for each, `name/0`, `name/1`, ... Without a `loader` batches are prepared where they are needed.
+    A collective: every rank has to call it, because the metrics are reduced over the default process group. The model
+    runs in evaluation mode; its modes are restored.
+
+    Args:
+        stop: checked before every batch, on all ranks together.
+        loader: prepares the batches; None prepares each one when it is needed, without workers.
+
+    Returns:
+        `loss`, `accuracy` and the values of `metrics` by name, the same on every rank. A metric with several values
+        has an entry for each: `name/0`, `name/1`, ...
 
     Raises:
         StopAgreed: `stop` was requested on any rank meanwhile.
@@ -43,7 +51,7 @@ def evaluate(
     shown: dict[str, Metric] = {**_accuracy(data, loss), **(metrics or {})}
     for metric in shown.values():
         metric.to(context.device).reset()
-    # Two plain sums: the loss of a split is a mean over everything that it counts, not over batches or ranks.
+    # Sum and count apart: the loss of a split is the mean over all that it counts, not a mean of batch or rank means.
     loss_sum, count = (SumMetric(nan_strategy="disable").to(context.device).set_dtype(torch.float64) for _ in range(2))
     with evaluating(model), torch.no_grad():
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
@@ -62,7 +70,7 @@ def evaluate(
             loss_sum.update(total)
             count.update(number)
     with warnings.catch_warnings():
-        # A rank without a sample of a small split has nothing to add, and that is fine.
+        # torchmetrics warns on a rank that has had no sample; with a small split that is expected.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values: dict[str, float] = {}
         for name, metric in shown.items():
@@ -71,7 +79,7 @@ def evaluate(
 
 
 def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
-    """Of labels; there is none where the data has no classes."""
+    """The built-in accuracy over all labels that the loss does not ignore; empty if the data has no classes."""
     if data.num_classes is None:
         return {}
     ignore = getattr(loss, "ignore_index", None)

@@ -1,4 +1,4 @@
-"""Evaluation: every sample of a split once, however many ranks share it."""
+"""The metrics of the configuration: how they are built and updated, and which one selects the best weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torchmetrics import Metric
 from syncbn.training.config.errors import ConfigError, require
 from syncbn.training.config.instantiate import build_target
 
-_ALWAYS = ("loss", "accuracy")
+_ALWAYS = ("loss", "accuracy")  # reserved: the names that evaluation itself reports
 
 
 def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | None) -> dict[str, Metric]:
-    """The metrics of the configuration, by name; `num_classes` is handed to those that take it and have not got it.
+    """Builds the torchmetrics metrics of the configuration, by name.
+
+    Args:
+        num_classes: passed to the metrics that accept it and whose configuration does not set it.
 
     Raises:
-        ConfigError: one cannot be built, or is no torchmetrics metric, or takes the name of one that is always there.
+        ConfigError: a metric cannot be built or is no torchmetrics metric; a name is reserved or contains a slash.
     """
     for name in config:
         require(name not in _ALWAYS and "/" not in name, f"metrics.{name}", "a name that is not taken", name)
@@ -32,27 +35,33 @@ class Best(NamedTuple):
     """The validation metric that chooses the best weights."""
 
     by: str
+    """Name of the metric, without the prefix of the split."""
     lowest: bool
-    """The lower the better, as of an error; the loss always."""
+    """Whether lower is better: always for the loss, else as the metric's `higher_is_better` says."""
 
 
 def choose_best(
     best: str, metrics: Mapping[str, Metric], num_classes: int | None, outputs: Any, targets: Tensor
 ) -> Best:
-    """What `best` of the configuration names; tries the metrics on a model's outputs. Every rank calls it.
+    """Finds the metric that `best` of the configuration names, and tries all metrics on some outputs of the model.
+
+    A collective: every rank has to call it, because the values of the metrics are reduced over all ranks.
+
+    Args:
+        best: a metric's name, `name/0` for one of several values, or "auto": the accuracy, or the loss without classes.
 
     Raises:
-        ConfigError: a metric cannot take the outputs; there is none of that name.
+        ConfigError: a metric cannot take the outputs; no metric has this name.
     """
     names = [*(["accuracy"] if num_classes is not None else []), "loss"]
     for name, metric in metrics.items():
         metric.to(targets.device).reset()
         update_metric(name, metric, outputs, targets)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of two samples
+            warnings.simplefilter("ignore")  # metrics may warn of so few samples
             try:
                 names += flattened(name, metric.compute())
-            except Exception:  # so few samples may be too few for it
+            except Exception:  # some metrics need more samples: the name is taken on trust
                 names += [best] if best.partition("/")[0] == name else [name]
         metric.reset()
     best = names[0] if best == "auto" else best
@@ -62,6 +71,7 @@ def choose_best(
 
 
 def update_metric(name: str, metric: Metric, outputs: Any, targets: Tensor) -> None:
+    """Updates a metric with a batch; an error of the metric becomes a ConfigError that names it."""
     try:
         metric.update(outputs, targets)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -69,7 +79,7 @@ def update_metric(name: str, metric: Metric, outputs: Any, targets: Tensor) -> N
 
 
 def flattened(name: str, value: Any) -> dict[str, float]:
-    """Numbers by name, of a metric that may have several."""
+    """The value of a metric as numbers by name: `name`, or `name/<key>` for each of several values."""
     if isinstance(value, Mapping):
         return {
             key: number for part, item in value.items() for key, number in flattened(f"{name}/{part}", item).items()
@@ -82,4 +92,4 @@ def flattened(name: str, value: Any) -> dict[str, float]:
 
 
 def number_of(metric: Tensor) -> float:
-    return float(metric.item())  # waits for the device; evaluation only
+    return float(metric.item())  # synchronizes with the device; called in evaluation only

@@ -1,1 +1,1 @@
-"""What surrounds a job: overrides, resolvers, the process group, Hydra's callbacks, errors."""
+"""Code around a job: overrides, resolvers, the process group, Hydra's callbacks, and error messages."""

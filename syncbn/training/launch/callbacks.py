@@ -1,6 +1,4 @@
-"""What happens around a job, called by Hydra: before a directory is made, before anything of ours runs, and at the end
-of a multirun.
-"""
+"""Hydra callbacks: check the run directory, redact secrets before a job starts, print a table after a multirun."""
 
 from __future__ import annotations
 
@@ -20,17 +18,19 @@ from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 
 class Guard(Callback):
-    """Keeps a run in its directory, and secrets out of it. (Hydra turns exceptions in here into warnings, so mistakes
-    are printed and end the process, as everywhere else.)
+    """Confines runs to `outputs/`, and keeps secrets out of their files and logs.
+
+    Hydra turns exceptions of a callback into warnings, so the checks run in `clear_errors`, which prints the message
+    and ends the process.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the run directory before Hydra makes it."""
+        """Checks the run directory before Hydra creates it."""
         with clear_errors():
             _check_directory("hydra.run.dir", config.hydra.run.dir, config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the directory of all runs before Hydra makes it."""
+        """Checks the sweep directory and the names in it before Hydra creates it."""
         with clear_errors():
             _check_directory("hydra.sweep.dir", config.hydra.sweep.dir, config)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
@@ -38,10 +38,10 @@ class Guard(Callback):
                 raise ConfigError(f"hydra.sweep.subdir: expected a directory below hydra.sweep.dir, got {subdir!r}")
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Takes the secrets out of what Hydra has just written, and of what others will read of this process."""
+        """Redacts secrets in the files that Hydra has just written, in `sys.argv`, and in log records from now on."""
         learn(OmegaConf.to_container(config, resolve=False))
         guard_logging()
-        sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records them
+        sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records the command line
         if world.rank() == 0:
             written = [*Path(config.hydra.runtime.output_dir, ".hydra").glob("*.yaml")]
             for path in (*written, Path(config.hydra.sweep.dir, "multirun.yaml")):
@@ -50,12 +50,13 @@ class Guard(Callback):
                     OmegaConf.save(OmegaConf.create(redacted(content)), path)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints a row per job."""
+        """Prints a table with a row per job, on rank 0."""
         if world.rank() == 0:
             print_table(Path(config.hydra.sweep.dir))
 
 
 def _check_directory(key: str, directory: str, config: DictConfig) -> None:
+    """Raises a ConfigError unless the directory lies below `outputs/` and Hydra leaves the working directory alone."""
     if config.hydra.job.chdir:
         raise ConfigError(
             "hydra.job.chdir: expected false, paths are those of the directory that you start in; got true"
@@ -68,16 +69,18 @@ def _check_directory(key: str, directory: str, config: DictConfig) -> None:
 
 
 def print_table(sweep_dir: Path) -> None:
-    """A row per job of a multirun: its overrides but for those of all jobs, its final metrics, or why it failed."""
+    """Prints a row per job of a multirun: overrides that not all jobs share, final metrics, the reason of a failure."""
     from syncbn.training.tracking import console
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
-    if not jobs:  # of a task that leaves none, such as audit: each job has printed its own
+    if not jobs:  # some tasks, such as audit, write no summary; each job has printed its own result
         return
     summaries = [(job.name, read_summary(job) or {}) for job in jobs]
     found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
     splits = (VAL, TEST, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
-    names = [name for name in found if name.rpartition("/")[0] in splits]  # not each class
+    names = [
+        name for name in found if name.rpartition("/")[0] in splits
+    ]  # without values per class, which are one level deeper
     names = [name for name in names if not name.endswith("/loss")] or names
     names += sorted(below(DRIFT, found))
     given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]

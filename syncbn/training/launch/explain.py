@@ -1,4 +1,4 @@
-"""Errors that read well: one message, once, that names the key or the step and what to do; and the exit code."""
+"""Error reporting: one message per error, with the key or the step and the remedy, printed once; and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turns mistakes in the configuration into one message and exit code 2, printed by the first rank that meets it."""
+    """Turns a configuration or training error into one message, printed by the first rank that meets it.
+
+    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError. Any other
+    exception propagates; if its traceback contains a secret, the redacted traceback is printed and the exit code is 1.
+    """
     try:
         yield
     except Exception as error:
@@ -44,14 +48,18 @@ def clear_errors() -> Iterator[None]:
         sys.exit(1 if isinstance(error, TrainingError) else 2)
 
 
-_failed_jobs: list[int] = []
+_failed_jobs: list[int] = []  # exit codes, in the order of the jobs
 
 
 @contextmanager
 def failing_alone(run_dir: Path, number: int, overrides: Sequence[str]) -> Iterator[None]:
-    """Around one job of a multirun: the other jobs go on after a mistake or failure that all ranks know of.
+    """Context of one job of a multirun: after a configuration or training error the remaining jobs still run.
 
-    It is printed and gets its row in the table; the exit code comes at the end, from `exit_code_of_jobs`.
+    Such an error is raised on all ranks. It is printed, and the job gets a row in the table of the multirun;
+    `exit_code_of_jobs` gives its exit code at the end. Other exceptions propagate.
+
+    Args:
+        number: position of the job in the multirun.
     """
     try:
         yield
@@ -67,12 +75,12 @@ def failing_alone(run_dir: Path, number: int, overrides: Sequence[str]) -> Itera
 
 
 def exit_code_of_jobs() -> int:
-    """0, or that of the first job of a multirun that failed."""
+    """Exit code of the first job of a multirun that failed; 0 if none did."""
     return _failed_jobs[0] if _failed_jobs else 0
 
 
 def _discard_run_directory() -> None:
-    """Removes the directory of a run that has not begun: nothing in it but what Hydra wrote."""
+    """Removes the directory of a run that has not started, which contains only what Hydra wrote."""
     if "run_name" in agreed:
         directory = Path("outputs", agreed["run_name"])
         if directory.is_dir() and all(path.name == ".hydra" for path in directory.iterdir()):
@@ -80,7 +88,11 @@ def _discard_run_directory() -> None:
 
 
 def report_failure(error: Exception) -> None:
-    """Prints the first failure of a job with its rank; what it brings about on the other ranks is not printed."""
+    """Prints the first failure of a job of several ranks, with its rank, but not its consequences on other ranks.
+
+    Raises:
+        SystemExit: always, where there are several ranks; with one rank nothing happens.
+    """
     if world_size() > 1:
         if _is_first_to_report():
             if isinstance(error, RankError):
@@ -93,6 +105,7 @@ def report_failure(error: Exception) -> None:
 
 
 def _is_first_to_report(what: str = "") -> bool:
+    """Whether no other rank has reported `what` in this attempt: the first to set the store's key reports."""
     if not is_distributed() or world_size() == 1:
         return True
     with suppress(Exception):  # a store that is gone must not hide the message
@@ -101,7 +114,7 @@ def _is_first_to_report(what: str = "") -> bool:
 
 
 def explain(error: BaseException) -> str | None:
-    """What a user should read about a mistake in the configuration, or training at its end; None for another error."""
+    """The message for the user about a configuration or training error; None for any other exception."""
     cause: BaseException | None = error
     while cause is not None:  # OmegaConf wraps what a resolver raises
         if isinstance(cause, ConfigError | TrainingError):
@@ -134,7 +147,7 @@ def _explain_override(error: ConfigCompositionException) -> str:
         return f"{key}: there is one already; use {key}=... without the +"
     if key in keys and verb != "override":
         return f"{key}: is not there to be removed; leave out ~{key}"
-    if key in keys:  # of another choice of the group, since this one does not have it
+    if key in keys:  # the schema has this key, but for another choice of the group
         group = key.split(".")[0]
         return (
             f"{key}: the chosen {group} has no such key; choose another {group}=..., or see python train.py --cfg job"
@@ -147,7 +160,7 @@ def _explain_override(error: ConfigCompositionException) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of the schema, to suggest from."""
+    """Every dotted key of the schema, as candidates for suggestions."""
     from dataclasses import fields
 
     from syncbn.training.config.parsing import NESTED

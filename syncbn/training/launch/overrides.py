@@ -1,6 +1,6 @@
-"""What has to happen before and around a job: overrides, run directory, process group.
+"""Command-line overrides: those for Hydra, in its syntax, and those for the stored configuration of a checkpoint.
 
-Imports torch only where a rank has to talk to the others, so that `train.py --cfg job` stays quick.
+Imports torch only where ranks have to communicate, so that `train.py --cfg job` stays quick.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from syncbn.training.launch.resolvers import register_resolvers
 
 log = logging.getLogger(__name__)
 
-# What a task with `load` takes from its own command line; everything else is for the stored configuration.
+# Overrides that a task with `load` applies to its own configuration; all others are for the stored configuration.
 _KEPT = re.compile(
     r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
-_ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # and rank 0 does
+_ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
+# Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
-# Hydra has no message with the key for these: a group takes a name.
+# A config group that is given a number, a boolean or a dictionary instead of a name: Hydra's error lacks the key.
 _NO_CHOICE = re.compile(
     rf"\+{{0,2}}({'|'.join([*SCHEMAS, 'freeze', 'metrics', 'tracker', 'experiment', 'debug'])})="
     r"\s*((?i:[-+]?(?:[\d._]+(?:e[-+]?\d+)?|nan|inf)|true|false)|\{.*\})\s*",
@@ -36,11 +37,17 @@ _NO_CHOICE = re.compile(
 
 
 def prepare() -> None:
-    """Everything that must be in place before Hydra starts: resolvers, and overrides in the form that it wants."""
-    # Hydra then raises its errors instead of printing them, and `clear_errors` can say what to do.
+    """Prepares the process for Hydra: rank variables, import path, `sys.argv` and resolvers.
+
+    On ranks other than 0, exits if the command only prints something, as `--help` does.
+
+    Raises:
+        ConfigError: the rank variables are incomplete; see also `open_override`.
+    """
+    # Makes Hydra raise its errors instead of printing them, so that `clear_errors` can explain them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     check_variables()
-    sys.path.append(os.getcwd())  # a user's own modules, as `python -m` would find them
+    sys.path.append(os.getcwd())  # for modules of the user's own, as with `python -m`
     if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
         sys.exit()
     sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
@@ -51,7 +58,10 @@ _held_back: list[str] = []
 
 
 def _hold_back(arguments: list[str]) -> list[str]:
-    """Keeps from Hydra what a task with `load` applies to the stored configuration, in which the keys may be others."""
+    """Removes the overrides that a task with `load` applies to the stored configuration; `held_back` returns them.
+
+    Hydra would check them against the configuration of this command, whose keys may differ.
+    """
     tasks = {argument.lstrip("+") for argument in arguments if argument.lstrip("+").startswith("task=")}
     if not tasks - {"task=train", "task=data"}:
         return arguments
@@ -61,15 +71,17 @@ def _hold_back(arguments: list[str]) -> list[str]:
 
 
 def held_back() -> list[str]:
-    """The overrides that are meant for a stored configuration."""
+    """The overrides that were kept from Hydra, for the stored configuration that a task loads."""
     return list(_held_back)
 
 
 def open_override(argument: str) -> str:
-    """`freeze.mine.match=x` as `++freeze.mine.match=x`: named rules need no declaration.
+    """Turns `freeze.mine.match=x` into `++freeze.mine.match=x`, since the schema does not declare the names of rules.
+
+    Other overrides are returned unchanged.
 
     Raises:
-        ConfigError: a group is given a number or a dictionary.
+        ConfigError: a config group is given a number, a boolean or a dictionary.
     """
     if found := _NO_CHOICE.fullmatch(argument):
         raise ConfigError(

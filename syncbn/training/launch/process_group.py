@@ -1,4 +1,4 @@
-"""The job's default process group, and what is said when it fails."""
+"""The job's default process group, and the report of a failure in it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
-    """The job's default process group; destroyed on every path. Does nothing without torchrun.
+    """Context with the job's default process group, which is destroyed on every path; does nothing without torchrun.
 
-    Keys carry the attempt and the job, so that neither an elastic restart nor the next job of a multirun meets stale
-    ones.
+    Keys in the store contain the attempt and the job, so that neither an elastic restart nor the next job of a multirun
+    reads stale ones. A timeout, a RankError or an unexpected exception is reported here, with its rank.
 
     Args:
+        device: "cuda" adds NCCL for CUDA tensors to gloo for CPU tensors; any other is gloo alone.
+        job: a name that differs between the jobs of one multirun.
         timeout: seconds that a collective waits for the other ranks.
     """
     if not is_distributed():
@@ -52,30 +54,30 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
         timeout=timedelta(seconds=timeout),
     )
     try:
-        dist.barrier()  # all are connected: none may leave, be it with an error, while another still knocks
+        dist.barrier()  # no rank may leave, even with an error, while another is still connecting
         yield
-        dist.barrier()  # nor while another still has something to do
+        dist.barrier()  # nor while another is still working
     except Exception as error:
         waited = explain_timeout(error, "outside of the training steps") if isinstance(error, RuntimeError) else None
         if waited is not None:
             waited.__cause__ = error
             report_failure(waited)
-        # Before the group goes: then the other ranks fail too, and theirs are not the cause.
+        # Reported before the group is destroyed: then the other ranks fail too, with errors that are not the cause.
         if explain(error) is None or isinstance(error, RankError):
             report_failure(error)
         raise
     finally:
-        # Without this a gloo job can abort at exit, after all of its work is done; and so it can while anything (a DDP
-        # in a reference cycle, say) keeps the group's threads alive until the interpreter goes.
+        # A gloo job can abort at interpreter exit, after all of its work is done, if the group is not destroyed, or if
+        # an object (a DDP in a reference cycle, say) keeps the group's threads alive until then.
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
 
 
 def _warn_of_lasting_store() -> None:
-    """What torch 2.13 does with several machines and restarts: one that joins later is never told where the store is.
+    """Warns that with several machines and restarts, torch 2.13 never gives a later node the address of the store.
 
-    It waits for that in the new round of the rendezvous, where nobody writes it again.
+    That node waits for the address in the new round of the rendezvous, in which nobody writes it again.
     """
     may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if rank() == 0 and is_elastic() and may_restart and num_nodes() > 1 and agent_keeps_store():

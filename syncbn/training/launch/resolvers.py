@@ -1,4 +1,4 @@
-"""The interpolations of `configs/`: the run directory that all ranks agree on, and what depends on the rank."""
+"""OmegaConf resolvers for `configs/`: the run name on which all ranks agree, and values that depend on the rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from syncbn.training.distributed.world import agent_keeps_store, agree, is_elast
 
 
 def register_resolvers() -> None:
-    """The interpolations that `configs/` uses."""
+    """Registers the OmegaConf resolvers that `configs/` uses."""
     OmegaConf.register_new_resolver("syncbn.run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("syncbn.on_first_rank", lambda value: value if rank() == 0 else None, replace=True)
     OmegaConf.register_new_resolver("syncbn.rank_suffix", lambda: f"-rank{rank()}" if rank() else "", replace=True)
@@ -25,16 +25,20 @@ def register_resolvers() -> None:
 
 
 def _choices(group: str) -> str:
-    """The choices of a config group, those of a user's --config-dir included, for `--help`."""
+    """The choices of a config group for `--help`, those of --config-dir included; a star marks the chosen one."""
     chosen = HydraConfig.get().runtime.choices.get(group)
     options = GlobalHydra.instance().config_loader().get_group_options(group)
     return ", ".join(f"{option}*" if option == chosen else option for option in sorted(options))
 
 
 def _run_name(run: str | None) -> str:
-    """The directory name under outputs/: `run`, or a time stamp that all ranks agree on."""
+    """The directory name under outputs/: `run`, or a time stamp on which all ranks agree.
+
+    Raises:
+        ConfigError: `run` is no valid name, or is missing where a restart could not find the run without it.
+    """
     if run is None:
-        if is_elastic() and not agent_keeps_store():  # the agreed stamp would go with the store, and the run with it
+        if is_elastic() and not agent_keeps_store():  # a restart would get a new store and a new stamp
             raise ConfigError("run: where torchrun's store ends with each attempt, a restart finds its run by name"
                               " alone; give it one, run=...")  # fmt: skip
         return agree("run_name", _reserve_stamp)
@@ -45,7 +49,7 @@ def _run_name(run: str | None) -> str:
 
 
 def _reserve_stamp() -> str:
-    """A time stamp whose directory nobody else has, not even a job that started at the same moment."""
+    """A time stamp whose directory this call has created, so that no other job has it, even one of the same second."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for name in [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]:
         with suppress(FileExistsError):

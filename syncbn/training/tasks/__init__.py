@@ -1,1 +1,1 @@
-"""One file per task of `train.py`."""
+"""The tasks of `train.py`, one file each, and what they share."""

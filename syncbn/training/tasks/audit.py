@@ -1,4 +1,4 @@
-"""The audit in the service: at the start of a run, and of a checkpoint."""
+"""`task=audit`, and the audit at the start of a training run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from syncbn.training.trainer.checks import build_freeze_plan
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
-    """`task=audit`: the mistakes that what `load` names shows, by the configuration of its training and one batch."""
+    """Audits the checkpoint that `load` names, with the configuration of its training and one training batch.
+
+    Every rank calls it. Writes `audit.json`, prints all findings, and returns no metrics.
+
+    Raises:
+        ConfigError: `audit.level=error` and there is a finding of severity error; see also `load`.
+    """
     loaded = load(config, run_dir, context)
     sampler = sampler_for(loaded.config, loaded.data, loaded.context)
     plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
@@ -41,14 +47,14 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
 
 
 def audit_at(model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int) -> list[Finding]:
-    """The model as it is about to train in this step, frozen as the plan says then; the same on every rank."""
+    """Audits the model as it is about to train in this step, frozen by the plan; the same findings on every rank."""
     return audit(_as_in(model, plan, step), batch_size=_samples_per_forward(sampler))
 
 
 def audit_trained(
     model: nn.Module, plan: FreezePlan, sampler: Sampler, step: int, data: Data, context: RankContext
 ) -> list[Finding]:
-    """The model as it was in the last of `step` steps, with the first batch of training; the same on every rank."""
+    """Audits the model as in the last of `step` steps, on the first training batch; the same findings on every rank."""
     shard = sampler.shards(0)[0]
     images, _ = data.train_batch(shard.index, sampler.seed, 0, context.dtype)
     trained = _as_in(model, plan, max(step - 1, 0))
@@ -59,7 +65,7 @@ def audit_trained(
 def record(
     findings: list[Finding], step: int, run_dir: Path, context: RankContext, severities: tuple[str, ...]
 ) -> None:
-    """Writes `audit.json`, and prints the findings of these severities if there are any."""
+    """Writes all findings to `audit.json`, and prints those of the given severities, on rank 0."""
     if not context.is_first:
         return
     content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
@@ -81,12 +87,12 @@ def stop_at_errors(findings: list[Finding], config: AuditConfig, run_dir: Path) 
 
 
 def _as_in(model: nn.Module, plan: FreezePlan, step: int) -> nn.Module:
-    """A copy of the model in training mode, with the frozen switches of a step."""
+    """A copy of the model in training mode, with the switches that the plan freezes at this step."""
     copied = copy.deepcopy(model)
     plan.apply(copied, step)
     return copied.train()
 
 
 def _samples_per_forward(sampler: Sampler) -> int:
-    """Over all ranks; of virtual ranks one for each rank that there is."""
+    """Samples of a forward pass over all ranks; of a rank's virtual ranks only one counts."""
     return max(1, min(sampler.batch_size, sampler.num_samples) // sampler.accumulate // sampler.groups_per_rank)

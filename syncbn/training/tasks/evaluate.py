@@ -14,7 +14,13 @@ from syncbn.training.tracking.console import shown
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
-    """Evaluates what `load` names, with `eval.precise_bn` once more with population statistics (`precise/val/...`)."""
+    """Evaluates the checkpoint that `load` names on validation and test data; every rank calls it.
+
+    With `eval.precise_bn` it is evaluated a second time, with population statistics (`precise/val/...`).
+
+    Returns:
+        The metrics, the same on every rank.
+    """
     loaded = load(config, run_dir, context)
     metrics = loaded.evaluate("val", "test")
     rows = []

@@ -1,14 +1,14 @@
-"""`task=export`: the evaluated model as files that need nothing of this package, each checked on real samples.
+"""`task=export`: the evaluated model as files that do not need this package, each checked on real samples.
 
-Every `SyncBatchNorm` becomes the plain layer that it was. In a directory `export/` of the run directory:
+Every `SyncBatchNorm` becomes a plain batch normalization. The directory `export/` of the run directory gets:
 
-    model.safetensors   the state dict, key for key that of the plain model
+    model.safetensors   the state dict, with the keys of the plain model
     model.pt2           a program of torch.export, for any batch size
-    model.onnx          the same for other runtimes (the extra `export`)
-    export.json         input and output, pixel normalization, labels, and by how much each file was off
+    model.onnx          the same for other runtimes (needs the extra `export`)
+    export.json         input and output, pixel normalization, labels, and the largest difference of each file
 
-All or nothing: files are written beside, reloaded, and compared with the evaluated model; only then the directory takes
-its place.
+All or nothing: files are written to a temporary directory, reloaded, and compared with the evaluated model; only then
+the directory is renamed to `export/`.
 """
 
 from __future__ import annotations
@@ -43,23 +43,28 @@ from syncbn.training.trainer.build import build_model
 log = logging.getLogger(__name__)
 
 DIRECTORY = "export"
-_NUM_SAMPLES = 64  # of validation
-# Of the largest output, in units of rounding. Other runtimes fold batch normalization into convolutions and sum in
-# another order, which costs a few units per layer; a wrong constant (another eps, say) costs far more.
+_NUM_SAMPLES = 64  # validation samples on which a file is compared with the model
+# The largest allowed difference, in units of rounding (the dtype's eps) of the largest output. Other runtimes fold
+# batch normalization into convolutions and sum in another order, which costs a few units per layer; a wrong constant
+# (another eps, say) costs far more.
 _TOLERANCE = 1000
 _INPUT, _OUTPUT = "images", "logits"
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by dimensions of the input
 
-Runs = Callable[[Tensor], Tensor]
+Runs = Callable[[Tensor], Tensor]  # a reloaded file, from images to outputs
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
-    """Exports what `load` names, on rank 0; returns `export/<format>`, by how much each file is off, on every rank.
+    """Exports the model that `load` names, on rank 0; every rank calls it.
+
+    Returns:
+        `export/<format>`: the largest absolute difference between the outputs of the file and of the model, the same on
+        every rank.
 
     Raises:
         ConfigError: on every rank: a format that cannot be written here, a model that cannot be exported, or a file
-            that does not compute what the model does. Nothing is left behind then.
+            whose outputs differ from the model's. No file of this export is left behind then.
     """
     loaded = load(config, run_dir, replace(context, device=torch.device("cpu")))
     differences: dict[str, float] = {}
@@ -70,7 +75,11 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
 
 
 def _formats(config: Config, dtype: torch.dtype) -> list[str]:
-    """The formats to write, in one order whatever the configuration's."""
+    """The formats to write, in the order of EXPORT_FORMATS; by default without ONNX where it cannot be written.
+
+    Raises:
+        ConfigError: the configuration asks for ONNX, which cannot be written.
+    """
     wanted = config.export.formats if config.export.formats is not None else EXPORT_FORMATS
     reason = _why_no_onnx(dtype) if "onnx" in wanted else None
     if reason is not None and config.export.formats is not None:
@@ -81,6 +90,7 @@ def _formats(config: Config, dtype: torch.dtype) -> list[str]:
 
 
 def _why_no_onnx(dtype: torch.dtype) -> str | None:
+    """Why ONNX cannot be written; None if it can."""
     missing = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if missing:
         return f"it needs {', '.join(missing)}; pip install 'syncbn[export]'"
@@ -90,7 +100,7 @@ def _why_no_onnx(dtype: torch.dtype) -> str | None:
 
 
 def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str, float]:
-    """Writes and checks the files; returns by how much each is off."""
+    """Writes and checks the files; returns the largest absolute difference of each from the evaluated model."""
     images, model = _samples(loaded), loaded.model.eval().requires_grad_(False)
     expected = model(images)
     if not isinstance(expected, Tensor):
@@ -106,7 +116,7 @@ def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str,
             path = temporary / f"model.{name}"
             with _as_config_error(name):
                 differences[name] = _difference(_WRITERS[name](model, images, path, loaded), images, expected)
-            if not differences[name] <= tolerance:  # NaN is no agreement either
+            if not differences[name] <= tolerance:  # also if it is NaN
                 raise ConfigError(
                     f"export.formats: {path.name} differs from the evaluated model by {differences[name]:.3g} on real"
                     f" samples, more than rounding explains ({tolerance:.3g}); leave {name} out, or use precision=fp64"
@@ -128,7 +138,7 @@ def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str,
 
 
 def _samples(loaded: LoadedRun) -> Tensor:
-    """Validation images as evaluation sees them; at least two, as a program that is traced with one fits only one."""
+    """Validation images as in evaluation, at least two: a program traced with a batch of one takes no other size."""
     index = torch.arange(min(_NUM_SAMPLES, len(loaded.data.val)))
     if len(index) == 0:
         raise ConfigError("data: expected validation samples to check an export with, got none")
@@ -137,7 +147,11 @@ def _samples(loaded: LoadedRun) -> Tensor:
 
 
 def _revert(model: nn.Module, images: Tensor) -> None:
-    """Plain layers throughout: those that were built as `SyncBatchNorm` become what fits the input that they get."""
+    """Replaces every `SyncBatchNorm` by a plain layer, in place.
+
+    Converted layers become what they were before; those built as `SyncBatchNorm` become the class that fits the number
+    of dimensions of their input.
+    """
     try:
         revert_sync_batchnorm(model)
         built: dict[nn.Module, str] = {
@@ -152,7 +166,7 @@ def _revert(model: nn.Module, images: Tensor) -> None:
 
 
 def _input_dims(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) -> dict[nn.Module, int]:
-    """The number of dimensions of what each of the layers is given; 2 for those that are given nothing."""
+    """The number of dimensions of each layer's input in a forward pass; 2 for a layer that is not called."""
     dims: dict[nn.Module, int] = dict.fromkeys(layers, 2)
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -168,7 +182,7 @@ def _input_dims(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) -
 def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
     from safetensors.torch import load_file, save
 
-    # Copies: the format has no tensor under two keys, as tied weights have.
+    # Cloned: the format does not store one tensor under two keys, as tied weights have them.
     path.write_bytes(save({key: value.contiguous().clone() for key, value in model.state_dict().items()}))
     plain = replace(loaded.config, bn=replace(loaded.config.bn, sync=False, group="world"))
     fresh = build_model(plain, loaded.data, loaded.context)
@@ -212,14 +226,14 @@ def _any_batch_size() -> tuple[dict[int, Any]]:
 
 
 def _difference(reloaded: Runs, images: Tensor, expected: Tensor) -> float:
-    """The largest one of any output, for all samples at once and for one alone: the batch size is the consumer's."""
+    """The largest absolute difference, infinite for NaN, in a batch of all samples and in a batch of one."""
     pairs = [(reloaded(images[:number]), expected[:number]) for number in (len(images), 1)]
     return max((actual - right).abs().max().nan_to_num(torch.inf).item() for actual, right in pairs)
 
 
 @contextmanager
 def _taking_its_place(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that takes its place at the end; after an exception it is gone."""
+    """A temporary directory that replaces `directory` at the end of the context; it is removed after an exception."""
     temporary, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -235,7 +249,7 @@ def _taking_its_place(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _as_config_error(name: str) -> Iterator[None]:
-    """What exporters raise about a model, as one message; a full disk stays what it is."""
+    """Turns an exporter's exception into a ConfigError with one message; an OSError (a full disk) propagates."""
     try:
         yield
     except OSError:
@@ -249,7 +263,7 @@ def _as_config_error(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch's exporter tells of each pass, of packages that it does not find, and of its own deprecated calls."""
+    """Silences torch's ONNX exporter, which logs each pass, missing packages, and its own deprecated calls."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -264,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _describe(loaded: LoadedRun, images: Tensor, expected: Tensor) -> dict[str, Any]:
-    """What a consumer needs to give the model its input and to read its output."""
+    """The part of export.json that describes input, output and source of the model for its consumers."""
     mean, std = loaded.data.pixel_stats
     numbers = getattr(loaded.config.data, "classes", None) or range(loaded.data.num_classes or 0)
     labels = loaded.data.class_names or numbers

@@ -1,4 +1,4 @@
-"""What the tasks with `load` begin with: a checkpoint, and data and model by the configuration of its training."""
+"""Loading a checkpoint for the tasks with `load`: data and model are built by the configuration of its training."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model as some training left it, and what it takes to go on with it."""
+    """A model restored from a checkpoint, with the configuration, rank context and data to use it."""
 
     path: Path
     step: int
     weights: str
     """Which of the checkpoint's weights the model has: "raw", or "ema" for the averaged ones."""
     config: Config
-    """That of the training, with what the command line says on top; without `bn.virtual_ranks`, which only train."""
+    """That of the training with the command line's overrides; no `bn.virtual_ranks`, which are for training only."""
     context: RankContext
     data: dataset.Data
     model: nn.Module
@@ -51,7 +51,11 @@ class LoadedRun:
         return f"{self.path}, step {self.step}, {'averaged' if self.weights == 'ema' else 'raw'} weights{others}"
 
     def evaluate(self, *splits: str) -> dict[str, float]:
-        """`<split>/accuracy` and `<split>/loss` of some of "train", "val" and "test", the same on every rank."""
+        """Evaluates the model on some of "train", "val" and "test"; every rank has to call it.
+
+        Returns:
+            `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
+        """
         loss, own = losses.build(self.config.loss, self.data), build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
         with self.loader() as loader:
@@ -62,11 +66,11 @@ class LoadedRun:
         return metrics
 
     def loader(self) -> Loader:
-        """Batches by `data.workers`; a context."""
+        """A loader with the configured workers; it is a context manager."""
         return Loader(self.data, self.context, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
-        """Adds numbers to the metrics of a run directory, at the checkpoint's step."""
+        """Appends metrics to `metrics.jsonl` of a run directory, at the checkpoint's step."""
         tracker = replace(self.config.tracker, mode="disabled")
         with Tracker(tracker, run_dir, redacted(to_dict(self.config)), active=self.context.is_first) as records:
             records.start()
@@ -74,13 +78,13 @@ class LoadedRun:
 
 
 def load(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
-    """What `load` names, with the sub-networks of other runs that `init` names; every rank calls it.
+    """Loads the checkpoint that `load` names, and sub-networks of other runs that `init` names; every rank calls it.
 
     Raises:
-        ConfigError: on every rank: no checkpoint of a run there, no such weights in it, a sub-network that does not
-            fit, or `run_dir` is not a directory of this task's own.
+        ConfigError: on every rank: `load` names no checkpoint of a run, or one without the chosen weights; a
+            sub-network does not fit; `run_dir` already contains a training run, or the checkpoint itself.
     """
-    with failing_together():  # building the model may be a collective: a rank that has no file must not miss it
+    with failing_together():  # building the model may be a collective: a rank that cannot read fails all
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine = to_dict(config)
@@ -99,6 +103,7 @@ def load(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that `load` names and its content; a ConfigError if `run_dir` contains it, or a training run."""
     if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
     assert config.load is not None
@@ -112,11 +117,15 @@ def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """ "raw" or "ema", and that state of the model."""
+    """The chosen weights, "raw" or "ema", and their state dict.
+
+    Raises:
+        ConfigError: the checkpoint does not contain the weights of `eval.weights`.
+    """
     if "average" in checkpoint:
         weights = "raw" if choice == "raw" else "ema"
         return weights, checkpoint["average" if weights == "ema" else "model"]
-    # One state alone: the best model, or a recalibrated one, which says what it is.
+    # The file has a single state dict: the best model, or a recalibrated one, which records its kind of weights.
     averaged = checkpoint["config"].get("ema") is not None
     weights = checkpoint.get("weights", "ema" if averaged else "raw")
     if choice == "ema" and weights == "raw":

@@ -1,4 +1,4 @@
-"""`task=data`: how fast batches come when nobody trains on them."""
+"""`task=data`: the throughput of the data loader alone, without training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from syncbn.training.tracking import console
 
 
 def measure_loading(config: Config, context: RankContext, data: Data) -> dict[str, float]:
-    """Samples per second of the loader alone, of all ranks together, over `duration` or an epoch if that is shorter.
+    """Measures samples per second of the loader alone, summed over ranks, for the shorter of `duration` and an epoch.
 
-    All ranks load at the same time. What comes before the first batch (the start of the workers) is left out; where
-    decoded images are kept, a second pass shows what later epochs get.
+    Every rank has to call it; all of them load at the same time. Timing begins after the first batch, so the start of
+    the workers does not count. Where decoded images are cached, a second pass measures what later epochs get.
+
+    Returns:
+        `data/samples_per_second` of the last pass, the same on every rank.
+
+    Raises:
+        ConfigError: fewer than two steps to measure.
     """
     sampler = Sampler(
         len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size
@@ -52,7 +58,7 @@ def measure_loading(config: Config, context: RankContext, data: Data) -> dict[st
 
 
 def _speed(loader: Loader, sampler: Sampler, seed: int, num_steps: int) -> float:
-    """Samples per second of this rank, from the first batch on."""
+    """Samples per second of this rank, not counting the first batch."""
     batches = _batches(loader, sampler, seed)
     next(batches)
     start, num_samples = time.perf_counter(), 0
@@ -64,6 +70,7 @@ def _speed(loader: Loader, sampler: Sampler, seed: int, num_steps: int) -> float
 
 
 def _batches(loader: Loader, sampler: Sampler, seed: int) -> Iterator[Batch]:
+    """This rank's micro-batches of steps 0, 1, ... without end."""
     step = 0
     while True:
         yield from loader.micro_batches(sampler, seed, step)

@@ -1,9 +1,10 @@
-"""`task=recalibrate`: population statistics instead of moving averages, in a checkpoint of their own.
+"""`task=recalibrate`: replaces moving averages by population statistics, and writes a checkpoint with them.
 
-The global batches of a training epoch, cut over however many ranks there are: the order of epoch 0, micro-batches as
-in training, images as evaluation sees them, without augmentation. Each layer normalizes a micro-batch with the
-statistics of all its samples on all ranks, whatever `bn.sync` and `bn.group` say, so the result is a function of the
-checkpoint and the data alone. Layers whose statistics the freeze plan holds at the checkpoint's step keep them.
+The statistics come from the global batches of a training epoch, divided among the ranks: the order of epoch 0,
+micro-batches as in training, images as in evaluation, without augmentation. Each layer normalizes a micro-batch with
+the statistics of all its samples on all ranks, whatever `bn.sync` and `bn.group` say, so the result depends on the
+checkpoint and the data, not on the number of ranks. Layers whose statistics are frozen at the checkpoint's step keep
+them.
 """
 
 from __future__ import annotations
@@ -39,32 +40,37 @@ from syncbn.training.trainer.checks import build_freeze_plan, check_model
 
 @dataclass(frozen=True)
 class Moved:
-    """How far one layer's statistics have moved."""
+    """How far the running statistics of one layer have moved."""
 
     mean: float
-    """The largest move of a channel's mean, in standard deviations of before."""
+    """The largest change of a channel's mean, in units of its old standard deviation."""
     std: tuple[float, float]
-    """The smallest and the largest quotient of a channel's new and old standard deviation."""
+    """The smallest and the largest ratio of a channel's new to its old standard deviation."""
 
 
 @dataclass(frozen=True)
 class Population:
-    """What statistics were made of, and how far they are from those before."""
+    """The number of samples behind recalibrated statistics, and how far the statistics of each layer have moved."""
 
     num_batches: int
     num_samples: int
     layers: dict[str, Moved]
-    """By name, in the order of the model."""
+    """By layer name, in the order of the model."""
 
     def describe(self) -> str:
-        """What they were made of, in words."""
+        """The numbers of batches and samples, in words."""
         return f"{self.num_batches} global batches, {self.num_samples} samples"
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
-    """Recalibrates what `load` names and writes `recalibrated.pt`, which `load` and `init.*.path` take.
+    """Recalibrates the model that `load` names and writes `recalibrated.pt`, which `load` and `init.*.path` accept.
 
-    What is better is for validation to say: the test set is not used.
+    Every rank calls it. The model is evaluated on validation data before and after, so that the statistics can be
+    compared; the test set is not used.
+
+    Returns:
+        `val/...` with the old statistics, `precise/val/...` with the new ones, and `drift/<layer>`, the change of the
+        layer's mean (see `Moved`); the same on every rank.
     """
     loaded = load(config, run_dir, context)
     before = loaded.evaluate("val")
@@ -88,14 +94,17 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
 
 
 def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
-    """Gives the model the statistics of so many global batches (None, or more than there are: of the training set).
+    """Replaces the running statistics of the model, in place, by those of the first global batches of the training set.
 
-    Every rank calls it and ends up with the same bits.
+    Every rank has to call it, and ends up with the same bits.
+
+    Args:
+        num_batches: how many; None, or more than an epoch has, means the whole training set.
 
     Raises:
-        ConfigError: no layer has statistics that may move; a layer that cannot be synchronized, on several ranks; a
-            model that cannot take zero rows, where a rank has no sample.
-        TrainingError: statistics that are not finite.
+        ConfigError: no layer has running statistics that are not frozen; on several ranks, a layer cannot be
+            synchronized; where a rank has no sample, the model cannot take zero rows.
+        TrainingError: the statistics are not finite.
     """
     config, context, model = loaded.config, loaded.context, loaded.model
     num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, context)
@@ -116,7 +125,7 @@ def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
 
 
 def _synchronized_copy(loaded: LoadedRun, sampler: Sampler) -> nn.Module:
-    """A copy to recalibrate: every layer sums over all ranks, and is frozen as in the last step of the checkpoint."""
+    """A copy to recalibrate: layers synchronize over all ranks, and are frozen as in the checkpoint's last step."""
     copied = copy.deepcopy(loaded.model)
     plan = build_freeze_plan(loaded.config, copied, sampler.steps_per_epoch)
     plan.apply(copied, max(loaded.step - 1, 0))
@@ -135,7 +144,7 @@ def _synchronized_copy(loaded: LoadedRun, sampler: Sampler) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalizations that have running statistics, by name, each once."""
+    """Batch normalization layers with running statistics, by name; a shared layer appears once."""
     found: dict[str, _BatchNorm] = {}
     for name, layer in named_modules(model):
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer not in found.values():

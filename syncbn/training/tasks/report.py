@@ -1,4 +1,4 @@
-"""The report that a run leaves at its end."""
+"""The report that is written at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ log = logging.getLogger(__name__)
 
 
 class EndOfRun:
-    """At the end of a run, also of one that fails: `report.html`, and in `summary.json` why it failed.
+    """Writes `report.html` at the end of a run, and if it failed, the reason to `summary.json`.
 
-    A run that stops on request goes on later, and has its report then.
+    A run that stops on request (SIGTERM, Ctrl-C) gets its report when it is resumed and ends.
+
+    Args:
+        overrides: the command line's, for the summary of a failed run; secrets are redacted.
     """
 
     def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
         self.run_dir, self.overrides = run_dir, overrides
 
     def end(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """To be pushed on an `ExitStack`."""
+        """The exit callback, to be pushed on an `ExitStack`; it suppresses no exception of the run."""
         from syncbn.training.distributed.stopping import Stopped
 
         if isinstance(error, Stopped | KeyboardInterrupt):
@@ -38,5 +41,5 @@ class EndOfRun:
             from syncbn.report.write import write_report
 
             write_report([self.run_dir], self.run_dir / "report.html")
-        except Exception as error:  # nothing of the run depends on it
+        except Exception as error:  # a report that cannot be written must not fail the run
             log.warning("no report.html: %s; python -m syncbn report %s writes it later", error, self.run_dir)

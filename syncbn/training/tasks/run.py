@@ -1,4 +1,4 @@
-"""What `train.py` does with a checked configuration: the process group, then the task."""
+"""Runs the task of a checked configuration, inside the job's process group."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ WITH_LOAD = {
 
 
 def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Runs the task on this rank; returns its metrics (the same on every rank).
+    """Runs the task on this rank; returns its metrics, the same on every rank but for the throughput.
 
     Args:
         job: a name that differs between the jobs of one multirun.
-        overrides: what was given on the command line; a resumed run compares it with its stored configuration.
+        overrides: those of the command line; a resumed run compares them with its stored configuration.
 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
@@ -49,7 +49,7 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     device = _device(config)
     context = context_for(config, RankContext(world.rank(), world.world_size(), device, torch.float32))
     checks = rank_checks.enabling(config.bn.debug)
-    # The tracker ends after the group: the other ranks need not wait for an upload.
+    # The tracker closes after the process group is destroyed, so the other ranks do not wait for rank 0's upload.
     with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout), checks:
         if config.task in WITH_LOAD:
             metrics = WITH_LOAD[config.task](config, run_dir, context)

@@ -1,4 +1,4 @@
-"""What `train.py` does with a checked configuration: build everything, run the task, close everything."""
+"""`task=train`: builds a run or resumes it, trains, and writes its summary."""
 
 from __future__ import annotations
 
@@ -38,7 +38,18 @@ log = logging.getLogger(__name__)
 def train(
     config: Config, run_dir: Path, context: RankContext, overrides: Sequence[str], tracking: ExitStack
 ) -> dict[str, float]:
-    """`task=train`; `tracking` closes the tracker."""
+    """Trains, or resumes the run of `run_dir`; every rank calls it.
+
+    Args:
+        context: this rank and its device; dtypes and memory format are set here.
+        tracking: an exit stack of the caller, which closes the tracker and then delivers a deferred SIGTERM.
+
+    Returns:
+        The final metrics; all but the throughput are the same on every rank.
+
+    Raises:
+        ConfigError: a mistake in the configuration, found before training starts.
+    """
     tracking.enter_context(deferred())
     stop = StopRequest()
     with stop.listen():
@@ -46,7 +57,7 @@ def train(
         _require_shared(run_dir, checkpoint)
         if checkpoint is not None:
             config = merge_with_stored(config, checkpoint, overrides)
-        # By the configuration of the run, which the command that resumes it need not repeat.
+        # From the stored configuration of the run: the command that resumes it need not repeat the options.
         context = context_for(config, context)
         execution.check(config, context.device)
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
@@ -104,7 +115,7 @@ def _train(
 
 
 def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | None:
-    """What a run that was finished before has told; None for a run that has something to do."""
+    """The final metrics of a run that has finished before; None for a run with steps left to do."""
     summary = read_summary(run_dir)
     if summary is None or summary["step"] != trainer.counters.step:
         return None
@@ -145,7 +156,7 @@ def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None
 
 
 def _by_split(name: str) -> int:
-    """The order of the summary: validation, test, the rest."""
+    """Sort key of metric names in the summary: validation first, then test, then the rest."""
     return next((position for position, split in enumerate((VAL, TEST)) if name.startswith(f"{split}/")), 2)
 
 

@@ -1,1 +1,1 @@
-"""What is told of a run: metrics.jsonl, wandb, the console, summaries."""
+"""The records of a run: metrics.jsonl, wandb, console output, and summaries."""

@@ -1,4 +1,4 @@
-"""What a person sees: log lines, a progress bar where there is a terminal, a table at the end. Rank 0 alone prints."""
+"""Console output of rank 0: log lines, a progress bar where there is a terminal, and tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONSOLE = Console(soft_wrap=True, highlight=False)
 
 
 class Handler(logging.Handler):
-    """Log records on the shared console, above the progress bar if there is one."""
+    """A logging handler that prints to the shared console, above the progress bar if there is one."""
 
     def __init__(self, level: int | str = logging.NOTSET) -> None:
         super().__init__(level)
@@ -29,14 +29,14 @@ class Handler(logging.Handler):
 
 
 class ShowStep(Protocol):
-    """Tells the progress bar that a step is done."""
+    """Callback that moves the progress bar to a step, and sets the loss next to it if one is given."""
 
     def __call__(self, step: int, loss: float | None = None) -> None: ...
 
 
 @contextmanager
 def progress(num_steps: int, start: int, enabled: bool) -> Iterator[ShowStep | None]:
-    """A progress bar over steps, or None where there is no terminal (then the caller logs lines)."""
+    """Context with a progress bar over steps; None if disabled or without a terminal (then the caller logs lines)."""
     if not (enabled and CONSOLE.is_terminal):
         yield None
         return
@@ -60,7 +60,7 @@ def progress(num_steps: int, start: int, enabled: bool) -> Iterator[ShowStep | N
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Two columns: what, and how much."""
+    """Prints a table without a header: names and values."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="left", overflow="fold")
@@ -70,7 +70,7 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table with a header."""
+    """Prints a table with a header."""
     table = Table(title=title, title_justify="left")
     for name in header:
         table.add_column(name, overflow="fold")
@@ -80,5 +80,5 @@ def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ..
 
 
 def shown(path: Path) -> str:
-    """A path as a person wants to read it, and to copy it into the next command."""
+    """The path relative to the working directory, short enough to read and ready to copy into the next command."""
     return os.path.relpath(path)

@@ -1,4 +1,4 @@
-"""What a run was made with: command, code, versions and machines, for the tracker and the report."""
+"""The environment of a run, for the tracker and the report: command, commit, versions, devices and hosts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("syncbn", "torch", "hydra-core", "wandb", "torchmetrics")
 
 
 def describe(context: RankContext, overrides: Sequence[str]) -> dict[str, Any]:
-    """Every rank calls it, because the hosts are gathered; what it says is rank 0's, and empty on the others."""
+    """Rank 0's environment and the ranks per host; empty on other ranks. A collective: every rank has to call it."""
     hosts = world.on_all_ranks(platform.node())
     if not context.is_first:
         return {}
@@ -45,10 +45,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, with a + where files differ from it; None outside of a checkout."""
+    """The abbreviated commit of the running code, with a + if files differ from it; None outside of a checkout."""
     code = Path(sys.modules["syncbn"].__file__ or "")
     with suppress(OSError, subprocess.SubprocessError):
-        _git("ls-files", "--error-unmatch", code.name, at=code.parent)  # not the checkout of something around us
+        _git("ls-files", "--error-unmatch", code.name, at=code.parent)  # fails in another project's checkout
         return _git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*", at=code.parent)
     return None
 

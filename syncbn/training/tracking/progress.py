@@ -1,4 +1,4 @@
-"""How far a run is: what a logging step records and prints."""
+"""The progress of a run, as a logging step records and prints it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from syncbn.report.metric_names import EPOCH, GRADIENT_NORM, LEARNING_RATE, STEP
 
 @dataclass(frozen=True)
 class Progress:
-    """A training run after `step` steps; means are over the steps since the record before."""
+    """A training run after `step` steps; means are over the steps since the previous record."""
 
     step: int
     num_steps: int
     epoch: float
     loss: float | None
-    """None: every step since the record before was left out."""
+    """None if every step since the previous record was left out."""
     lr: float
     samples_per_second: float
     gradient_norm: float | None
-    """Before it was clipped; None where nothing is clipped, or no step counted."""
+    """Mean norm before clipping; None without clipping, or if every step was left out."""
     steps_left_out: int
-    """Since the beginning of the run."""
+    """Steps left out since the beginning of the run, because a loss or gradient was not finite."""
 
     def metrics(self) -> dict[str, float]:
-        """For the tracker; what is None, and a count of 0, is left out."""
+        """The metrics for the tracker, without those that are None and without a count of 0."""
         metrics = {
             EPOCH: self.epoch,
             **({} if self.loss is None else {TRAIN_LOSS: self.loss}),
@@ -39,7 +39,7 @@ class Progress:
         return metrics
 
     def line(self) -> str:
-        """For the console."""
+        """One line for the console."""
         loss = math.nan if self.loss is None else self.loss
         return (
             f"step {self.step}/{self.num_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {self.lr:.4f}"

@@ -1,4 +1,4 @@
-"""The end of a multirun: a table of its jobs."""
+"""`summary.json`: how a run ended, for the table of a multirun and for a command that resumes a finished run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def write_summary(
     stopped: bool = False,
     failed: str = "",
 ) -> None:
-    """What a run that is over has to say, for the table of a sweep and for a run that is asked again.
+    """Writes the summary of a run that has ended; metrics that are not finite become strings.
 
     Args:
-        step: the number of steps done; -1 for a run that failed.
-        stopped: training ended before its last step, and will again.
-        failed: why it failed.
+        step: the number of steps done; -1 for a run that failed, and 0 for a task without training.
+        overrides: those of the command line, without secrets.
+        stopped: training ended before its last step, and would end there again.
+        failed: the reason of a failure; empty if there was none.
     """
     numbers = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     content = {"step": step, "metrics": numbers, "overrides": overrides, "stopped": stopped, "failed": failed}
@@ -34,7 +35,7 @@ def write_summary(
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The summary of a run that is over; None if there is none."""
+    """The content of `summary.json`, its metrics as floats; None if the file does not exist."""
     path = run_dir / SUMMARY
     if not path.exists():
         return None

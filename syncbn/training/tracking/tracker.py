@@ -1,4 +1,4 @@
-"""Tracking: metrics.jsonl always, wandb beside it. Written by rank 0; tracking can fail, training goes on."""
+"""Tracking on rank 0: metrics.jsonl always, and wandb if configured, whose failure does not end the training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.wandb_run import WandbRun
 
-# One number for the whole model: of the layer that is worst off.
+# Layer metrics that are also recorded for the whole model, as the value of the worst layer: the largest or smallest.
 _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
 
 
 class Tracker:
-    """One record per logged step, flat keys with `/`, in `metrics.jsonl` and in wandb.
+    """Writes one record per logged step, with flat keys such as `val/loss`, to `metrics.jsonl` and to wandb.
 
-    Its state is the id of the online wandb run, so that it goes on as the same one. wandb cannot continue an offline
-    run: there, each attempt is a run of its own, in a group with the others. Training never waits for wandb.
+    Its state is the id of the online wandb run, so that a resumed run continues the same one. wandb cannot continue an
+    offline run: there, each attempt is a run of its own, in a group with the others. Training never waits for wandb.
 
-    Off rank 0 every method does nothing.
+    Args:
+        full_config: what wandb records as the configuration of the run.
+        active: True on rank 0; elsewhere every method does nothing.
     """
 
     def __init__(self, config: TrackerConfig, run_dir: Path, full_config: dict[str, Any], *, active: bool) -> None:
@@ -37,16 +39,16 @@ class Tracker:
         self._wandb: WandbRun | None = None
         self._id: str | None = None
         if active:
-            # Line-buffered: a line is written whole or, after a kill, not at all.
+            # Line-buffered: a record reaches the file as soon as it is complete, so a kill loses none before it.
             self._file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def start(self) -> None:
-        """Starts the wandb run; a state that is to be loaded has to be there."""
+        """Starts the wandb run; a state has to be loaded before, because it determines the run's id."""
         if not self._active or self._config.mode == "disabled":
             return
         online = self._config.mode == "online"
         if online and self._id is None:
-            self._id = secrets.token_hex(4)  # our own: a checkpoint may need it before a server has answered
+            self._id = secrets.token_hex(4)  # chosen here: a checkpoint may store it before the server answers
         options = {
             "project": redact(self._config.project),
             "group": redact(self._config.group or self._run_dir.name),
@@ -59,16 +61,16 @@ class Tracker:
         self._wandb = WandbRun(options, online=online, timeout=self._config.timeout)
 
     def state_dict(self) -> dict[str, Any]:
-        """The id of the online run (None: there was none), and the name of the run directory that it belongs to."""
+        """The id of the online run (None without one), and the name of the run directory to which it belongs."""
         return {"id": self._id, "run": self._run_dir.name}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes the id over, unless it is that of another run, whose checkpoint this one starts from."""
+        """Takes over the id, unless it belongs to another run, from whose checkpoint this one starts."""
         if state_dict["run"] == self._run_dir.name:
             self._id = state_dict["id"]
 
     def log(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, LayerSnapshot] | None = None) -> None:
-        """Records numbers, and per layer scalars under `bn/<layer>/` (in wandb histograms over channels too)."""
+        """Records metrics, and scalars per layer under `bn/<layer>/`; wandb also gets histograms over channels."""
         if self._file is None:
             return
         record: dict[str, Any] = {"step": step, **metrics}
@@ -77,14 +79,14 @@ class Tracker:
             record |= {of_layer(name, key): value for key, value in scalars.items()}
         for key, worst in _WORST.items():
             values = [scalars[key] for scalars in of_layers.values() if key in scalars]
-            if values:  # what is not a number is worse than all numbers, and compares with none
+            if values:  # NaN is the worst value; max and min may miss it, since it compares as false
                 record[f"{BN}/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
         self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
         if self._wandb is not None:
             self._wandb.do(lambda run: run.log({**record, **_histograms(layers or {})}))
 
     def show_layers(self, step: int, layers: Mapping[str, LayerSnapshot]) -> None:
-        """All layers at this step, channel by channel in `layers.json` (the latest only), in wandb as a table."""
+        """Records all layers: values per channel in `layers.json` (of the latest step only), and a table in wandb."""
         if self._file is None:
             return
         vectors = {
@@ -96,7 +98,7 @@ class Tracker:
             self._wandb.do(lambda run: run.log({"step": step, LAYER_TABLE: _table(layers)}))
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """Final values, in wandb's summary."""
+        """Writes the final values to wandb's summary."""
         if self._wandb is not None:
             self._wandb.do(lambda run: run.summary.update(dict(metrics)))
 
@@ -115,12 +117,12 @@ class Tracker:
 
 
 def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
-    """A row per layer, in the order of the model; a column per number that any of them has."""
+    """A wandb table: a row per layer, in the order of the model, and a column per scalar that any layer has."""
     import wandb
 
     rows = [(name, layer.scalars()) for name, layer in layers.items()]
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    # wandb sorts what it shows by name: the position keeps the model's order within reach.
+    # wandb sorts the rows that it shows by name; the position column allows sorting by the model's order.
     data = [[position, name, *map(row.get, columns)] for position, (name, row) in enumerate(rows)]
     return wandb.Table(columns=["position", "layer", *columns], data=data)
 
@@ -140,19 +142,24 @@ def _histogram(vector: Tensor) -> Any:
 
     low, high = vector.min().item(), vector.max().item()
     scale = max(-low, high)
-    if high - low <= max(1e-9 * scale, 1e-300):  # equal but for rounding: bins that narrow are an error to numpy
+    if high - low <= max(1e-9 * scale, 1e-300):  # equal up to rounding: numpy rejects bins this narrow
         low, high = low - max(0.5, 1e-9 * scale), high + max(0.5, 1e-9 * scale)
     return wandb.Histogram(np_histogram=np.histogram(vector.numpy(), bins=64, range=(low, high)))
 
 
 def _jsonable(value: float) -> float | str:
-    """JSON has no NaN and no infinity: as strings they stay readable by every parser."""
+    """The value, or its string if it is NaN or infinite, which JSON does not have."""
     return value if math.isfinite(value) else str(value)
 
 
 def cut_back(metrics: Path, step: int | None) -> None:
-    """Removes what a run that goes on from `step` records again: later records, test results, and what is frozen from
-    this step on. None: everything.
+    """Removes the records of `metrics.jsonl` that a run resumed at `step` writes again.
+
+    Those are the records of later steps, test results, and what was frozen or unfrozen at this step. The file is
+    replaced atomically.
+
+    Args:
+        step: None removes all records.
     """
     if not metrics.exists():
         return
@@ -161,7 +168,7 @@ def cut_back(metrics: Path, step: int | None) -> None:
         try:
             record: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
-            continue  # half a line, left by a kill
+            continue  # an incomplete line, left by a kill
         again = {"test"} | ({"freeze"} if record["step"] == step else set())
         if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
             kept.append(line + "\n")

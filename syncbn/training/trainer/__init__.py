@@ -1,1 +1,1 @@
-"""One training run: the loop, and what it is built from."""
+"""One training run: the loop and its components."""

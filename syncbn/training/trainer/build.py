@@ -1,4 +1,4 @@
-"""From the configuration to what a run is made of: model, sampler, the types that a rank computes in."""
+"""Builds the components of a run from its configuration: model, data, sampler, loss, metrics, freeze plan, dtypes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
 
-DTYPES = {"fp64": torch.float64}  # of parameters and images; anything else: float32
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
 
 
 def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.Module:
@@ -49,11 +49,11 @@ def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.
 
 @dataclass(frozen=True)
 class RunComponents:
-    """What a training run is made of, built from its configuration and tried on some samples."""
+    """The components of a training run; model, loss and metrics have been tried on some samples."""
 
     config: Config
     config_dict: dict[str, Any]
-    """The configuration as it may be written down: plain containers, without secrets."""
+    """The configuration for files and trackers: plain containers, without secrets."""
     context: RankContext
     data: dataset.Data
     sampler: Sampler
@@ -66,13 +66,13 @@ class RunComponents:
 
 
 def build_components(config: Config, context: RankContext, *, resumes: bool) -> RunComponents:
-    """Everything that a run trains with; every rank calls it.
+    """Builds everything that a run trains with; every rank has to call it.
 
     Args:
         resumes: a checkpoint is loaded afterwards, so pretrained sub-networks are not.
 
     Raises:
-        ConfigError: what cannot be built, or does not fit together; see `build_model`, `check_model`,
+        ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
             `build_freeze_plan`.
     """
     data = registry.load(config.data)
@@ -96,7 +96,7 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
 
 
 def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sampler:
-    """Which samples this rank trains on."""
+    """The sampler that selects this rank's training samples."""
     groups = groups_per_rank(config.bn, context.world_size)
     return Sampler(
         len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups
@@ -104,7 +104,7 @@ def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sam
 
 
 def context_for(config: Config, context: RankContext) -> RankContext:
-    """`context` with the precision of this configuration."""
+    """`context` with the dtypes and the memory format of this configuration."""
     return replace(
         context,
         dtype=DTYPES.get(config.precision, torch.float32),

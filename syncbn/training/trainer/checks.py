@@ -1,4 +1,4 @@
-"""What would fail, or silently mean something else, in the middle of a run: found before it starts."""
+"""Checks before a run starts, for mistakes that would otherwise end it in the middle, or silently change it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) -> FreezePlan:
-    """The plan of the configuration, proven on the model.
+    """Builds the freeze plan of the configuration and checks it on the model.
 
     Raises:
-        ConfigError: a rule that cannot work, or a time at which nothing is left to train.
+        ConfigError: a rule cannot work, every parameter is frozen at some step, or the model has no parameter.
     """
 
     def in_steps(value: object) -> int | None:
@@ -63,12 +63,12 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
 def check_model(
     model: nn.Module, data: Data, sampler: Sampler, context: RankContext, loss: Loss
 ) -> tuple[object, Tensor]:
-    """Runs the model and the loss once without training; returns the outputs and the targets of some samples.
+    """Runs the model in evaluation mode, and the loss, on at most two training samples; returns outputs and targets.
 
     Raises:
-        ConfigError: it cannot take the images, its outputs are not one logit per class (where cross entropy wants
-            that), the loss cannot take them or does not return a sum and a count, or the model cannot take zero rows
-            where the last batch of an epoch leaves a rank without samples.
+        ConfigError: the model cannot take the images; with cross entropy, its outputs are not one logit per class; the
+            loss cannot take the outputs, or does not return a sum and a count; the model cannot take zero rows, where
+            the last batch of an epoch leaves a rank without samples.
     """
     images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, context.dtype)
     images = context.put(images)
@@ -93,7 +93,7 @@ def check_model(
 
 
 def warn_of_dropout(model: nn.Module) -> None:
-    """Says that the run will not be the same at another world size."""
+    """Logs a warning if the model has dropout, whose masks differ with the number of ranks."""
     dropout = [
         name
         for name, module in model.named_modules()
@@ -104,7 +104,7 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 
 def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
-    """Evaluates the model; the innermost module that failed and why, or None, and the outputs. Modes are restored."""
+    """Runs the model in evaluation mode; returns the last module entered with its error, or None, and the outputs."""
     names = {module: name or "the model" for name, module in model.named_modules()}
     running: list[str] = []
     handles = [

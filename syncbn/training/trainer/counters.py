@@ -1,4 +1,4 @@
-"""Where a run is, how fast it goes, and when the next checkpoint is due."""
+"""Counters of a run: steps done, sums for the log, throughput, and when the next checkpoint is due."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from syncbn.training.config.duration import Duration
 
 
 class Counters:
-    """Where the run is: steps done, and the best validation so far."""
+    """The progress of a run: steps done, and the best validation so far; part of a checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
-        self.best: dict[str, float] = {}  # all of its metrics
+        self.best: dict[str, float] = {}  # all metrics of the best validation
         self.best_step = 0
         self.evaluated_step = 0
         self.steps_left_out = 0
 
     def is_best(self, metrics: dict[str, float], by: str, lowest: bool = False) -> bool:
-        """Whether this validation, of the present step, beats all before; then it is the best from now on.
+        """Whether this validation, of the current step, is better than all before; if so, stores it as the best.
 
         Args:
-            metrics: without the name of the split; among them `loss` and `by`.
-            by: the metric that decides, and among equals the lower loss.
-            lowest: the lower the better, and not the higher.
+            metrics: names without the prefix of the split; `loss` and `by` are among them.
+            by: the metric that decides; if it is equal, the lower loss does.
+            lowest: whether a lower value of `by` is better.
         """
 
         def rank(of: dict[str, float]) -> tuple[float, float]:
             values = -of.get("loss", math.nan), of.get(by, math.nan) * (-1 if lowest else 1)
-            # NaN compares as neither better nor worse
+            # values that are not finite rank last; a comparison with NaN would always be false
             loss, score = (value if math.isfinite(value) else -math.inf for value in values)
             return score, loss
 
@@ -44,35 +44,36 @@ class Counters:
         return True
 
     def forget_best(self) -> None:
-        """Whatever is validated next is the best."""
+        """Resets the best validation, so that the next one becomes the best."""
         self.best, self.best_step, self.evaluated_step = {}, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All of them."""
+        """All counters."""
         return dict(vars(self))
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes them over."""
+        """Restores the counters."""
         vars(self).update(state_dict)
 
 
 class Totals:
-    """Sums since the last log line, on the device: loss, what the loss counts, gradient norms, updates."""
+    """Sums since the last log line, on the device: loss, count of the loss, gradient norms, number of updates."""
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(4, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """All, so that the first log line after a resume is that of an uninterrupted run."""
+        """The sums, so that the first log line after a resume equals that of an uninterrupted run."""
         return {"values": self.values}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Takes them over."""
+        """Restores the sums."""
         self.values.copy_(state_dict["values"])
 
     def take(self) -> tuple[float | None, float | None]:
-        """Means of loss and gradient norm, starting anew (None: every step was left out); the one wait for the device
-        of a logging step.
+        """Mean loss and mean gradient norm since the last call, each None if every step was left out; resets the sums.
+
+        This is the one synchronization with the device of a logging step.
         """
         loss_sum, count, norm_sum, updates = self.values.tolist()
         self.values.zero_()
@@ -80,7 +81,7 @@ class Totals:
 
 
 class Throughput:
-    """Samples per second of training alone: evaluation and checkpoints do not count."""
+    """Samples per second of training; the time within `paused` does not count."""
 
     def __init__(self) -> None:
         self._samples = self._all_samples = 0
@@ -88,15 +89,15 @@ class Throughput:
         self._since = time.perf_counter()
 
     def start(self) -> None:
-        """Training goes on from here."""
+        """Starts the clock."""
         self._since = time.perf_counter()
 
     def add(self, samples: int) -> None:
-        """Counts the samples of a step, over all ranks."""
+        """Adds the samples of a step, over all ranks."""
         self._samples += samples
 
     def samples_per_second(self) -> float:
-        """Since the last call."""
+        """The throughput since the last call."""
         self._stop()
         rate = self._samples / max(self._seconds, 1e-9)
         self._all_samples, self._all_seconds = self._all_samples + self._samples, self._all_seconds + self._seconds
@@ -104,7 +105,7 @@ class Throughput:
         return rate
 
     def overall(self) -> float:
-        """Since the start."""
+        """The throughput from the start to the last call of `samples_per_second`."""
         return self._all_samples / max(self._all_seconds, 1e-9)
 
     @contextmanager
@@ -123,7 +124,7 @@ class Throughput:
 
 
 class SaveClock:
-    """When the next checkpoint is due: every so many steps, or minutes."""
+    """Decides when a checkpoint is due: every so many steps, or every so many minutes."""
 
     def __init__(self, every: Duration, steps_per_epoch: int) -> None:
         self._seconds = every.value * 60 if every.unit == "minutes" else None
@@ -132,11 +133,11 @@ class SaveClock:
 
     @property
     def goes_by_time(self) -> bool:
-        """Whether the clock on the wall decides, which differs between ranks."""
+        """Whether the interval is in minutes; then `is_due` may differ between ranks."""
         return self._seconds is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this many steps."""
+        """Whether to save after this many steps; if so, an interval in minutes starts again."""
         if self._steps is not None:
             return step % self._steps == 0
         assert self._seconds is not None

@@ -1,4 +1,4 @@
-"""Results of steps that are over, read without waiting for the device."""
+"""Results of past steps, read without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class DeferredResults:
-    """Small results of past steps, read without waiting for what the device is still doing.
+    """A queue of small results of past steps, read without waiting for the work that the device still has.
 
-    On a GPU a result is read one step later, from a copy that travels meanwhile; on the CPU at once.
+    On a GPU a result is read one step later, from an asynchronous copy to pinned memory; on the CPU at once.
 
     Args:
-        lag: steps between a result and its reading; None: by device.
+        lag: steps between posting a result and reading it; None is 1 on a GPU and 0 on the CPU.
     """
 
     def __init__(self, device: torch.device, lag: int | None = None) -> None:
@@ -22,7 +22,7 @@ class DeferredResults:
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def post(self, step: int, values: Tensor) -> None:
-        """Sends a step's values on their way to the host."""
+        """Starts the copy of a step's values to the host."""
         if values.device.type == "cuda":
             on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             on_host.copy_(values, non_blocking=True)
@@ -33,7 +33,7 @@ class DeferredResults:
             self._waiting.append((step, values, None))
 
     def take(self, *, everything: bool = False) -> list[tuple[int, list[float]]]:
-        """The steps that are due, oldest first, each once; with `everything` also those that have to be waited for."""
+        """Removes and returns the results that are due, oldest first; with `everything` all, waiting for copies."""
         due = []
         while len(self._waiting) > (0 if everything else self._lag):
             step, values, arrived = self._waiting.popleft()
@@ -43,5 +43,5 @@ class DeferredResults:
         return due
 
     def clear(self) -> None:
-        """Forgets what has not been read."""
+        """Discards the results that have not been read."""
         self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Compilation, memory format, TF32, deterministic operators: each works, or says at start why it cannot."""
+"""Compilation, memory format, TF32 and deterministic operators, with checks at start that they can work."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from syncbn.training.config.schema import Config
 
 
 def check(config: Config, device: torch.device) -> None:
-    """Whether what is switched on can work here.
+    """Checks that `tf32` and `compile`, if enabled, work on this machine.
 
     Raises:
-        ConfigError: it cannot; the message says why and what would.
+        ConfigError: one does not; the message gives the reason and a remedy.
     """
     if config.tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise ConfigError(
@@ -44,7 +44,7 @@ def check(config: Config, device: torch.device) -> None:
 
 
 def _try(backend: str, device: torch.device) -> None:
-    """Compiles one operator: a compiler may be there and yet lack headers, OpenMP, or the right to write its cache."""
+    """Compiles one operator: an installed compiler may still lack headers, OpenMP, or the right to write its cache."""
     try:
         torch.compile(lambda tensor: tensor * 2 + 1, backend=backend)(torch.ones(8, device=device))
     except Exception as error:
@@ -56,10 +56,10 @@ def _try(backend: str, device: torch.device) -> None:
 
 @contextmanager
 def applied(config: Config) -> Iterator[None]:
-    """TF32 and deterministic operators as configured; afterwards as before, for the next job of a multirun."""
+    """Context with TF32 and deterministic operators as configured; restores torch's flags for a multirun's next job."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
-        # Without it cuBLAS refuses; read at its first use.
+        # Without this variable, cuBLAS calls raise in this mode; it is read at the first of them.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
@@ -81,35 +81,37 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def lay_out(model: nn.Module) -> None:
-    """Weights of convolutions in channels_last, in place."""
+    """Converts the weights of 2d and 3d convolutions to channels_last, in place."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in model.parameters():
         if parameter.dim() in formats:
-            # `contiguous` would leave those of 1x1 kernels as they are, and DDP warn that their gradients are not.
+            # `contiguous` would keep the strides of 1x1 kernels, and DDP would warn that their gradients have others.
             parameter.data = parameter.data.to(memory_format=formats[parameter.dim()])
 
 
 def executed(model: nn.Module, compile: bool | str) -> nn.Module:
-    """What runs in a training step: the model itself, or a way through it that torch has compiled."""
+    """The module that a training step calls: the model itself, or a wrapper whose forward pass is compiled."""
     return model if compile is False else Compiled(model, _backend(compile))
 
 
 class Compiled(nn.Module):
-    """A model whose forward pass is compiled, where there are rows: Inductor takes no batch of zero rows, and such a
-    rank's collectives come in the same order uncompiled. Parameters and buffers are the model's own.
+    """A wrapper with a compiled forward pass; parameters and buffers are the model's own.
+
+    A batch of zero rows, which Inductor does not take, goes through the uncompiled model, whose collectives come in the
+    same order.
     """
 
-    wrapped_child = "model"  # invisible to patterns and names
+    wrapped_child = "model"  # patterns and names of modules skip this wrapper
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         super().__init__()
         self.model = model
-        # In a tuple: as a submodule it would be the model a second time. Not one graph at any price (fullgraph=True):
-        # somebody's own model may break it, and still has the same collectives in the same order.
+        # In a tuple, because a submodule would register the model a second time. Without fullgraph=True: a user's model
+        # may break the graph, and still has the same collectives in the same order.
         self._compiled = (torch.compile(model, backend=backend),)
 
     def forward(self, input: Tensor) -> Any:
-        """What the model makes of it."""
+        """The outputs of the model."""
         return self._compiled[0](input) if len(input) else self.model(input)
 
 

@@ -1,4 +1,4 @@
-"""Steps at fault: a loss or a gradient that is not finite, and the samples to look at."""
+"""The error for a step whose loss or gradient is not finite, with the training samples to look at."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from syncbn.training.distributed.rank_context import RankContext
 
 
 class NonFiniteError(TrainingError):
-    """A step at fault.
+    """The loss or the gradient of a step is not finite; the message names the samples to look at.
 
     Args:
         what: "loss" or "gradient".
-        seen: the training samples of the step, by rank.
-        culprits: those among them whose pixels are not finite.
+        seen: training samples of the step, by rank; named if there are no culprits.
+        culprits: the samples among them whose pixels are not finite.
     """
 
     def __init__(self, step: int, what: str, seen: dict[int, list[int]], culprits: list[int]) -> None:
@@ -26,12 +26,12 @@ class NonFiniteError(TrainingError):
 
 
 def find_fault(step: int, ranks: list[int], sampler: Sampler, data: Data, context: RankContext) -> NonFiniteError:
-    """What was not finite, and the samples to look at: those with such pixels, else all that these ranks saw.
+    """Builds the error: it names the samples with pixels that are not finite, or else all samples of these ranks.
 
     One sample is enough to make the statistics of a synchronized layer NaN, and with them the loss of every rank.
 
     Args:
-        ranks: those whose loss was not finite; none: it was the gradient.
+        ranks: those whose loss was not finite; empty if it was the gradient, which means all ranks.
     """
     samples = {rank: sampler.samples(step, rank) for rank in (ranks if ranks else range(context.world_size))}
     index, epoch = torch.cat(list(samples.values())), sampler.epoch_of(step)

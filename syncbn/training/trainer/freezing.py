@@ -1,4 +1,4 @@
-"""The freeze plan in the course of a run: what changes at a step, told, recorded, and taken over by the optimizer."""
+"""Applies the freeze plan during a run: changes are logged, recorded, and passed on to the optimizer's state."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Freezing:
-    """Brings the frozen switches of a model to a step, on all ranks alike.
+    """Freezes and unfreezes modules of a model as the plan says for a step, in the same way on every rank.
 
     Args:
-        forgets_momentum: a parameter that is unfrozen starts without the optimizer's state of before it was frozen.
+        forgets_momentum: whether the optimizer's state of a parameter is deleted when it is unfrozen.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Freezing:
         self._forgets_momentum = forgets_momentum
 
     def apply(self, step: int) -> bool:
-        """Whether anything changed: the model has to be wrapped in DDP anew then."""
+        """Applies the plan at this step; returns whether anything changed, which requires a new DDP wrapper."""
         changes = self._plan.apply(self._model, step)
         for frozen in (True, False):
             modules = list(dict.fromkeys(change.module for change in changes if change.frozen == frozen))

@@ -1,4 +1,4 @@
-"""Running statistics that ranks, groups of ranks or virtual ranks gather on their own, and one set out of them."""
+"""Running statistics of layers that do not synchronize over all ranks, and their pooling into one set."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from syncbn.training.models.virtual_ranks import virtual_layers
 
 
 class LocalStatistics:
-    """Those of a model and of its average; does nothing where all layers are synchronized over all ranks.
+    """Pools running statistics that ranks, sub-groups or virtual ranks gather on their own.
+
+    Does nothing where all layers are synchronized over all ranks.
 
     Args:
-        models: may name one twice.
-        sampler: knows how many samples each (virtual) rank has seen, by which its statistics count.
-        keep_apart: leaves each rank its own (`bn.buffers=per_group`).
+        models: the model and its weight average; duplicates are ignored.
+        sampler: gives the number of samples that each (virtual) rank has processed: the weights of the pooling.
+        keep_apart: whether each rank keeps its own statistics (`bn.buffers=per_group`).
     """
 
     def __init__(self, models: Iterable[nn.Module], sampler: Sampler, *, keep_apart: bool) -> None:
@@ -29,8 +31,8 @@ class LocalStatistics:
         return [layer for model in self._models for layer in unsynchronized_layers(model)]
 
     def pool(self, step: int) -> None:
-        """One set for all ranks, for good, as of before `step`."""
-        if not self._is_pooled or not self._layers():  # counting samples goes through an epoch
+        """Replaces the statistics by the pooled ones on every rank, as of before `step`; every rank has to call it."""
+        if not self._is_pooled or not self._layers():  # skips counting the samples, which iterates over an epoch
             return
         num_seen = self._sampler.num_seen(step)
         for model in self._models:
@@ -42,9 +44,9 @@ class LocalStatistics:
 
     @contextmanager
     def pooled(self, step: int) -> Iterator[None]:
-        """One set for all ranks, for evaluation and checkpoints before `step`.
+        """Context with pooled statistics, for evaluation and checkpoints before `step`; every rank has to enter it.
 
-        Afterwards each rank goes on with its own: how often a run is saved must not change it.
+        At its end each rank gets its own statistics back, since evaluating or saving must not change the training.
         """
         buffers = [buffer for layer in self._layers() for buffer in layer.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]

@@ -1,6 +1,6 @@
-"""`debug=overfit`: a few training samples, the same at every step, until the model knows them by heart.
+"""`debug=overfit`: trains on a few samples, the same at every step, until the model fits them.
 
-What cannot do that has a mistake somewhere between the images and the optimizer.
+A model that cannot fit them points to a mistake somewhere between the images and the optimizer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from syncbn.training.data.dataset import Data
 
 log = logging.getLogger(__name__)
 
-FITTED = 0.99  # share of the samples that has to be right, in evaluation
+FITTED = 0.99  # required accuracy on the samples, in evaluation mode
 
 
 def only_a_few(data: Data, num_samples: int) -> Data:
-    """The first training samples, not augmented, as training, validation and test set."""
+    """The first training samples, without augmentation, as training, validation and test set.
+
+    Raises:
+        ConfigError: there are fewer training samples, or the data has no classes.
+    """
     if num_samples > len(data.train):
         raise ConfigError(f"overfit: expected at most the {len(data.train)} training samples, got {num_samples}")
     if data.num_classes is None:
@@ -27,14 +31,14 @@ def only_a_few(data: Data, num_samples: int) -> Data:
 
 
 def judge(num_samples: int, accuracy: float, loss: float, step: int, model: nn.Module) -> None:
-    """Says that the samples are fitted.
+    """Logs that the model fits the samples.
 
     Args:
-        accuracy: the best so far, in evaluation, as is `loss`.
+        accuracy: of the best validation, as is `loss`.
         step: the number of steps done.
 
     Raises:
-        TrainingError: they are not.
+        TrainingError: the accuracy is below FITTED.
     """
     if accuracy >= FITTED:
         log.info(

@@ -1,4 +1,4 @@
-"""`debug=profile`: where the time of a training step goes; a trace per rank, and a table of operators."""
+"""`debug=profile`: profiles training steps, and writes a trace per rank and a table of operators."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 5  # steps that are not profiled: allocations, first-time choices of kernels, DDP's buckets
+WARM_UP = 5  # steps before the profiled ones, with allocations, first-time choices of kernels, DDP's buckets
 
 
 class Profiler:
-    """Writes to `profile/` in the run directory after `num_steps` steps; `step` belongs to the end of each step."""
+    """Context that profiles `num_steps` steps after WARM_UP ones, and writes to `profile/` in the run directory."""
 
     def __init__(self, num_steps: int, run_dir: Path, context: RankContext) -> None:
         self._directory, self._context, self._num_steps = run_dir / "profile", context, num_steps
@@ -37,7 +37,7 @@ class Profiler:
             log.warning("profile: nothing to show, the first %d steps are warm-up; give a longer duration", WARM_UP)
 
     def step(self) -> None:
-        """A training step is over."""
+        """Marks the end of a training step."""
         self._profile.step()
 
     def _write(self, profiled: profile) -> None:
@@ -62,5 +62,5 @@ class Profiler:
 
 
 def build(num_steps: int | None, run_dir: Path, context: RankContext) -> Profiler | None:
-    """None: off, and nothing happens."""
+    """The profiler; None if `num_steps` is None, which turns profiling off."""
     return None if num_steps is None else Profiler(num_steps, run_dir, context)
