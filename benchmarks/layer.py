@@ -256,7 +256,7 @@ def saved_bytes(model: nn.Module, input: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(input)
     del output
-    return sum(size for context, size in kept.items() if context not in own)
+    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

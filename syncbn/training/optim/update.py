@@ -149,12 +149,12 @@ class BufferSnapshot:
 
     def __init__(self, model: nn.Module) -> None:
         # The modules' buffer dicts: walking the modules at every step would take longer than copying the buffers.
-        self._places = [module._buffers for module in model.modules()]
+        self._buffer_dicts = [module._buffers for module in model.modules()]
         self._before: list[tuple[list[Tensor], Tensor]] = []
 
     def remember(self) -> None:
         """Copies the current buffers."""
-        buffers = dict.fromkeys(buffer for context in self._places for buffer in context.values() if buffer is not None)
+        buffers = dict.fromkeys(buffer for own in self._buffer_dicts for buffer in own.values() if buffer is not None)
         self._before = [(group, _flat(group)) for group in by_type(buffers).values()]
 
     def put_back(self, where: Tensor) -> None:
