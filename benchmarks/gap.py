@@ -48,7 +48,7 @@ def load(path: Path) -> dataset.Data:
     config = FashionMnistConfig(
         name="fashion_mnist", path=str(path), classes=None, train_samples=None, shift=0, flip=False
     )
-    return registry.load(config)
+    return registry.load_data(config)
 
 
 def train(model: nn.Module, data: dataset.Data, batch_size: int, seed: int, steps: tuple[int, int]) -> Iterator[int]:

@@ -113,13 +113,13 @@ def configure(overrides: list[str], num_steps: int) -> Config:
 
 def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) -> None:
     """A training loop as one would write it by hand."""
-    data = registry.load(config.data)
+    data = registry.load_data(config.data)
     model = build_model(config, data, context)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, context.rank, context.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    optimizer = optimizers.build(config.optimizer, model)
-    schedule = LambdaLR(optimizer, schedules.build(config.schedule, num_steps, sampler.steps_per_epoch))
-    loss = losses.build(config.loss, data)
+    optimizer = optimizers.build_optimizer(config.optimizer, model)
+    schedule = LambdaLR(optimizer, schedules.build_schedule(config.schedule, num_steps, sampler.steps_per_epoch))
+    loss = losses.build_loss(config.loss, data)
     model.train()
     for step in range(num_steps):
         loop.at_step(step)

@@ -58,7 +58,7 @@ def collect(runs: Iterable[Path]) -> tuple[list[Row], list[Row]]:
             continue
         content = files.read(files.by_step(run / "checkpoints")[-1], "load")
         config = parse(content["config"])
-        data = data or registry.load(config.data)
+        data = data or registry.load_data(config.data)
         key = {"steps": content["step"], "case": case_of(config), "seed": config.seed}
         records: dict[int, Row] = {}
         for line in (run / "metrics.jsonl").read_text().splitlines():

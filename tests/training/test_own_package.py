@@ -5,7 +5,7 @@ import torch
 
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.data.custom import load
+from syncbn.training.data.custom import load_custom
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 
 PACKAGE = '''
@@ -152,7 +152,7 @@ class NoPairs:
 )
 def test_a_data_set_that_is_none_is_named(target, message):
     with pytest.raises(ConfigError, match=message):
-        load(OpenData({"_target_": target}))
+        load_custom(OpenData({"_target_": target}))
 
 
 @pytest.mark.parametrize("option", [{"workers": -1}, {"workers": "two"}, {"prefetch": 0}])

@@ -80,7 +80,7 @@ class CustomData:
         return images.to(dtype), targets
 
 
-def load(config: OpenData) -> Data:
+def load_custom(config: OpenData) -> Data:
     """Builds `data._target_`: an object with the datasets `train`, `val` and `test`, and optionally `num_classes`.
 
     An `ImageData` or `CustomData` is returned as it is.

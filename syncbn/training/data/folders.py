@@ -45,7 +45,7 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
         parts = [*(([paths[i] for i in index.tolist()], labels[index]) for index in cut), *parts[1:]]
     _show_others(root, others)
     data = [Split(Decoded(Files(paths), config.size, config.channels), labels) for paths, labels in parts]
-    return finish(data, config, len(names), names)
+    return decoded_data(data, config, len(names), names)
 
 
 def load_masks(config: MaskFolderConfig) -> ImageData:
@@ -70,10 +70,10 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
         decoded = Decoded(sources[0], config.size, config.channels)
         splits.append(Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0])))
     _show_others(root, others)
-    return finish(splits, config, config.num_classes, ())
+    return decoded_data(splits, config, config.num_classes, ())
 
 
-def finish(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> ImageData:
+def decoded_data(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> ImageData:
     """Makes `ImageData` of the three splits, with a cache of decoded images if they fit.
 
     Raises:

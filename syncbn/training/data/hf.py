@@ -16,7 +16,7 @@ from syncbn.training.config.data import HfConfig
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded
-from syncbn.training.data.folders import finish, split_labels
+from syncbn.training.data.folders import decoded_data, split_labels
 from syncbn.training.data.images import ImageData
 
 _NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
@@ -53,7 +53,7 @@ class Column:
         return f"row {position} of {self.split}"
 
 
-def load(config: HfConfig) -> ImageData:
+def load_hf(config: HfConfig) -> ImageData:
     """Loads `data=hf`: a directory that `save_to_disk` wrote, with the splits train, validation (or val) and test.
 
     Without a validation split, a tenth of train is held out for it. A single data set without splits is split 80/10/10
@@ -92,7 +92,7 @@ def load(config: HfConfig) -> ImageData:
             part = part.cast_column(config.image, datasets.Image(decode=False))
         images = Decoded(Column(part.select_columns(config.image), config.image, split), config.size, config.channels)
         splits.append(Split(images, labels))
-    return finish(splits, config, len(names), names)
+    return decoded_data(splits, config, len(names), names)
 
 
 def _has_val(loaded: Any) -> bool:

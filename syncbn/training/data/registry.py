@@ -24,7 +24,7 @@ from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.images import ImageData
 
 
-def load(config: DataConfig) -> Data:
+def load_data(config: DataConfig) -> Data:
     """Loads the data set of the configuration, restricted to `config.classes` if that is set.
 
     Raises:
@@ -39,15 +39,15 @@ def load(config: DataConfig) -> Data:
         case SyntheticConfig():
             data = builtin.make_synthetic(config)
         case ShapesConfig():
-            data = shapes.make(config)
+            data = shapes.make_shapes(config)
         case ImageFolderConfig():
             data = folders.load_classes(config)
         case MaskFolderConfig():
             data = folders.load_masks(config)
         case HfConfig():
-            data = hf.load(config)
+            data = hf.load_hf(config)
         case OpenData():
-            data = custom.load(config)
+            data = custom.load_custom(config)
         case _:
             assert_never(config)
     classes = getattr(config, "classes", None)

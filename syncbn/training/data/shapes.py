@@ -14,7 +14,7 @@ NAMES = ("background", "square", "disk", "triangle")
 MAX_SHAPES = 4  # per image; the number is drawn from 1 to this
 
 
-def make(config: ShapesConfig) -> ImageData:
+def make_shapes(config: ShapesConfig) -> ImageData:
     """Makes `data=shapes`: uint8 images (N, 3, size, size) and masks (N, size, size), split 80/10/10.
 
     A sample depends only on `data.seed` and its position. Colors are random, so that only the shape tells the class.

@@ -45,7 +45,7 @@ class CrossEntropy:
         return total, (targets != self.ignore_index).sum(dtype=torch.float64)
 
 
-def build(config: LossConfig, data: Data) -> Loss:
+def build_loss(config: LossConfig, data: Data) -> Loss:
     """Builds the loss of the configuration; for masks, IGNORE (255) is the default of `ignore_index`.
 
     Raises:

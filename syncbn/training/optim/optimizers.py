@@ -10,7 +10,7 @@ from torch import nn
 from syncbn.training.config.optim import OptimizerConfig, SgdConfig
 
 
-def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Builds the optimizer over all parameters, also frozen ones, so that its parameter groups never change."""
     match config:
         case SgdConfig():

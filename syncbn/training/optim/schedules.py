@@ -10,7 +10,7 @@ from syncbn.training.config.duration import Duration
 from syncbn.training.config.optim import ConstantConfig, CosineConfig, ScheduleConfig
 
 
-def build(config: ScheduleConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+def build_schedule(config: ScheduleConfig, num_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
     """Builds a function from a step to its learning rate as a fraction of the peak.
 
     A linear warm-up over w steps, (step + 1) / (w + 1), is followed by a constant 1, or by half a cosine from 1 at the

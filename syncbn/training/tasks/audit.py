@@ -19,7 +19,7 @@ from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
-from syncbn.training.tasks.loaded import load
+from syncbn.training.tasks.loaded import load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
@@ -34,7 +34,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     Raises:
         ConfigError: `audit.level=error` and there is a finding of severity error; see also `load`.
     """
-    loaded = load(config, run_dir, context)
+    loaded = load_run(config, run_dir, context)
     sampler = sampler_for(loaded.config, loaded.data, loaded.context)
     plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
     findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.context)

@@ -7,7 +7,7 @@ from pathlib import Path
 from syncbn.report.metric_names import PRECISE, prefixed
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
-from syncbn.training.tasks.loaded import load
+from syncbn.training.tasks.loaded import load_run
 from syncbn.training.tasks.recalibrate import recalibrate
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
@@ -21,7 +21,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     Returns:
         The metrics, the same on every rank.
     """
-    loaded = load(config, run_dir, context)
+    loaded = load_run(config, run_dir, context)
     metrics = loaded.evaluate("val", "test")
     rows = []
     if config.eval.precise_bn is not None:

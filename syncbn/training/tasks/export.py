@@ -35,7 +35,7 @@ from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
-from syncbn.training.tasks.loaded import LoadedRun, load
+from syncbn.training.tasks.loaded import LoadedRun, load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import build_model
@@ -66,7 +66,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         ConfigError: on every rank: a format that cannot be written here, a model that cannot be exported, or a file
             whose outputs differ from the model's. No file of this export is left behind then.
     """
-    loaded = load(config, run_dir, replace(context, device=torch.device("cpu")))
+    loaded = load_run(config, run_dir, replace(context, device=torch.device("cpu")))
     differences: dict[str, float] = {}
     with failing_together(), torch.no_grad():
         if context.is_first:

@@ -56,7 +56,8 @@ class LoadedRun:
         Returns:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
         """
-        loss, own = losses.build(self.config.loss, self.data), build_metrics(self.config.metrics, self.data.num_classes)
+        loss = losses.build_loss(self.config.loss, self.data)
+        own = build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
         with self.loader() as loader:
             for name in splits:
@@ -77,7 +78,7 @@ class LoadedRun:
             records.log(self.step, metrics)
 
 
-def load(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
+def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
     """Loads the checkpoint that `load` names, and sub-networks of other runs that `init` names; every rank calls it.
 
     Raises:
@@ -92,7 +93,7 @@ def load(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored)
         trained.bn.virtual_ranks = None
-        data = dataset.as_trained(registry.load(trained.data), checkpoint)
+        data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
     context = context_for(trained, context)
     model = build_model(trained, data, context)
     state.load_into(model, content, path, "load")

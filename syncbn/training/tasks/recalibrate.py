@@ -31,7 +31,7 @@ from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import losses
-from syncbn.training.tasks.loaded import LoadedRun, load
+from syncbn.training.tasks.loaded import LoadedRun, load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
@@ -72,7 +72,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         `val/...` with the old statistics, `precise/val/...` with the new ones, and `drift/<layer>`, the change of the
         layer's mean (see `Moved`); the same on every rank.
     """
-    loaded = load(config, run_dir, context)
+    loaded = load_run(config, run_dir, context)
     before = loaded.evaluate("val")
     found = recalibrate(loaded, config.recalibrate.batches)
     after = loaded.evaluate("val")
@@ -110,7 +110,7 @@ def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
     num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, context)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
     worker = _synchronized_copy(loaded, sampler)
-    check_model(worker, loaded.data, sampler, context, losses.build(config.loss, loaded.data))
+    check_model(worker, loaded.data, sampler, context, losses.build_loss(config.loss, loaded.data))
     before = _statistics(model)
     with loaded.loader() as loader, context.forward_context():
         shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))

@@ -58,7 +58,7 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
                 write_summary(run_dir, 0, metrics, given)  # its row in the table of a multirun
             return metrics
         if config.task == "data":
-            return measure_loading(config, context, registry.load(config.data))
+            return measure_loading(config, context, registry.load_data(config.data))
         return train(config, run_dir, context, overrides, tracking)
 
 

@@ -75,7 +75,7 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
             `build_freeze_plan`.
     """
-    data = registry.load(config.data)
+    data = registry.load_data(config.data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
     model = build_model(config, data, context)
@@ -85,7 +85,7 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
         drift.remember(model, name)
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build(config.loss, data)
+    loss = losses.build_loss(config.loss, data)
     outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
     best = choose_best(config.best, metrics, data.num_classes, outputs, targets)

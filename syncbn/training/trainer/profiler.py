@@ -61,6 +61,6 @@ class Profiler:
         )
 
 
-def build(num_steps: int | None, run_dir: Path, context: RankContext) -> Profiler | None:
+def build_profiler(num_steps: int | None, run_dir: Path, context: RankContext) -> Profiler | None:
     """The profiler; None if `num_steps` is None, which turns profiling off."""
     return None if num_steps is None else Profiler(num_steps, run_dir, context)

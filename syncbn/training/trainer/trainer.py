@@ -81,8 +81,10 @@ class Trainer:
             for text in (config.duration, config.eval_every, config.log_every)
         )
         # how
-        self.optimizer = optimizers.build(config.optimizer, model)
-        self.schedule = LambdaLR(self.optimizer, schedules.build(config.schedule, self.num_steps, self.steps_per_epoch))
+        self.optimizer = optimizers.build_optimizer(config.optimizer, model)
+        self.schedule = LambdaLR(
+            self.optimizer, schedules.build_schedule(config.schedule, self.num_steps, self.steps_per_epoch)
+        )
         is_half = context.autocast == torch.float16
         self.update = Update(
             model, self.optimizer, self.schedule, context.device,
@@ -119,7 +121,7 @@ class Trainer:
         self.save_clock = SaveClock(Duration.parse(config.save.every, allow_minutes=True), self.steps_per_epoch)
         # what is seen
         self.tracker, self.monitor, self.clock = tracker, Monitor(model), Throughput()
-        self.profiler = profiler.build(config.profile, run_dir, context)
+        self.profiler = profiler.build_profiler(config.profile, run_dir, context)
 
     def run(self) -> dict[str, float]:
         """Trains to the end; returns the final metrics.

@@ -110,7 +110,7 @@ def test_keys_are_mixed_as_tensors_are(parts):
 
 
 def test_the_digits_split_is_pinned_and_stratified():
-    data = registry.load(compose_config().data)
+    data = registry.load_data(compose_config().data)
     assert [len(split) for split in (data.train, data.val, data.test)] == [1437, 180, 180]
     digest = hashlib.sha256()
     labels = torch.cat([data.train.labels, data.val.labels, data.test.labels])
@@ -128,16 +128,16 @@ def _digit_labels():
 
 
 def test_training_pixels_are_normalized():
-    data = registry.load(compose_config("data.shift=0").data)
+    data = registry.load_data(compose_config("data.shift=0").data)
     images, _ = data.train_batch(torch.arange(len(data.train)), 0, 0, torch.float64)
     assert abs(images.mean()) < 1e-6
     assert abs(images.std() - 1) < 1e-6
 
 
 def test_classes_are_kept_and_renumbered():
-    data = registry.load(compose_config("data.classes=[7,2]").data)
+    data = registry.load_data(compose_config("data.classes=[7,2]").data)
     assert data.num_classes == 2
-    whole = registry.load(compose_config().data)
+    whole = registry.load_data(compose_config().data)
     assert len(data.val) == int(((whole.val.labels == 7) | (whole.val.labels == 2)).sum())
     assert torch.equal(data.val.images[data.val.labels == 0], whole.val.images[whole.val.labels == 7])
 
@@ -158,7 +158,7 @@ def fashion_files(directory, num_train=5003, compress=True):
 
 @pytest.mark.parametrize("compress", [True, False])
 def test_fashion_mnist_is_read_from_idx_files_with_val_held_out(tmp_path, compress):
-    data = registry.load(fashion_files(tmp_path, compress=compress))
+    data = registry.load_data(fashion_files(tmp_path, compress=compress))
     assert [len(split) for split in (data.train, data.val, data.test)] == [3, 5000, 4]
     assert data.val.labels[0] == 3  # the 5,000 last training images
     assert data.train.images.shape == (3, 1, 28, 28)
@@ -170,15 +170,15 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"data.path: .*t10k-images-idx3-ubyte' is not a whole IDX file"):
-        registry.load(config)
+        registry.load_data(config)
 
 
 def test_a_missing_file_names_the_package(tmp_path):
     with pytest.raises(ConfigError, match=r"data.path: .*dataset-fashion-mnist"):
-        registry.load(FashionMnistConfig("fashion_mnist", str(tmp_path), None, None, shift=0, flip=False))
+        registry.load_data(FashionMnistConfig("fashion_mnist", str(tmp_path), None, None, shift=0, flip=False))
 
 
 def test_synthetic_data_is_the_same_at_every_call():
-    first, second = (registry.load(compose_config("data=synthetic").data) for _ in range(2))
+    first, second = (registry.load_data(compose_config("data=synthetic").data) for _ in range(2))
     assert torch.equal(first.train.images, second.train.images)
     assert [len(split) for split in (first.train, first.val, first.test)] == [800, 100, 100]

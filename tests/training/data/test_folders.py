@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test")
 
 
 def load(*overrides):
-    return registry.load(compose_config(*overrides).data)
+    return registry.load_data(compose_config(*overrides).data)
 
 
 def folder(root, *overrides):

@@ -30,7 +30,7 @@ THIRD = RankContext(2, 3, torch.device("cpu"), torch.float32)
 
 
 def load(*overrides):
-    return registry.load(compose_config(*overrides).data)
+    return registry.load_data(compose_config(*overrides).data)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_cache_is_measured_a_second_time(files, monkeypatch, capsys):
     from syncbn.training.tasks.measure_data import measure_loading
 
     config = compose_config("task=data", *data_sets(files)["cached"], "data.workers=0", "batch_size=4")
-    metrics = measure_loading(config, HERE, registry.load(config.data))
+    metrics = measure_loading(config, HERE, registry.load_data(config.data))
     assert set(metrics) == {"data/samples_per_second"}
     printed = capsys.readouterr().out
     assert "decoding, rank 0" in printed

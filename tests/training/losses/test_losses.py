@@ -10,7 +10,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.losses import CrossEntropyConfig
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.images import ImageData
-from syncbn.training.losses.losses import CrossEntropy, build, check_loss
+from syncbn.training.losses.losses import CrossEntropy, build_loss, check_loss
 from syncbn.training.models.unet import UnetSmall
 
 
@@ -30,11 +30,11 @@ def test_in_masks_what_is_to_be_ignored_needs_no_mention():
         ImageData(split, split, split, num_classes=2, shift=0, flip=False)
         for split in (Split(torch.zeros(1, 1, 2, 2), torch.zeros(shape)) for shape in ((1, 2, 2), (1,)))
     )
-    assert build(config, masks).ignore_index == 255
-    assert build(replace(config, ignore_index=7), masks).ignore_index == 7
-    assert build(config, labels).ignore_index is None
+    assert build_loss(config, masks).ignore_index == 255
+    assert build_loss(replace(config, ignore_index=7), masks).ignore_index == 7
+    assert build_loss(config, labels).ignore_index is None
     with pytest.raises(ConfigError, match="loss: cross_entropy is for classes, which this data has not; choose loss="):
-        build(config, replace(labels, num_classes=None))
+        build_loss(config, replace(labels, num_classes=None))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 255])

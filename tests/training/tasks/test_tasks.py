@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from syncbn import precise_bn, revert_sync_batchnorm
 from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
-from syncbn.training.data.registry import load as load_data
+from syncbn.training.data.registry import load_data as load_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.world import rank, world_size
 from syncbn.training.tasks import export, recalibrate
-from syncbn.training.tasks.loaded import load
+from syncbn.training.tasks.loaded import load_run
 from tests.training.jobs import compose_config, read_metrics, run_rank, start
 
 SMALL = ("data=synthetic", "data.num_samples=125", "data.size=6", "model.width=4", "batch_size=24", "tracker=none")
@@ -159,7 +159,7 @@ def batches_of_one_epoch(loaded):
 def recalibrated_state(averaged, cwd, num_batches, accumulate):
     """The state that this rank would write, in float64."""
     config = compose_config("task=recalibrate", f"load={averaged}")
-    loaded = load(config, cwd / "elsewhere", RankContext(rank(), world_size(), torch.device("cpu"), torch.float32))
+    loaded = load_run(config, cwd / "elsewhere", RankContext(rank(), world_size(), torch.device("cpu"), torch.float32))
     loaded.config.accumulate = accumulate
     recalibrate.recalibrate(loaded, num_batches)
     return loaded.model.state_dict()
@@ -184,7 +184,7 @@ def test_recalibration_is_precise_bn_of_the_averaged_weights_over_the_training_s
     written, best = read(run / "recalibrated.pt"), read(averaged / "checkpoints/best.pt")
     assert (written["step"], written["weights"]) == (best["step"], "ema")
     context = RankContext(0, 1, torch.device("cpu"), torch.float32)
-    loaded = load(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", context)
+    loaded = load_run(compose_config("task=eval", f"load={averaged}"), tmp_path / "elsewhere", context)
     precise_bn(loaded.model, batches_of_one_epoch(loaded))
     torch.testing.assert_close(written["model"], loaded.model.state_dict(), rtol=1e-12, atol=1e-12)
     for key, value in best["model"].items():
@@ -264,7 +264,7 @@ def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypat
         data.train.images[3, 0, 0, 0] = torch.nan
         return data
 
-    monkeypatch.setattr("syncbn.training.tasks.loaded.registry.load", poisoned)
+    monkeypatch.setattr("syncbn.training.tasks.loaded.registry.load_data", poisoned)
     with pytest.raises(TrainingError, match=r"the statistics of backbone.stem.bn are not finite"):
         job("task=recalibrate", f"load={averaged}", "run=r")
     assert not (tmp_path / "outputs/r/recalibrated.pt").exists()
@@ -295,7 +295,7 @@ def evaluated_by_hand(run):
     """Images as export.json tells to make them, and what the trained model says to them."""
     config = compose_config("task=eval", f"load={run}")
     context = RankContext(0, 1, torch.device("cpu"), torch.float32)
-    loaded = load(config, run.parent / "nowhere", context)
+    loaded = load_run(config, run.parent / "nowhere", context)
     with torch.no_grad():
         images = loaded.data.val.images
         return loaded, images, loaded.model.eval()(loaded.data.eval_batch(loaded.data.val, torch.arange(len(images)),

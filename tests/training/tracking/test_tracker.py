@@ -81,7 +81,7 @@ def test_a_layer_whose_numbers_are_not_finite_is_the_worst_of_all(tmp_path, at):
 
 
 def test_warmup_is_linear_and_the_cosine_ends_at_its_final_share():
-    share = schedules.build(CosineConfig("cosine", "4", 0.1), num_steps=20, steps_per_epoch=5)
+    share = schedules.build_schedule(CosineConfig("cosine", "4", 0.1), num_steps=20, steps_per_epoch=5)
     assert [share(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert share(4) == 1.0
     assert share(12) == pytest.approx(0.55)

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from syncbn.training.config.errors import ConfigError, TrainingError
-from syncbn.training.data.registry import load
+from syncbn.training.data.registry import load_data
 from syncbn.training.models.build import build_network
 from syncbn.training.trainer import overfit
 from tests.training.jobs import ROOT, compose_config, read_metrics, start
@@ -43,7 +43,7 @@ def test_statistics_that_evaluation_uses_and_training_does_not_are_found(job):
 
 def test_more_samples_than_there_are_is_a_mistake():
     with pytest.raises(ConfigError, match="overfit: expected at most the 104 training samples, got 105"):
-        overfit.only_a_few(load(compose_config(*TINY).data), 105)
+        overfit.only_a_few(load_data(compose_config(*TINY).data), 105)
 
 
 def test_every_rank_leaves_a_trace_and_one_a_table(job):
@@ -151,7 +151,7 @@ def test_every_choice_builds_its_data_and_model(choice, tmp_path, monkeypatch):
                                   "+model.num_classes=data.num_classes"],
                  "model=unet_small": ["data=shapes"], "data=shapes": ["model=unet_small"]}  # fmt: skip
     config = compose_config(choice, *arguments.get(choice, []))
-    data = load(config.data)
+    data = load_data(config.data)
     model = build_network(config.model, config.bn, data.num_channels, data.num_classes)
     sys.modules.pop("timm", None)
     images, targets = data.train_batch(torch.arange(2), 0, 0, torch.float32)
