@@ -1,11 +1,13 @@
-"""Exact synchronized batch normalization, freezing that holds, and sight of what the layers do.
+"""Exact synchronized batch normalization for PyTorch, with tools to freeze, fuse, monitor and audit the layers.
 
-Names are resolved when first used, so that importing the package (as composing a config does) does not import torch.
+Public names are imported on first use, so that importing the package (as composing a config does) does not import
+torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Module that defines each public name.
 _HOMES = {
     "SyncBatchNorm": "syncbn.nn.batchnorm",
     "sync_batch_norm": "syncbn.nn.functional",

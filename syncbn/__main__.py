@@ -1,6 +1,7 @@
-"""`python -m syncbn audit PATH` and `report RUN...`: what can be done with a file or a run, without its code.
+"""Command line: `python -m syncbn audit PATH` audits a checkpoint, `python -m syncbn report RUN...` writes a report.
 
-Exit code 0: nothing wrong; 1: findings of severity error; 2: a mistake in the command, or a file that cannot be read.
+Neither needs the code of the model. Exit code 0: success, without findings of severity error; 1: findings of severity
+error; 2: a mistake in the command, or a file that cannot be read or written.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import NoReturn
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line instead of the usage."""
+        """Exits with code 2 and a message of one line, without printing the usage."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Parses the arguments (None: those of the process), runs the command and returns its exit code."""
     parser = _Parser(prog="python -m syncbn", description="Looks at what training leaves behind.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_audit(commands)

@@ -1,1 +1,1 @@
-"""The classic mistakes with batch normalization: rules, and what finds them in a model or a file."""
+"""Audit for classic batch normalization mistakes: the rules, and their checks of a model or a checkpoint."""

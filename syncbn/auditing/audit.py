@@ -1,7 +1,7 @@
-"""audit(): the classic mistakes with batch normalization, found in a model as it is.
+"""audit(): checks a model in its present state for classic batch normalization mistakes.
 
-The rules are conservative: a finding means that something is wrong or very probably not meant. `docs/audit.md` lists
-them all.
+The rules are conservative: a finding means that something is wrong or very probably not intended. `docs/audit.md`
+lists all of them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from syncbn.auditing.rules import Finding, found, ordered
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import select
 
-# Wu and He (2018), error of ResNet-50 on ImageNet by samples per device: 24.8 % at 8, 27.3 % at 4, 34.7 % at 2, where
-# 23.6 % is what large batches reach. The values of one sample are alike, so many pixels do not make up for it.
+# Samples up to which few-values-per-channel is reported. Wu and He (2018), error of ResNet-50 on ImageNet by samples
+# per device: 24.8 % at 8, 27.3 % at 4, 34.7 % at 2, compared to 23.6 % with large batches. The values of one sample are
+# similar to each other, so many pixels do not make up for few samples.
 FEW_SAMPLES = 4
-# Of a batch of n independent values the divergence is about 1/n by chance alone; 0.5 is a mean that is one standard
-# deviation off on the median channel, or a variance that is 3.1 times too large. Measured on healthy runs: at most 0.14
-# after the first 20 steps (docs/audit.md).
+# Divergence in nats above which train-eval-gap is reported. For a batch of n independent values it is about 1/n by
+# chance alone; 0.5 is that of a mean that is off by one standard deviation, or of a variance that is 3.1 times too
+# large, on the median channel. Measured on healthy runs: at most 0.14 after the first 20 steps (docs/audit.md).
 GAP = 0.5
-GAP_SAMPLES = 8  # with fewer the chance part, up to 1/8, would not be small against GAP
-# |mean| / sqrt(var + eps), by the type of the input. float32: F.batch_norm is off by 5e-4 to 1e-3 from here on
-# (measured at mean/std of 1e4; our layer by less than 1e-6). Half types: the input itself, with unit roundoff u, is
-# off by u times this ratio in standard deviations; 0.1 of one for float16 (u = 2^-11) and bfloat16 (u = 2^-8).
+GAP_SAMPLES = 8  # samples the rule needs; with fewer, the divergence by chance would not be small against GAP
+# |mean| / sqrt(var + eps) above which activation-range is reported, by dtype of the input. float32: F.batch_norm is off
+# by 5e-4 to 1e-3 from here on (measured at mean/std of 1e4; `SyncBatchNorm` by less than 1e-6). Half types: rounding
+# the input, with unit roundoff u, is an error of u times this ratio in standard deviations; the limit stands for 0.1
+# standard deviations in float16 (u = 2^-11) and bfloat16 (u = 2^-8).
 RANGE = {torch.float32: 1e4, torch.float16: 0.1 * 2**11, torch.bfloat16: 0.1 * 2**8}
-HALF_OVERFLOW = torch.finfo(torch.float16).max / 2  # half of what float16 holds: a factor of two from infinity
+HALF_OVERFLOW = torch.finfo(torch.float16).max / 2  # half of the largest float16: a factor of two below overflow
 
 
 def audit(
@@ -46,26 +48,28 @@ def audit(
     batch_size: int | None = None,
     trained: bool = False,
 ) -> list[Finding]:
-    """Names the classic batch normalization mistakes of `model`, the worst first; empty if there are none.
+    """Checks `model` for classic batch normalization mistakes; returns the findings, the most severe first.
 
-    Layers of any class take part, torch's too. The model is taken as it is: in training mode as one that is about to be
-    trained, in evaluation mode as one that is about to be evaluated. Nothing about it changes: parameters, gradients,
-    buffers, modes and torch's random numbers are afterwards what they were.
+    Batch normalization layers of any class are checked, torch's too. The present mode decides what the model is checked
+    for: in training mode it is about to be trained, in evaluation mode about to be evaluated. The audit changes
+    nothing: parameters, gradients, buffers, modes and the state of torch's random number generators stay the same.
 
-    In a distributed job every rank has to call it. The ranks compare digests of their layers and exchange their
-    findings in one small gather, and all of them return the same list. A layer with a sub-group is compared within it.
+    In a distributed job every rank has to call it, and all return the same list. Communication: one
+    `all_gather_object` of findings and digests of the layers; with `batch`, also the collectives of a forward pass and
+    one all-reduce. A layer with a sub-group is compared within that group.
 
     Args:
-        model: with or without wrappers of DDP or torch.compile.
+        model: a model, with or without wrappers of DDP or torch.compile.
         batch: this rank's part of a batch as in training, for the rules that need data: the model's input, or a tuple
             or list that begins with it. The model runs once on it, in its present mode and without a backward pass.
-        optimizer: of the model, for the rules about parameters that it moves or misses.
-        batch_size: samples of a training forward over all ranks, if `batch` is not as large or not given.
-        trained: the model has been trained or loaded whole: statistics that never moved are then a mistake in training
-            mode too. A fresh model that is about to be trained has none of that.
+        optimizer: the model's optimizer, for the rules about frozen parameters that it would update and trainable ones
+            that it lacks.
+        batch_size: samples of a training forward over all ranks; needed if `batch` is smaller or not given.
+        trained: whether the model has been trained or loaded completely. Running statistics with initial values are
+            then a mistake in training mode too; in a new model they are not.
 
     Raises:
-        ValueError: `batch` with a model that has lazy layers, which would become others.
+        ValueError: `batch` with a model that has lazy layers, which a forward pass would initialize.
 
     Example:
         >>> from syncbn import SyncBatchNorm
@@ -101,17 +105,17 @@ def audit(
 
 
 def is_moving(layer: _BatchNorm) -> bool:
-    """Whether a forward of the present mode moves the running statistics."""
+    """Whether a forward in the present mode updates the running statistics."""
     return _normalizes_by_batch(layer) and layer.running_mean is not None and layer.track_running_stats
 
 
 def of_values(
     name: str, mean: Tensor | None, var: Tensor | None, counter: Tensor | None, *, rule_if_initial: str | None
 ) -> Iterator[Finding]:
-    """What running statistics alone tell, of a layer or of a file.
+    """Findings from the values of running statistics alone, of a layer or of a checkpoint.
 
     Args:
-        rule_if_initial: what it is called that they have never moved; None where that is fine.
+        rule_if_initial: the rule to report for statistics with initial values; None if those are fine.
     """
     if mean is None or var is None or mean.is_meta:
         return
@@ -129,7 +133,10 @@ def of_values(
 
 
 def are_initial(mean: Tensor, var: Tensor, counter: Tensor | None) -> bool:
-    """Whether statistics are those of a fresh layer. Without a counter nobody knows: folded models have such values."""
+    """Whether mean, variance and batch counter have their initial values 0, 1 and 0.
+
+    False without a counter: a model with folded normalization may have mean 0 and variance 1 on purpose.
+    """
     return counter is not None and not counter.any() and not mean.any() and bool((var == 1).all())
 
 
@@ -138,7 +145,10 @@ def _normalizes_by_batch(layer: _BatchNorm) -> bool:
 
 
 def _feeding(modules: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
-    """For each module the one with parameters before it that is no batch normalization, in the order of their names."""
+    """For each module, the last one before it that has parameters of its own and is no batch normalization, or None.
+
+    "Before" means in the order of `modules`, which need not be the order in which they run.
+    """
     before: dict[str, nn.Module | None] = {}
     last: nn.Module | None = None
     for name, module in modules.items():
@@ -151,11 +161,11 @@ def _feeding(modules: dict[str, nn.Module]) -> dict[str, nn.Module | None]:
 def _of_settings(
     name: str, layer: _BatchNorm, feeding: nn.Module | None, parent: nn.Module | None
 ) -> Iterator[Finding]:
-    """What the switches of a layer contradict.
+    """Findings from a layer's settings: tracking of statistics, frozen parameters, momentum.
 
     Args:
-        feeding: the layer with parameters in front of it; None without one.
-        parent: the module that it is a part of; None for the model itself.
+        feeding: the last module with parameters before the layer; None without one.
+        parent: the module that contains the layer; None for the model itself.
     """
     if layer.running_mean is None:
         yield found("no-running-statistics", name)
@@ -165,11 +175,11 @@ def _of_settings(
         return
     own = list(layer.parameters(recurse=False))
     if own and not any(parameter.requires_grad for parameter in own):
-        # Where what feeds it trains its statistics have to move: then it may be meant.
+        # If the layer before it trains, the statistics have to follow: then this may be intended.
         is_fed_by_frozen = feeding is None or not any(p.requires_grad for p in feeding.parameters(recurse=False))
         severity = "error" if is_fed_by_frozen else "warning"
         yield found("parameters-frozen-statistics-moving", name, severity=severity)
-    elif not own and parent is not None and _is_all_frozen(parent):  # not a probe on top of what is frozen
+    elif not own and parent is not None and _is_all_frozen(parent):  # a linear probe's parent has trainable parameters
         yield found("parameters-frozen-statistics-moving", name)
     if layer.momentum is None:
         yield found("momentum-cumulative", name)
@@ -185,8 +195,8 @@ def _is_all_frozen(module: nn.Module) -> bool:
 def _of_statistics(name: str, layer: _BatchNorm, *, is_evaluated: bool, runs: bool) -> Iterator[Finding]:
     rule = None
     if not runs:
-        pass  # an auxiliary head, say, need not have been updated
-    elif is_frozen(layer) or (not layer.training and not is_evaluated):  # the latter: by hand, in a model that trains
+        pass  # not part of this forward: an auxiliary head, for example, need not have been updated
+    elif is_frozen(layer) or (not layer.training and not is_evaluated):  # the latter: frozen by eval()
         rule = "frozen-at-initial-values"
     elif is_evaluated:
         rule = "never-updated"
@@ -207,7 +217,7 @@ def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
 
 
 def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | None) -> Iterator[Finding]:
-    """Few samples, or a single value, behind the statistics of a training forward."""
+    """Findings about statistics of a training forward that are computed from few samples, or from a single value."""
     if not _normalizes_by_batch(layer) or (seen is None and batch_size is None):
         return
     members = members_of(layer)
@@ -218,7 +228,7 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
         here, all_ranks = seen.rows_here, seen.rows * share
         samples = max(samples, all_ranks if is_synchronized(layer) else here)
         values = samples * seen.values_per_row
-    if samples == 0:  # this rank has none of the batch
+    if samples == 0:  # this rank has no samples of the batch
         return
     if values is not None and round(values) <= 1:
         yield found("few-values-per-channel", name, severity="error", found="a single value per channel")
@@ -227,7 +237,7 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
 
 
 def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
-    """What a batch tells."""
+    """Findings from the inputs that the layer receives for a batch."""
     if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
         yield found("dropout-before-bn", name)
     if not seen.is_finite:
@@ -237,7 +247,8 @@ def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
     mean, var = layer.running_mean, layer.running_var
     if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
         gap = _divergence(seen, mean, var, layer.eps)
-        # After n batches (1 - momentum)^n of the initial 0 and 1 are left: early in a run that alone is no finding.
+        # After n batches the initial 0 and 1 still have the weight (1 - momentum)^n. They are taken out: early in a
+        # run, they alone are no finding.
         batches = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
         left = (1 - (layer.momentum or 1.0)) ** batches
         if 0 < left < 1:
@@ -245,7 +256,7 @@ def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
             gap = min(gap, _divergence(seen, mean / (1 - left), settled, layer.eps))
         if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
             yield found("train-eval-gap", name, gap=gap)
-    # A tenth of the channels has to be so far off: single dead ones, a constant and hardly a variance, are common.
+    # A tenth of the channels has to exceed the limit: single dead ones (constant, almost no variance) are common.
     ratios = seen.mean.abs() / (seen.var + layer.eps).sqrt()
     ratio = float(ratios.kthvalue(math.ceil(0.9 * ratios.numel())).values)
     exact = isinstance(layer, SyncBatchNorm) and seen.dtype == torch.float32
@@ -259,7 +270,11 @@ def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
 
 
 def _divergence(seen: Seen, mean: Tensor, var: Tensor, eps: float) -> float:
-    """Kullback and Leibler's, of the batch's normal distribution from that of the running statistics; the median."""
+    """Kullback-Leibler divergence KL(batch || running statistics) in nats, the median over channels.
+
+    Both are taken as normal distributions: ((m - mean)^2 / var + ratio - 1 - log(ratio)) / 2, with ratio = v / var, for
+    mean m and variance v of the batch; eps is added to both variances.
+    """
     mean, var = mean.detach().to(torch.float64), var.detach().to(torch.float64) + eps
     ratio = (seen.var + eps) / var
     return float((((seen.mean - mean) ** 2 / var + ratio - 1 - ratio.log()) / 2).median())
@@ -272,7 +287,7 @@ def _of_checkpointing(
         return
     parts = name.split(".")
     above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
-    # torch's wrapper by its name: importing it would import torch.distributed's algorithms.
+    # torch's wrapper is recognized by name: importing its class would import torch.distributed.algorithms.
     if (seen is not None and seen.under_checkpoint) or any(type(m).__name__ == "CheckpointWrapper" for m in above):
         yield found("updated-twice", name)
 
@@ -280,7 +295,7 @@ def _of_checkpointing(
 def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     own = list(layer.parameters(recurse=False))
-    # Without a gradient (None) torch's optimizers pass a parameter over; one that is frozen keeps what it had.
+    # torch's optimizers skip a parameter whose gradient is None; freezing by hand keeps the gradient that it had.
     if any(id(p) in optimized and not p.requires_grad and p.grad is not None for p in own):
         yield found("frozen-parameter-updated", name)
     if any(id(p) not in optimized and p.requires_grad for p in own):

@@ -1,8 +1,8 @@
-"""Dropout in front of batch normalization: by the order of modules, and by the way of the data.
+"""Detection of dropout before batch normalization: by the order of modules, and by tracing the tensors of a forward.
 
-Dropout scales what it keeps by 1/(1-p), which keeps the mean and raises the second moment by that factor. Batch
-normalization behind it gathers the larger variance in training and evaluates with it, when nothing is dropped (Li et
-al. 2019, "Understanding the disharmony between dropout and batch normalization by variance shift").
+Dropout scales the activations that remain by 1/(1-p), which preserves the mean and multiplies the second moment by that
+factor. Batch normalization after it gathers the larger variance in training and uses it in evaluation, where nothing is
+dropped (Li et al. 2019, "Understanding the disharmony between dropout and batch normalization by variance shift").
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from syncbn.auditing.rules import Finding, found
 from syncbn.nn.batchnorm import SyncBatchNorm
 
-MIN_DROPOUT = 0.1  # below it the variance grows by less than a ninth
-_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # alpha dropout keeps the variance
+MIN_DROPOUT = 0.1  # lower rates are not reported: the second moment grows by less than 1/9
+_DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # not AlphaDropout: it keeps the variance
 _DROPOUT_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout}
 _NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _NORMALIZATION_CALLS = {F.batch_norm, F.instance_norm, F.layer_norm, F.group_norm, F.rms_norm}
-# What passes on the shift, in nn.Sequential; behind any other module nobody knows what the data has become.
+# Modules of an nn.Sequential that pass the variance shift on; after any other module the search starts anew.
 _TRANSPARENT = (nn.Linear, nn.modules.conv._ConvNd, nn.Identity, nn.Flatten, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.GELU,
                 nn.SiLU, nn.ELU, nn.Hardswish, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
                 nn.modules.pooling._AdaptiveAvgPoolNd)  # fmt: skip
 
 
 def after_dropout(modules: dict[str, nn.Module]) -> Iterator[Finding]:
-    """A finding for each layer that comes after dropout in an `nn.Sequential`, with nothing that normalizes between."""
+    """A finding for each layer after dropout in an `nn.Sequential`, if what is between passes the variance shift on."""
     names = {id(module): name for name, module in modules.items()}
     for module in modules.values():
         if _runs_in_order(module):
@@ -52,7 +52,7 @@ def _runs_in_order(module: nn.Module) -> bool:
 
 
 def _chain(sequence: nn.Module) -> Iterator[nn.Module]:
-    """The modules that run one after the other, sequences within unfolded."""
+    """The modules of a sequence in the order in which they run, with nested sequences flattened."""
     for child in sequence._modules.values():
         if child is None:
             continue
@@ -63,24 +63,24 @@ def _chain(sequence: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_at_rest(layer: _BatchNorm, modules: dict[str, nn.Module]) -> bool:
-    """Whether the statistics do not move while the model trains."""
+    """Whether the running statistics of a layer do not change while the model trains."""
     frozen = isinstance(layer, SyncBatchNorm) and layer.stats_frozen
     return frozen or (not layer.training and next(iter(modules.values())).training)
 
 
 class DropoutTrace(TorchFunctionMode):
-    """While active, remembers which tensors come from dropout, through whatever functions they go."""
+    """Tracks, while active, which tensors were computed from the output of dropout, by whatever torch functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self._rates = WeakTensorKeyDictionary()
 
     def rate(self, tensor: Tensor) -> float:
-        """The largest rate of a dropout behind which this tensor was computed; 0 for none."""
+        """The largest rate of the dropouts that this tensor was computed from; 0 without any."""
         return float(self._rates.get(tensor, 0.0))
 
     def forget(self, tensor: Tensor) -> None:
-        """What has been normalized begins anew."""
+        """Stops tracking a tensor, because it has been normalized."""
         self._rates.pop(tensor, None)
 
     def __torch_function__(

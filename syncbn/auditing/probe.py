@@ -1,4 +1,4 @@
-"""Running a model once to see what its batch normalization layers are given, and leaving no trace of it."""
+"""One forward pass that records the inputs of a model's batch normalization layers and restores the model."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ from syncbn.stats.calls import counted, has_lazy_layers, input_of
 
 @dataclass
 class Seen:
-    """What one layer was given: one forward of the batch of all ranks."""
+    """Summary of the inputs of one layer in one forward pass of the model over the batch of all ranks."""
 
     moments: Moments
-    """Of this rank until `_pool` has run, then of all."""
+    """Moments of the inputs of all calls: of this rank until `_pool` has run, then of all ranks."""
     rows_here: float
     """Samples (size of dimension 0) per call on this rank."""
     rows: float
-    """The same over all ranks."""
+    """Samples per call over all ranks, once `_pool` has run."""
     num_calls: int
     dtype: torch.dtype
     max_abs: float
-    """On this rank; not finite if any value is not."""
+    """Largest absolute value on this rank."""
     dropout: float
-    """The rate of a dropout in front of it, with nothing that normalizes between; 0 for none."""
+    """Largest rate of the dropouts before the layer with no normalization between; 0 without any."""
     under_checkpoint: bool
+    """Whether any call was made inside of `torch.utils.checkpoint`."""
 
     @property
     def mean(self) -> Tensor:
-        """(C,) float64."""
+        """Mean per channel, (C,) float64."""
         return self.moments.mean
 
     @property
     def var(self) -> Tensor:
-        """(C,) float64, biased."""
+        """Variance per channel, (C,) float64, biased."""
         return self.moments.var
 
     @property
     def values_per_row(self) -> float:
-        """Values per channel that a sample has."""
+        """Average number of values per channel in one sample."""
         total = self.rows * self.num_calls
         return float(self.moments.count) / total if total else 0.0
 
@@ -64,13 +65,21 @@ class Seen:
 
 
 def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[str, Seen]:
-    """Runs the model in its present mode, with gradients enabled in training but without a backward pass.
+    """Runs the model once in its present mode and records the inputs of its batch normalization layers.
 
-    Buffers, modes and torch's random numbers are afterwards what they were; tensors that are no buffers and change in
-    forward cannot be guarded. In a distributed job every rank has to call it.
+    Gradients are enabled in training mode, but there is no backward pass. Buffers, modes and the state of torch's
+    random number generators are restored afterwards; other tensors that a forward changes are not. In a distributed job
+    every rank has to call it. Communication: the collectives of the forward pass, and one all-reduce.
+
+    Args:
+        layers: the layers to record, by name.
+        batch: the model's input, or a tuple or list that begins with it.
 
     Returns:
-        What each of the layers was given; those that did not run are left out.
+        A summary for each of the layers, by name; layers that did not run are left out.
+
+    Raises:
+        ValueError: the model has lazy layers that are not initialized.
     """
     model = unwrapped(model)
     if has_lazy_layers(model):
@@ -83,17 +92,17 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
         stack.enter_context(_guarded(model))
         for name, layer in layers.items():
             stack.enter_context(_watched(name, layer, seen, trace))
-        # The model's own warnings are for its own runs; reentrant checkpointing has one about inputs without gradient.
+        # Warnings of the model do not concern the audit (reentrant checkpointing warns of inputs without a gradient).
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.set_grad_enabled(model.training))
-        if "torch._dynamo" in sys.modules:  # hooks have to run; what was never imported has compiled nothing
+        if "torch._dynamo" in sys.modules:  # eager, so that hooks run; if absent, nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(trace)
         try:
             model(batch[0] if isinstance(batch, tuple | list) else batch)
         except ValueError:
-            # A single value per channel is an error of the layer, and what the audit is there to name.
+            # A layer raises when it gets a single value per channel; the audit reports that as a finding instead.
             if not any(float(one.moments.count) == 1 for one in seen.values()):
                 raise
     _pool(layers, seen)
@@ -134,7 +143,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
 
 
 def _pool(layers: dict[str, _BatchNorm], seen: dict[str, Seen]) -> None:
-    """Sums the moments over all ranks, with one collective for all layers together."""
+    """Sums the moments and rows of all layers over all ranks, by one all-reduce for all layers together."""
     if not layers or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     device = next((one.moments.packed.device for one in seen.values()), None)
@@ -154,15 +163,15 @@ def _pool(layers: dict[str, _BatchNorm], seen: dict[str, Seen]) -> None:
 
 @contextmanager
 def _guarded(model: nn.Module) -> Iterator[None]:
-    """Forward passes meet copies of all buffers; modes and torch's random numbers are put back."""
+    """Replaces all buffers by copies inside of the context, then restores buffers, modes and torch's random state."""
     modules = list(model.modules())
     buffers = {module: dict(module._buffers) for module in modules}
     copies: dict[int, Tensor] = {}
     for module in modules:
         for name, buffer in buffers[module].items():
-            if buffer is not None:  # one that is shared stays shared
+            if buffer is not None:  # a shared buffer gets one shared copy
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-    # A monitor that watches meanwhile must not see this.
+    # A monitor that is watching must not record this forward pass.
     records = {module: module.__dict__.pop("_record") for module in modules if "_record" in module.__dict__}
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"}

@@ -1,4 +1,4 @@
-"""The ranks of a job compared: which statistics they share, and whether they do."""
+"""Comparison of the ranks of a job: which of them share a layer's statistics, and whether their layers agree."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from syncbn.nn.groups import LostGroup, as_group
 
 
 def world_size() -> int:
-    """The number of ranks of the job; 1 without one."""
+    """The number of ranks; 1 without a distributed job."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_frozen(layer: _BatchNorm) -> bool:
-    """Whether the statistics are frozen by `freeze`."""
+    """Whether the running statistics of a layer are frozen by `freeze`."""
     return isinstance(layer, SyncBatchNorm) and layer.stats_frozen
 
 
 def is_synchronized(layer: _BatchNorm) -> bool:
-    """Whether it normalizes with samples of other ranks too, be it ours or torch's."""
+    """Whether a layer normalizes with samples of other ranks too: `SyncBatchNorm` of this package or of torch."""
     return isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm)
 
 
@@ -42,15 +42,16 @@ def members_of(layer: _BatchNorm) -> tuple[int, ...] | None:
         return tuple(range(world_size()))
     resolved = None if isinstance(group, LostGroup) else as_group(group)
     if resolved is None or resolved is dist.GroupMember.NON_GROUP_MEMBER:
-        return (dist.get_rank(),)  # its next training forward raises
+        return (dist.get_rank(),)  # not a member of the group: the next training forward raises
     return tuple(dist.get_process_group_ranks(resolved))
 
 
 def on_all_ranks(findings: list[Finding], layers: Mapping[str, _BatchNorm]) -> list[Finding]:
-    """The findings of all ranks, and what a comparison of the ranks adds; the same on every rank.
+    """The findings of all ranks, and those of a comparison between the ranks; the same on every rank.
 
-    Digests travel, not statistics. A layer is compared among the ranks that share its statistics, a local one among
-    all: there each starts from the same state, and whoever evaluates it needs the same.
+    Communication: one `all_gather_object` of findings and digests; no statistics are sent. A synchronized layer is
+    compared among the ranks that share its statistics. A local layer is compared among all ranks, because all of them
+    start from the same state, and evaluation needs the same state on each.
     """
     if world_size() == 1:
         return findings
@@ -65,13 +66,13 @@ def on_all_ranks(findings: list[Finding], layers: Mapping[str, _BatchNorm]) -> l
             if any(settings != other[1] for other in peers):
                 result.append(found("ranks-differ-in-mode", name))
             elif any(values != other[2] for other in peers):
-                # Local statistics differ between any two steps; DDP, or whoever evaluates, may yet make them equal.
+                # Local statistics differ after each step: a warning, as DDP or evaluation may still make them equal.
                 result.append(found("ranks-differ-in-statistics", name, severity="error" if members else "warning"))
     return result
 
 
 def _digests(layer: _BatchNorm) -> tuple[str, str]:
-    """Of settings and of statistics, 8 bytes each."""
+    """Digests of a layer's settings and of its statistics, 8 bytes each as hexadecimal text."""
     settings = (type(layer).__name__, layer.training, is_frozen(layer), layer.track_running_stats, layer.momentum)
     values = hashlib.blake2b(digest_size=8)
     for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked):

@@ -1,4 +1,4 @@
-"""What an audit says: findings, the rules that they come from, and a table of them for people."""
+"""Findings of an audit, the rules that they come from, and their formatting as text."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-SEVERITIES = ("error", "warning", "info")  # the worst first
+SEVERITIES = ("error", "warning", "info")  # the most severe first
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One mistake of one layer."""
+    """One mistake found in one layer."""
 
     layer: str
-    """Its dotted name without wrappers; empty for the model itself."""
+    """Dotted name of the layer without the prefixes of wrappers; empty for the model itself."""
     rule: str
     severity: str
     """"error" (results are wrong, or the job will fail), "warning" (probably not what was meant), or "info"."""
@@ -22,13 +22,13 @@ class Finding:
     why: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """The finding as a dictionary, for JSON."""
         return {name: getattr(self, name) for name in ("layer", "rule", "severity", "why", "remedy")}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A classic mistake; `why` may have places for the numbers of a layer."""
+    """A classic mistake; `why` and `remedy` may have format fields, which `found` fills."""
 
     severity: str
     why: str
@@ -132,20 +132,20 @@ RULES = {
 
 
 def found(rule: str, layer: str, *, severity: str | None = None, **details: object) -> Finding:
-    """A finding of `rule`; `details` fill the places of its text."""
+    """A finding of `rule` with its severity, unless another is given; `details` fill the format fields of its texts."""
     entry = RULES[rule]
     return Finding(layer, rule, severity or entry.severity, entry.remedy.format(**details), entry.why.format(**details))
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """The worst first; one for each layer and rule."""
+    """The findings by severity, the most severe first, and only one for each layer and rule."""
     unique = {(finding.layer, finding.rule): finding for finding in reversed([*findings])}
     first_seen = [*unique.values()][::-1]
     return sorted(first_seen, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def table(findings: Iterable[Finding], width: int = 110) -> str:
-    """Findings for people: one block for each kind, with its layers, why it matters, and the remedy."""
+    """Findings as text of `width` columns: a block for each kind, with its layers, why it matters, and the remedy."""
     kinds: dict[tuple[str, str, str, str], list[str]] = {}
     for one in ordered(findings):
         kinds.setdefault((one.severity, one.rule, one.why, one.remedy), []).append(one.layer or "(the model)")

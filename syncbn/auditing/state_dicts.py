@@ -1,4 +1,4 @@
-"""The audit of a checkpoint alone: its batch normalization layers, told by their keys, and what is wrong with them."""
+"""Audit of a state dict without its model: batch normalization layers are recognized by their keys."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from syncbn.auditing.rules import Finding, found, ordered
 
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
-# Without any buffer only the name tells a batch normalization from a layer or group normalization.
+# Without any buffer, only the name distinguishes a batch normalization from a layer or group normalization.
 _NAMED_BN = re.compile(r"(^|[._])(sync_?)?(bn|batch_?norm)(\d+[a-z]?)?$", re.IGNORECASE)
 
 
 def bn_layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The batch normalization layers of a state dict, by name, each with its tensors.
 
-    A layer is what has running statistics or a counter of batches, or only a weight and a bias of one dimension and a
-    name that says so (`bn1`, `batch_norm`): a layer or group normalization looks the same but for its name.
+    A module counts as one if it has running statistics or a batch counter. One with nothing but a one-dimensional
+    weight and bias counts only if it is named like one (`bn1`, `batch_norm`): a layer or group normalization has the
+    same keys.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -32,10 +33,11 @@ def bn_layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def audit_state_dict(state: Mapping[str, Tensor]) -> list[Finding]:
-    """What can be told without the model; the rules, and their names, are those of `audit`.
+    """The findings that a state dict shows without its model; the rules are those of `audit`.
 
     Args:
-        state: of a model that has been trained, or is about to be loaded.
+        state: state dict of a model that has been trained or is about to be loaded: initial running statistics are a
+            finding.
     """
     findings: list[Finding] = []
     for name, own in bn_layers(state).items():

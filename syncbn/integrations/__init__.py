@@ -1,1 +1,1 @@
-"""Adapters for other people's trainers; each imports the library that it is for."""
+"""Adapters for training frameworks of third parties; each module imports the framework that it is for."""

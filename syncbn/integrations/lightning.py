@@ -1,4 +1,7 @@
-"""Lightning: `Trainer(plugins=[SyncBatchNormLayers()], strategy="ddp", ...)` instead of `sync_batchnorm=True`."""
+"""Plugin for Lightning, to use instead of `sync_batchnorm=True`.
+
+`Trainer(plugins=[SyncBatchNormLayers()], strategy="ddp", ...)`
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from syncbn.surgery.revert import revert_sync_batchnorm
 
 
 class SyncBatchNormLayers(LayerSync):
-    """Synchronizes the batch normalization of a LightningModule for the time of a fit.
+    """Converts the batch normalization of a LightningModule to `SyncBatchNorm` for the duration of a fit.
 
-    Lightning calls `apply` before it wraps the model, and `revert` when it tears the strategy down; both work in place,
-    so what was frozen, shared, hooked or optimized stays so. Layers that were synchronized before stay it, and so does
-    one whose statistics are frozen at the end, which its original class cannot express (with a warning). Strategies for
-    a single device call neither.
+    Lightning calls `apply` before it wraps the model, and `revert` when it tears the strategy down. Both work in place,
+    so frozen and shared parameters, hooks and optimizers stay valid. Layers that were synchronized before the fit stay
+    synchronized. So does, with a warning, a layer in training mode whose statistics are frozen at the end, because its
+    original class cannot represent that. Strategies for a single device call neither method.
 
     Args:
-        match: see `syncbn.convert_sync_batchnorm`.
-        exclude: likewise.
+        match: patterns of the modules to convert, as in `syncbn.convert_sync_batchnorm`.
+        exclude: patterns of the modules to leave unchanged.
         process_group: the ranks to sum over; None for all.
     """
 
@@ -34,14 +37,14 @@ class SyncBatchNormLayers(LayerSync):
         self._converted: list[nn.Module] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Converts the layers that are selected."""
+        """Converts the selected layers in place; returns `model`."""
         before = {module: type(module) for module in model.modules()}
         convert_sync_batchnorm(model, self.process_group, match=self.match, exclude=self.exclude)
         self._converted = [module for module, kind in before.items() if type(module) is not kind]
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Gives the layers that `apply` converted their original class back."""
+        """Reverts the layers that `apply` has converted to their original class, in place; returns `model`."""
         for layer in self._converted:
             try:
                 revert_sync_batchnorm(layer)

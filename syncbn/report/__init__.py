@@ -1,1 +1,1 @@
-"""The report of runs as one HTML file, out of the files of their directories; no torch."""
+"""HTML report of one or several runs, made from the files in their run directories; does not import torch."""

@@ -1,4 +1,4 @@
-"""The figures of a report: Bokeh plots with a title and a text that says what healthy looks like."""
+"""Figures of the report: Bokeh plots with a title and a text that says what a healthy run looks like."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 
 from syncbn.report.runs import Run, shorten, shorten_name
 
-WIDTH = 1280  # pixels that the plots of one row have together
-# Okabe and Ito's colours, without the yellow that white paper swallows.
+WIDTH = 1280  # pixels of one row of plots
+# Okabe and Ito's palette, without its yellow, which is hard to see on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-NUM_POINTS = 1000  # of one curve; a longer one is drawn as means of neighbours
+NUM_POINTS = 1000  # maximum per curve; a longer one is drawn as means of neighboring values
 _INK, _GRID = "#333333", "#e4e4e4"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of the report; without plots its text says what is absent."""
+    """A figure of the report: title, text and plots. Without plots the text says what was not recorded."""
 
     title: str
     text: str
@@ -44,12 +44,12 @@ class Panel:
 
 
 def color(index: int) -> str:
-    """The colour of a run, everywhere in the report."""
+    """The color of the run with this index, the same in the whole report."""
     return COLORS[index % len(COLORS)]
 
 
 def plain(text: str, length: int = 60) -> str:
-    """Text from a file as Bokeh may draw it: never as TeX, which it would have to load."""
+    """Text from a file, shortened, in which Bokeh finds no TeX (it would have to load a script to draw that)."""
     return re.sub(r"\$\$|\\[\[(]", lambda found: " ".join(found[0]), shorten(text, length))
 
 
@@ -78,7 +78,7 @@ def plot(width: int, height: int, title: str = "", **options: object) -> figure:
 
 
 def name_rows(drawn: figure, names: Sequence[str], *, visible: bool = True) -> None:
-    """Labels row k, which lies between k and k + 1, with the k-th name, as far as there is room for it."""
+    """Labels row k, from y = k to k + 1, with the k-th name; with many rows only every n-th, for lack of room."""
     every = max(1, math.ceil(len(names) * 10 / (drawn.frame_height or 1)))
     drawn.yaxis.ticker = FixedTicker(ticks=[row + 0.5 for row in range(0, len(names), every)])
     drawn.yaxis.major_label_overrides = {row + 0.5: plain(shorten_name(name)) for row, name in enumerate(names)}
@@ -88,7 +88,7 @@ def name_rows(drawn: figure, names: Sequence[str], *, visible: bool = True) -> N
 
 
 def hover_names(names: Sequence[str]) -> CustomJSHover:
-    """Shows the name of the row that the pointer is in."""
+    """A formatter for hover tools that gives the name of the row under the pointer."""
     # A data source, because a formatter's arguments have to be models.
     source = ColumnDataSource({"name": list(names)})
     code = "const row = Math.floor(special_vars.y); return source.data.name[row] ?? ''"
@@ -96,15 +96,16 @@ def hover_names(names: Sequence[str]) -> CustomJSHover:
 
 
 def steps_axis(drawn: figure) -> None:
-    """Whole steps below."""
+    """Labels the x axis as steps, with whole numbers."""
     drawn.xaxis.axis_label = "step"
     drawn.xaxis.ticker.desired_num_ticks = max(2, drawn.frame_width // 60)
     drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
 
 
 def thinned(table: dict[int, float], most: int = NUM_POINTS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Steps and values of a curve, NaN where not finite (the line has a gap there); means of neighbours if there are
-    more than `most`.
+    """Steps and values of a curve, both (points,); neighboring values are averaged if there are more than `most`.
+
+    A value that is not finite becomes NaN, which leaves a gap in the line.
     """
     steps, values = np.array(list(table), dtype=np.float64), np.array(list(table.values()), dtype=np.float64)
     values[~np.isfinite(values)] = np.nan
@@ -116,7 +117,7 @@ def thinned(table: dict[int, float], most: int = NUM_POINTS) -> tuple[NDArray[np
 
 
 def finite_mean(values: NDArray[np.float64], axis: int | None = None) -> NDArray[np.float64]:
-    """The mean of what is finite; NaN where nothing is."""
+    """The mean of the finite values; NaN where there are none."""
     finite = np.isfinite(values)
     count = finite.sum(axis=axis)
     total: NDArray[np.float64] = np.where(finite, values, 0.0).sum(axis=axis)
@@ -124,7 +125,10 @@ def finite_mean(values: NDArray[np.float64], axis: int | None = None) -> NDArray
 
 
 def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence[str], steps: Range1d) -> Panel:
-    """Metrics over steps, a colour per run; the first key is drawn solid, the second dashed with circles."""
+    """A panel of metrics over steps: the first key as solid lines with dots, further ones dashed with circles.
+
+    Each run has a color; a single run has one for each key.
+    """
     recorded = [
         (k, i, run.metrics[key]) for k, run in enumerate(runs) for i, key in enumerate(keys) if key in run.metrics
     ]
@@ -163,7 +167,7 @@ def _curve(
     source = ColumnDataSource({"x": x, "y": y})
     dash, fill = ("dashed", "white") if is_second else ("solid", line_color)
     line = drawn.line("x", "y", source=source, color=line_color, line_width=1.5, line_dash=dash)
-    # Dots show where few values were recorded, and a value between two gaps, which has no line.
+    # Dots mark the records where there are few, and a single value between two gaps, where there is no line.
     size = 5 if len(x) < 60 else 1.5
     dots = drawn.scatter("x", "y", source=source, color=line_color, fill_color=fill, size=size)
     hover = HoverTool(renderers=[dots], visible=False)
@@ -173,13 +177,13 @@ def _curve(
 
 
 def _trend(table: dict[int, float]) -> int:
-    """1, 0 or -1: whether it ends above or below where it began."""
+    """The sign of the last finite value minus the first: 1, 0 or -1."""
     finite = [value for value in table.values() if math.isfinite(value)]
     return (finite[-1] > finite[0]) - (finite[-1] < finite[0])
 
 
 def _add_legend(drawn: figure, lines: dict[str, list[GlyphRenderer]], *, is_rising: bool) -> None:
-    """In the corner that the curves leave free, or below if it would hide them."""
+    """Adds a legend: in the corner that the curves leave free, or below the plot if it has many entries."""
     items = [LegendItem(label=plain(name, 40), renderers=renderers) for name, renderers in lines.items()]
     legend = Legend(items=items, click_policy="hide", location="bottom_right" if is_rising else "top_right")
     legend.label_text_font_size, legend.glyph_height, legend.spacing, legend.padding = "10px", 14, 0, 4
@@ -190,7 +194,7 @@ def _add_legend(drawn: figure, lines: dict[str, list[GlyphRenderer]], *, is_risi
 
 
 def _label_decades(drawn: figure, low: float, high: float) -> None:
-    """Ticks at 1, 2, 5, 10, ... or, over many decades, at powers of ten."""
+    """Sets the ticks of a logarithmic y axis: at 1, 2, 5, 10, ... or, over many decades, at powers of ten."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in ((1, 2, 5) if len(decades) < 5 else (1,))]
     ticks = ticks[:: max(1, len(ticks) // 10)]
@@ -199,5 +203,5 @@ def _label_decades(drawn: figure, low: float, high: float) -> None:
 
 
 def escaped(text: str) -> str:
-    """Text from a file inside a tooltip's template, where @, $ and { begin a placeholder."""
+    """Text from a file for a tooltip's template, without markup and without @, $ and {, which begin placeholders."""
     return plain(re.sub(r"[@$<>&{}]", " ", text))

@@ -1,4 +1,4 @@
-"""What each layer did over time: heatmaps of layers by steps, and histograms over channels at the end."""
+"""Figures of layers: heatmaps of a quantity by layer and step, and histograms over channels at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from syncbn.report.drawing import WIDTH, Panel, color, finite_mean, hover_names, name_rows, plain, plot, steps_axis
 from syncbn.report.runs import Run
 
-NUM_CELLS = 20_000  # of all heatmaps of one quantity together; it bounds the size of the file
+NUM_CELLS = 20_000  # cells of all heatmaps of one quantity together, to bound the size of the file
 NUM_BINS = 30
-_LABELS, _BAR, _PER_ROW = 210, 70, 4  # pixels for layer names and for the colour bar; plots side by side
+_LABELS, _BAR, _PER_ROW = 210, 70, 4  # pixels for layer names; pixels for the color bar; plots per row
 
 
 def heatmap(
@@ -30,7 +30,12 @@ def heatmap(
     unit: str,
     steps: Range1d,
 ) -> Panel:
-    """One quantity, layers by steps; a plot per run, all with the same colours."""
+    """A panel of one quantity by layer and step: a heatmap per run, all with the same color scale.
+
+    Args:
+        key: the quantity, as in the metric `bn/LAYER/KEY`.
+        absent_text: what a run has to do to record it, for a panel without records.
+    """
     most = max(20, min(400, NUM_CELLS // max(1, len(layers))) // len(runs))
     grids = [_grid(run, layers, key, most) for run in runs]
     values = np.concatenate([grid[1].ravel() for grid in grids if grid is not None] or [np.empty(0)])
@@ -73,7 +78,10 @@ def heatmap(
 
 
 def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str, text: str) -> Panel:
-    """One kind of vector, a row per layer: bars for one run (an outline for the last batch), outlines for several."""
+    """A panel of histograms over the channels of each layer, a row per layer, for one kind of vector.
+
+    One run is drawn as bars, with an outline for the last batch where it was recorded; several runs as outlines.
+    """
     held = [
         {name: _scaled(vectors[kind], kind) for name, vectors in run.vectors.items() if kind in vectors} for run in runs
     ]
@@ -117,9 +125,13 @@ def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str
 def _grid(
     run: Run, layers: Sequence[str], key: str, most: int
 ) -> tuple[tuple[float, float], NDArray[np.float64], bool] | None:
-    """The records as equal columns: from where to where, (layers, columns), and whether records were averaged.
+    """The records of one quantity in columns of equal width; None if there are none.
 
-    A record tells about the steps since the record before it. NaN: nothing was recorded, or nothing finite.
+    A record stands for the steps since the record before it.
+
+    Returns:
+        The first and last step that the columns cover; values of shape (layers, columns), NaN where nothing finite was
+        recorded; and whether any column is a mean of several records.
     """
     tables = [run.by_layer.get(layer, {}).get(key, {}) for layer in layers]
     steps = sorted({step for table in tables for step in table})
@@ -135,7 +147,7 @@ def _grid(
         every, num_columns = (steps[-1] - start) / most, most
     edges = start + every * np.arange(num_columns + 1)
     begins, ends = (np.searchsorted(steps, side, side="right") for side in (edges[:-1], edges[1:]))
-    # A column without a record shows the next one, which tells about its steps too.
+    # A column without a record shows the next record, which stands for its steps too.
     columns = [
         finite_mean(values[:, begin : max(end, begin + 1)], axis=1)
         for begin, end in zip(np.minimum(begins, len(steps) - 1), ends, strict=True)
@@ -144,7 +156,14 @@ def _grid(
 
 
 def _colors_from_to(values: NDArray[np.float64], *, is_size: bool) -> tuple[float, float]:
-    """The ends of the colour scale; a few outliers must not make all the rest one colour."""
+    """The ends of the color scale.
+
+    The upper end is the largest value, but the 95th percentile where that is less than half of it: a few outliers must
+    not give all other values the same color.
+
+    Args:
+        is_size: whether the scale starts at 0; else at the smallest value.
+    """
     low = 0.0 if is_size else float(values.min())
     high, largest = float(np.quantile(values, 0.95)), float(values.max())
     high = largest if largest <= 2 * high or high <= low else high
@@ -152,7 +171,7 @@ def _colors_from_to(values: NDArray[np.float64], *, is_size: bool) -> tuple[floa
 
 
 def _height(num_rows: int, wanted: int) -> int:
-    """Pixels for so many rows: a few are drawn higher, very many narrower."""
+    """Height of a plot in pixels, at least 60: `wanted` per row; beyond 50 rows less per row, but at least 6."""
     return max(60, min(num_rows * wanted, max(50 * wanted, num_rows * 6)))
 
 
@@ -202,7 +221,7 @@ def _outlines(
     for row, name in enumerate(names):
         if name in vectors:
             counts = _counts(vectors[name], edges)
-            x += [np.repeat(edges, 2), np.array([np.nan])]  # NaN ends the line: the next row is another one
+            x += [np.repeat(edges, 2), np.array([np.nan])]  # NaN ends the line before the next row
             y += [row + 0.9 * np.pad(np.repeat(counts / counts.max(), 2), 1), np.array([np.nan])]
     if not x:
         return

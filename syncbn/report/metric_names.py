@@ -1,6 +1,7 @@
-"""The names under which a run records its numbers: flat keys with `/`, a contract with whoever reads metrics.jsonl.
+"""Names of the metrics that a run records: flat keys with `/`, which are part of the format of metrics.jsonl.
 
-What writes them (the trainer, its tasks) and what reads them (the report, the table of a sweep) have them from here.
+The code that writes them (the trainer, its tasks) and the code that reads them (the report, the table of a sweep) both
+import them from here.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ VAL_LOSS = "val/loss"
 VAL_ACCURACY = "val/accuracy"
 LAYER_TABLE = "bn/layers"
 
-# What stands in front of the names of a group.
+# Prefixes of groups of names, without the `/`.
 TRAIN, VAL, TEST, PRECISE, DRIFT, BN, FREEZE = "train", "val", "test", "precise", "drift", "bn", "freeze"
 
 
 def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    """`accuracy` as `val/accuracy`, and so on."""
+    """The values under prefixed names: `accuracy` becomes `val/accuracy`."""
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def below(prefix: str, names: Iterable[str]) -> list[str]:
-    """The names of one group."""
+    """Those of the names that have this prefix."""
     return [name for name in names if name.startswith(f"{prefix}/")]
 
 
 def of_layer(layer: str, kind: str) -> str:
-    """The name of a number of a batch normalization layer, such as `bn/backbone.stem.bn/drift`."""
+    """The name of a metric of one batch normalization layer, such as `bn/backbone.stem.bn/drift`."""
     return f"{BN}/{layer}/{kind}"
 
 
 def layer_and_kind(name: str) -> tuple[str, str] | None:
-    """The two parts of `of_layer`; None for another name (`bn/max_drift` is of the whole model)."""
+    """Splits a name made by `of_layer` into its parts; None for any other name (`bn/max_drift` is of the model)."""
     if not name.startswith(f"{BN}/") or name.count("/") < 2:
         return None
     layer, _, kind = name.removeprefix(f"{BN}/").rpartition("/")
@@ -45,12 +46,12 @@ def layer_and_kind(name: str) -> tuple[str, str] | None:
 
 
 def of_switch(module: str, switch: str) -> str:
-    """The name under which freezing (1) and unfreezing (0) of a module's "stats", "affine" or "weights" is recorded."""
+    """The name of the metric that records freezing (1) and unfreezing (0) of "stats", "affine" or "weights"."""
     return f"{FREEZE}/{module}/{switch}"
 
 
 def module_and_switch(name: str) -> tuple[str, str] | None:
-    """The two parts of `of_switch`; None for another name."""
+    """Splits a name made by `of_switch` into its parts; None for any other name."""
     if not name.startswith(f"{FREEZE}/"):
         return None
     module, _, switch = name.removeprefix(f"{FREEZE}/").rpartition("/")

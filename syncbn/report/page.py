@@ -1,4 +1,4 @@
-"""The page of a report: what it shows in which order, in one HTML file with Bokeh's script inside."""
+"""Page of the report: its sections, in order, as one HTML document that contains Bokeh's script."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ summary { cursor: pointer; padding: 2px 0; }
 
 
 def page(runs: Sequence[Run]) -> str:
+    """The report of the runs as an HTML document."""
     layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
     # One range for all plots over steps: zooming into one zooms all.
     steps = Range1d(0, max(1, *(run.last_step for run in runs)))
@@ -134,7 +135,7 @@ def page(runs: Sequence[Run]) -> str:
     ]
     content = _renumbered(document.to_json(deferred=False))
     roots = {root["id"]: target for root, target in zip(content["roots"], targets, strict=True)}
-    embedded = json.dumps(content).replace("<", "\\u003c")  # no text of a file can end the script
+    embedded = json.dumps(content).replace("<", "\\u003c")  # text from a file cannot end the script
     items = json.dumps([{"docid": "report", "roots": roots, "root_ids": list(roots)}])
     title = safe(f"syncbn report: {', '.join(run.label for run in runs)}")
     body = "".join(
@@ -149,7 +150,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _renumbered(content: Any) -> Any:
-    """A document whose ids count from 1: Bokeh's own depend on what the process has drawn before."""
+    """The document with ids that count from 1, because Bokeh's ids depend on what the process has drawn before."""
     numbers: dict[str, str] = {}
 
     def renumber(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""What run directories hold, read for the report; no torch. A file that is damaged is remarked, and is no error."""
+"""Reading run directories for the report; does not import torch.
+
+A damaged file raises no error; it becomes a remark in the report.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,28 @@ import yaml
 
 from syncbn.report.metric_names import layer_and_kind
 
-_MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with one of them is that of a run
+_MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with any of these files is a run directory
 _MIDDLE = "..."
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as its files tell it.
+    """One run, as read from the files of its directory.
 
     Attributes:
-        label: a short name that differs from those of the other runs of a report.
-        metrics: per key the value at each step that recorded it, in the order of steps; may be NaN or infinite.
+        label: a short name, unique among the runs of a report.
+        path: the run directory.
+        metrics: by name, then by step in ascending order; values may be NaN or infinite.
         layers: names of the batch normalization layers, in the order of the model.
-        by_layer: the same as `metrics` for the keys below `bn/`: by layer, then by key.
-        vectors: per layer what it held last, channel by channel (`weight`, `running_var`, ...).
-        vectors_step: the step of `vectors`.
+        by_layer: the metrics of layers (`bn/LAYER/KEY`): by layer, then by key, then by step.
+        vectors: per layer the last recorded per-channel vectors (`weight`, `running_var`, ...), without values that are
+            not finite.
+        vectors_step: the step at which `vectors` were recorded; None if it is not known.
         config: the text of config.yaml; empty if there is none.
         audit: findings, or None if no audit was written.
-        summary: what the run said at its end; None if it did not come to it.
-        remarks: files that could not be read, lines that were left out.
+        environment: content of environment.json, by dotted key.
+        summary: content of summary.json, which a run writes at its end; None without one.
+        remarks: messages about files that could not be read, and lines that were left out.
     """
 
     label: str
@@ -56,12 +62,12 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """What was given on the command line, if the run said so at its end."""
+        """Overrides given on the command line, as recorded in the summary; empty if there are none."""
         given = (self.summary or {}).get("overrides")
         return [str(override) for override in given] if isinstance(given, list) else []
 
     def last(self, key: str) -> float | None:
-        """The last value of a metric."""
+        """The last recorded value of a metric; None if it was not recorded."""
         table = self.metrics.get(key)
         return table[max(table)] if table else None
 
@@ -74,10 +80,10 @@ class Run:
 
 
 def run_directories(path: Path) -> list[Path]:
-    """The directory itself if it is that of a run, or the numbered jobs of a multirun in it.
+    """The run directories at `path`: the directory itself, or the jobs of a multirun in it, by number.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `path` is no directory, or neither that of a run nor that of a multirun.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory")
@@ -90,7 +96,7 @@ def run_directories(path: Path) -> list[Path]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run, each with a label that is its own: the directory's name, and what a job of a multirun overrides."""
+    """Reads the runs; each gets a unique label: its directory's name and, for a multirun's job, its own overrides."""
     names = [path.resolve().name for path in paths]
     if any(name.isdecimal() for name in names) or len(set(names)) < len(names):
         names = [f"{path.resolve().parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
@@ -107,7 +113,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def shorten(text: str, length: int = 34) -> str:
-    """A long text with its middle left out, so that both ends can be read."""
+    """A long text with its middle left out, so that both ends are visible."""
     if len(text) <= length:
         return text
     tail = (length - len(_MIDDLE) + 1) // 2
@@ -115,7 +121,7 @@ def shorten(text: str, length: int = 34) -> str:
 
 
 def shorten_name(name: str, length: int = 34) -> str:
-    """A long module name with shorter words, numbers kept: what tells two layers apart is often in the middle."""
+    """A long module name with its words cut short but not their numbers: names often differ in the middle."""
     for longest in (12, 8, 6, 5, 4, 3):
         if len(name) <= length:
             break
@@ -141,7 +147,7 @@ def _read_run(path: Path, label: str) -> Run:
         label=label,
         path=path,
         metrics=metrics,
-        # layers.json lists every layer, the records may begin with those that are not frozen.
+        # First layers.json, which lists every layer; the records may begin with the layers that are not frozen.
         layers=list(dict.fromkeys([*vectors, *by_layer])),
         by_layer=by_layer,
         vectors=vectors,
@@ -155,7 +161,10 @@ def _read_run(path: Path, label: str) -> Run:
 
 
 def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
-    """The records by key and step, those of layers apart. A later record of the same step wins, key by key."""
+    """The metrics of the run and those of its layers, as in `Run.metrics` and `Run.by_layer`.
+
+    Of several records of one step the last one counts, for each key.
+    """
     records: dict[int, dict[str, Any]] = {}
     num_damaged = 0
     for line in _read_text(path, remarks).split("\n"):
@@ -186,7 +195,7 @@ def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, dict[int, f
 
 
 def _number(value: Any) -> float | None:
-    """A number of a record; NaN and infinity come as strings."""
+    """A recorded value as float (NaN and infinity are recorded as strings); None if it is not a number."""
     if isinstance(value, (int, float, str)):
         try:
             return float(value)
@@ -224,7 +233,7 @@ def _read_text(path: Path, remarks: list[str]) -> str:
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict[str, Any] | None:
-    """The content of a file; None if it is absent, or damaged, which is remarked."""
+    """The JSON object in a file; None if the file is absent or empty, or damaged, which adds a remark."""
     text = _read_text(path, remarks)
     if not text:
         return None
@@ -240,7 +249,7 @@ def _read_json(path: Path, remarks: list[str]) -> dict[str, Any] | None:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """Nested mappings as one, by dotted key; a list is one value."""
+    """Nested mappings as one flat dictionary of strings, by dotted key; a list is one value."""
     if isinstance(value, dict) and value:
         flat: dict[str, str] = {}
         for name, item in value.items():

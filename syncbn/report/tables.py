@@ -34,7 +34,7 @@ def overview(runs: Sequence[Run]) -> str:
 
 
 def _finals(run: Run) -> dict[str, float]:
-    """The numbers that stand for a run."""
+    """The final metrics of a run: those of its summary or, without any, the last ones recorded."""
     given = (run.summary or {}).get("metrics")
     if isinstance(given, dict) and given:
         return {str(name): float(value) for name, value in given.items() if isinstance(value, (int, float, str))}
@@ -56,7 +56,7 @@ def _state(run: Run) -> str:
 
 
 def layer_tables(runs: Sequence[Run]) -> str:
-    """The last record of every layer in numbers."""
+    """A table for each run of the last recorded metrics of every layer."""
     columns = {
         "values_per_channel": "values per channel", "drift": "drift", "between_rank_share": "between-rank share",
         "weight_abs": "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
@@ -121,7 +121,7 @@ def environment(run: Run) -> str:
 
 
 def each(runs: Sequence[Run], content: Callable[[Run], str], folded: str = "") -> str:
-    """The content of every run under its name; folded into a line that opens, if that line is given."""
+    """The content for each run under its label; inside of a collapsed element with `folded` as its title, if given."""
     parts = []
     for run in runs:
         name = safe(run.label) if len(runs) > 1 else ""
@@ -134,7 +134,7 @@ def each(runs: Sequence[Run], content: Callable[[Run], str], folded: str = "") -
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML."""
+    """An HTML table; headers and cells are HTML already, and are not escaped."""
     head = "".join(f"<th>{header}</th>" for header in headers)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

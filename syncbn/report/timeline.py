@@ -1,4 +1,4 @@
-"""The freeze timeline: what was frozen from when to when, as bars."""
+"""Freeze timeline: the spans of steps in which modules were frozen, drawn as bars."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from syncbn.report.metric_names import module_and_switch
 from syncbn.report.runs import Run
 
 SWITCHES = {"stats": COLORS[0], "affine": COLORS[4], "weights": COLORS[3]}
-_Bars = tuple[tuple[float, float], ...]  # from a step to a step
+_Bars = tuple[tuple[float, float], ...]  # (start, end) in steps
 
 
 def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
-    """A row per module that is frozen at some time, a bar per switch; modules that share their times share a row."""
+    """The panel of the freeze timeline: a row per module that is ever frozen, with bars for each of its switches.
+
+    Modules below one prefix that are frozen in the same steps share a row.
+    """
     title = "Freeze timeline"
     plots, without = [], []
     for run in runs:
@@ -28,7 +31,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
         drawn = plot(
             WIDTH - 320, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
         )
-        drawn.min_border_left = 210  # the same for every run, so that steps stand below each other
+        drawn.min_border_left = 210  # the same for every run, so that the step axes align
         items = []
         for lane, (switch, color) in enumerate(SWITCHES.items()):
             bars = [(row, name, bar) for row, name in enumerate(names) for bar in rows[name].get(switch, ())]
@@ -62,7 +65,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
 
 
 def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
-    """Per module and switch the spans in which it was frozen; what is never thawed ends with the run."""
+    """By module and switch, the spans in which it was frozen; without unfreezing, a span ends with the run."""
     found: dict[str, dict[str, _Bars]] = {}
     for key, table in run.metrics.items():
         parts = module_and_switch(key)
@@ -84,10 +87,10 @@ def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
 
 
 def _rolled_up(modules: dict[str, dict[str, _Bars]], layers: Sequence[str]) -> dict[str, dict[str, _Bars]]:
-    """Rows by name: modules below one prefix become one row where no two of them disagree about a switch.
+    """The bars of each row, by its name: modules below one prefix are merged if no two of them differ in a switch.
 
     Args:
-        layers: the batch normalization layers that are known to be there, frozen or not.
+        layers: the names of all recorded batch normalization layers, frozen or not.
     """
     rows: dict[str, dict[str, _Bars]] = {}
     members: dict[str, int] = {}
@@ -106,7 +109,7 @@ def _agree(prefix: str, modules: dict[str, dict[str, _Bars]], layers: Sequence[s
 
     for switch in SWITCHES:
         times = {switches[switch] for name, switches in modules.items() if is_below(name) and switch in switches}
-        # A layer whose statistics or affine are never frozen is on no record, yet it is below the prefix.
+        # A layer below the prefix whose statistics or affine are never frozen has no record of it, yet it differs.
         is_partial = switch != "weights" and any(
             is_below(layer) and switch not in modules.get(layer, {}) for layer in layers
         )

@@ -1,7 +1,7 @@
-"""The report: one HTML file about one run or several, which needs no network.
+"""Writing the report: one HTML file about one or several runs, which can be viewed without a network.
 
-It reads files of run directories alone, so it works for a run that failed, was killed, or still goes on. The same files
-give the same report, byte for byte.
+The report is made from the files in run directories alone, so it also works for runs that failed, were killed, or are
+still in progress. The same files give the same report, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from syncbn.report.runs import read_runs, run_directories
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
-    """Writes the report of these runs to `path`, whole or not at all.
+    """Writes the report of these runs to `path` atomically.
 
     Args:
-        runs: run directories, or those of multiruns, which stand for their jobs. Several are shown side by side.
+        runs: run directories, or directories of multiruns, for all of their jobs. Several runs are shown side by side.
 
     Raises:
-        ValueError: a directory is not that of a run.
-        ImportError: Bokeh, which draws, is not installed.
+        ValueError: no runs, or a path that is neither a run directory nor that of a multirun.
+        ImportError: Bokeh is not installed.
         OSError: the file cannot be written.
     """
     directories = list(dict.fromkeys(job for run in runs for job in run_directories(run)))
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m syncbn report`."""
+    """Adds the arguments of `python -m syncbn report` to its parser."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Writes the report and says where; the exit code is 2 if it cannot be written."""
+    """Writes the report and prints its path; returns exit code 0, or 2 if it cannot be written."""
     output = args.output or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
     try:
         write_report(args.runs, output)

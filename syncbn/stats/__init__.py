@@ -1,1 +1,1 @@
-"""Seeing what batch normalization layers do."""
+"""Statistics of batch normalization layers: monitoring them, recomputing them (`precise_bn`), pooling over ranks."""

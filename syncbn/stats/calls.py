@@ -1,4 +1,4 @@
-"""What the forward of a batch normalization layer is called with, for hooks that look at it."""
+"""Arguments of a batch normalization layer's forward, as forward hooks receive them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from syncbn.nn.functional import as_mask
 
 
 def has_lazy_layers(model: nn.Module) -> bool:
-    """Whether some module has yet to learn its width from its first batch."""
+    """Whether any module is lazy and not initialized: its first batch determines its width."""
     return any(isinstance(module, LazyModuleMixin) and module.has_uninitialized_params() for module in model.modules())
 
 
 def input_of(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Tensor | None:
-    """The input, given by position or by name; None if it is no tensor."""
+    """The input of a forward call, given by position or by keyword; None if it is not a tensor."""
     input = arguments[0] if arguments else keywords.get("input")
     return input if isinstance(input, Tensor) else None
 
 
 def counted(layer: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The detached input of a layer and its mask as bool, zeros where that says that nothing counts; None without one.
+    """The detached input of a forward call, 0 where it is masked out, and the mask as bool (None without one).
 
     Raises:
         ValueError: a mask that does not fit the input.
@@ -33,7 +33,7 @@ def counted(layer: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, A
     input = input_of(arguments, keywords)
     assert input is not None
     mask = arguments[1] if len(arguments) > 1 else keywords.get("mask")
-    # Another forward may take something else there.
+    # The forward of another class may take a different second argument.
     if type(layer).forward is not SyncBatchNorm.forward or mask is None:
         return input.detach(), None
     mask = as_mask(mask, input)

@@ -1,4 +1,4 @@
-"""Monitor: what the batch normalization layers of a model hold and see, read with one copy to the host."""
+"""Monitor: state and batch statistics of a model's batch normalization layers, read with one copy to the host."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _HELD = ("running_mean", "running_var", "weight", "bias")
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """One layer at one moment. Vectors are (C,) float64 on the CPU; None stands for what the layer does not have, or
-    has not shown on a watched step.
+    """State and batch statistics of one layer at the time of a snapshot.
+
+    Vectors are (C,) float64 on the CPU. None stands for a value that the layer does not have, or that no watched step
+    has recorded.
     """
 
     running_mean: Tensor | None
@@ -36,28 +38,30 @@ class LayerSnapshot:
     weight: Tensor | None
     bias: Tensor | None
     stats_frozen: bool
-    """By `freeze`."""
+    """Whether the running statistics are frozen by `freeze`."""
     affine_frozen: bool
-    """Weight and bias get no gradient, be it by `freeze` or by hand."""
+    """Whether weight and bias get no gradient, be it by `freeze` or by hand."""
     batch_mean: Tensor | None = None
-    """Of the last watched step: over all ranks that the layer sums over, if it normalized by the batch; otherwise
-    (frozen statistics, evaluation mode, a class other than `SyncBatchNorm`) over this rank's samples."""
+    """Mean of the input in the last watched step: over all ranks that the layer sums over, if it normalized by the
+    batch; otherwise (frozen statistics, evaluation mode, a class other than `SyncBatchNorm`) over this rank's
+    samples."""
     batch_var: Tensor | None = None
-    """Biased (divided by the count); of the same samples."""
+    """Variance of the same samples, biased (divided by the count)."""
     drift: Tensor | None = None
     """|batch mean - running mean| in running standard deviations, sqrt(running_var + eps); the running statistics are
     those from before the watched step."""
     between_rank_share: Tensor | None = None
     """The share of the batch's variance that lies between the means of the ranks, 0 to 1; NaN where nothing varies."""
     values_per_channel: float | None = None
-    """Over how many values the batch statistics were taken, over all ranks of the layer: the effective batch size."""
+    """Number of values behind the batch statistics of one pass, over all ranks that the layer sums over: the effective
+    batch size."""
 
     def scalars(self) -> dict[str, float]:
-        """The layer in a few numbers; those that it does not have are left out.
+        """The layer summarized in scalars; those that it does not have are left out.
 
         `running_mean_abs`, `running_var`, `batch_mean_abs`, `batch_var`, `drift`, `between_rank_share`, `weight_abs`
         (of |weight|) and `bias` are means over channels, `dead_channels` is the share of channels with |weight| < 1e-3
-        or running variance < 1e-8, `stats_frozen` and `affine_frozen` are 0 or 1.
+        or running variance < 1e-8, `stats_frozen` and `affine_frozen` are 0 or 1; `values_per_channel` is the field.
         """
         means = {
             "running_mean_abs": None if self.running_mean is None else self.running_mean.abs(),
@@ -81,21 +85,21 @@ class LayerSnapshot:
         return numbers
 
     def vectors(self) -> dict[str, Tensor]:
-        """The layer channel by channel, for histograms."""
+        """The per-channel vectors that the layer has, by name, for histograms."""
         names = (*_HELD, "batch_mean", "batch_var", "drift", "between_rank_share")
         return {name: vector for name in names if (vector := getattr(self, name)) is not None}
 
 
 class Monitor:
-    """Snapshots of every batch normalization layer of a model, of any class, by name.
+    """Takes snapshots, by name, of every batch normalization layer of a model; the layers may be of any class.
 
-    What the layers hold (running statistics, weight, bias, frozen switches) can be read at any time. What they see
-    (batch statistics, drift, the share of variance between ranks) is recorded inside of `watch`, on all ranks, and is
-    part of the snapshots that follow. A watched step sends C more numbers in each forward collective of a
-    `SyncBatchNorm`, no collective more. Reading costs one copy from the device to the host, for all layers together;
-    unwatched steps, and a model without a monitor, cost nothing.
+    The state of the layers (running statistics, weight, bias, frozen switches) can be read at any time. Their batch
+    statistics (mean, variance, drift, the share of variance between ranks) are recorded inside of `watch`, on all
+    ranks, and are part of the snapshots that follow. A watched step adds C numbers to each forward collective of a
+    `SyncBatchNorm`, and no further collective. A snapshot costs one copy from the device to the host, for all layers
+    together; steps that are not watched, and a model without a monitor, cost nothing.
 
-    In a synchronized model every rank reads the same numbers, so it is enough that one of them takes the snapshot.
+    In a synchronized model every rank records the same numbers, so it is enough that one rank takes the snapshot.
 
     Example:
         >>> from syncbn import Monitor, SyncBatchNorm
@@ -113,17 +117,18 @@ class Monitor:
         self._layers: dict[_BatchNorm, str] = {}
         for name, layer in named_modules(model):
             if isinstance(layer, _BatchNorm):
-                self._layers.setdefault(layer, name)  # one in two places has one set of statistics, and its first name
+                self._layers.setdefault(layer, name)  # a layer in two places: once, by its first name
         self._seen: dict[_BatchNorm, _Seen] = {}
 
     @contextmanager
     def watch(self, enabled: bool = True) -> Iterator[None]:
-        """Records what the layers see in the forward passes inside; several passes (of micro-batches, or of a layer
-        that is called twice) are pooled. What was recorded before is dropped.
+        """Records the batch statistics of all forward passes inside of the context, and drops earlier records.
+
+        Several passes (of micro-batches, or of a layer that is called twice) are pooled.
 
         Args:
-            enabled: False does nothing, for `with monitor.watch(step % 50 == 0)`; the same on all ranks, because a
-                watched collective is longer.
+            enabled: False makes the context do nothing, as in `with monitor.watch(step % 50 == 0)`. It has to be the
+                same on all ranks, because the collectives of a watched step have a longer payload.
 
         Raises:
             RuntimeError: another monitor is watching a layer of this one.
@@ -150,7 +155,7 @@ class Monitor:
                 hook.remove()
 
     def snapshot(self) -> dict[str, LayerSnapshot]:
-        """What every layer holds now and saw in the last watched step, in the order of the model."""
+        """Snapshots by layer name, in model order: the state now, and the batch statistics of the last watched step."""
         parts: list[tuple[_BatchNorm, str, Tensor]] = []
         for layer in self._layers:
             held = {kind: getattr(layer, kind, None) for kind in _HELD} if _has_width(layer) else {}
@@ -164,38 +169,38 @@ class Monitor:
 
 @dataclass
 class _Seen:
-    """What a layer is seen to do in watched passes, on its device."""
+    """The record of one layer's watched forward passes, on the layer's device."""
 
     record: Tensor  # see `nn.recorder`
-    running_mean: Tensor | None  # both from before the watched step
+    running_mean: Tensor | None  # copies of both buffers from before the watched step
     running_var: Tensor | None
 
     @classmethod
     def by(cls, layer: _BatchNorm, device: torch.device) -> _Seen:
-        """By this layer; `device` is that of a layer that has no tensor of its own."""
+        """An empty record of `layer`; `device` is used for a layer that has no tensor of its own."""
         device = next((tensor.device for tensor in layer.state_dict().values()), device)
         mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))
         return cls(new_record(width_of(layer), device), mean, var)
 
     def look(self, layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """A hook for layers of other classes, before their forward."""
+        """Forward pre-hook of layers that are not a `SyncBatchNorm`: records the moments of this rank's input."""
         input = input_of(arguments, keywords)
         if input is not None:
             packed = Moments.of(input.detach()).packed
             self.record[: packed.numel()].add_(packed)
-            if layer.training and not isinstance(layer, nn.SyncBatchNorm):  # whose batch is larger than what is here
-                self.record[-1].add_(float(getattr(layer, "num_groups", 1)))  # which normalizes a batch in groups
+            if layer.training and not isinstance(layer, nn.SyncBatchNorm):  # torch's sums over other ranks, too
+                self.record[-1].add_(float(getattr(layer, "num_groups", 1)))  # a `VirtualBatchNorm` has several
 
     def parts(self) -> dict[str, Tensor | None]:
         return {"record": self.record, "mean_before": self.running_mean, "var_before": self.running_var}
 
 
 def _to_host(tensors: list[Tensor]) -> list[Tensor]:
-    """All of them in float64 on the CPU, by one copy from each device (on a GPU: the one wait of a logging step)."""
+    """The tensors, flattened, as float64 on the CPU, by one copy from each device (on a GPU, the only wait)."""
     pieces: dict[int, Tensor] = {}
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         there = [number for number, tensor in enumerate(tensors) if tensor.device == device]
-        one = torch.zeros(1, dtype=torch.float64, device=device)  # `cat` takes the widest type
+        one = torch.zeros(1, dtype=torch.float64, device=device)  # `cat` promotes all to its type
         flat = torch.cat([one, *(tensors[number].flatten() for number in there)]).cpu()[1:]
         pieces |= dict(zip(there, flat.split([tensors[number].numel() for number in there]), strict=True))
     return [pieces[number] for number in range(len(tensors))]
@@ -241,7 +246,7 @@ def _sums_over_ranks(layer: _BatchNorm) -> bool:
 
 
 def _has_width(layer: _BatchNorm) -> bool:
-    return width_of(layer) > 0  # a lazy layer learns it with its first batch
+    return width_of(layer) > 0  # a lazy layer takes it from its first batch
 
 
 def _defined(vector: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Precise batch normalization: running statistics that are those of many batches, not a moving average of the last."""
+"""Precise batch normalization: running statistics pooled over many batches, instead of a moving average."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ from syncbn.stats.calls import has_lazy_layers, input_of
 def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | None = None) -> None:
     """Replaces the running statistics by those of the population: all samples of `batches`, of all ranks together.
 
-    Each layer normalizes every batch with that (global) batch's statistics, as in training, while everything else is in
-    evaluation mode: dropout does not disturb what evaluation will see. The moments of all batches are pooled by their
-    numbers of samples, the spread of the means included, and written to the buffers in place, the variance unbiased.
-    (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm".) Weights, counters, momentum and modes are as before; after
-    an exception the buffers are, too. Layers with frozen statistics, or without running ones, are passed over; plain
-    `nn.BatchNorm` takes part, normalizing by this rank's batch.
+    Each layer normalizes every batch with the statistics of that (global) batch, as in training, while all other
+    modules are in evaluation mode, so that dropout does not change the statistics. The moments of all batches are
+    pooled, weighted by their numbers of samples, and the variance includes that between the batch means (Wu and Johnson
+    2021, "Rethinking 'Batch' in BatchNorm"). Mean and unbiased variance are written to the buffers in place. Weights,
+    batch counters, momentum and modes do not change; after an exception the buffers do not either. Layers with frozen
+    statistics or without running statistics are skipped; a plain `nn.BatchNorm` takes part and normalizes with this
+    rank's batch alone.
 
-    Every rank has to call it. Ranks may have different numbers of batches: those that run out go on with empty ones
-    (see `even_steps`), so the model has to take zero rows then. All ranks end up with the same bits.
+    Every rank has to call it. Ranks may have different numbers of batches: those that run out continue with empty
+    batches (see `even_steps`), so the model then has to accept an input of zero rows. The statistics are bitwise equal
+    on all ranks.
 
     Args:
-        model: with or without DDP around it.
+        model: a model, wrapped in DDP or not.
         batches: this rank's shard; each batch is the model's input, or a tuple or list that begins with it.
-        num_batches: stop after so many on each rank; None for all.
+        num_batches: the number of batches to use on each rank; None for all.
 
     Raises:
-        ValueError: no batch on any rank; no layer that could take part; lazy layers that have not seen their width;
+        ValueError: no batch on any rank; no layer that could take part; lazy layers that are not initialized;
             num_batches below 1.
 
     Example:
@@ -76,12 +78,15 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
             assert layer._pool is not None
             found.append((layer, _over_all_groups(layer, layer._pool.packed)))
         found += [(other, moments.all_reduce().packed) for other, moments in plain.items() if moments is not None]
-    for one, packed in found:  # in place; without samples nothing moves
+    for one, packed in found:  # in place; a layer without samples keeps its statistics
         Moments(packed).move(one.running_mean, one.running_var, None, momentum=1.0)
 
 
 def _over_all_groups(layer: SyncBatchNorm, packed: Tensor) -> Tensor:
-    """Sums of all ranks, where a layer with a sub-group has those of the group on each of its ranks."""
+    """The packed moments summed over all ranks of the job, from those summed over the layer's process group.
+
+    Every rank of a group holds the sum of that group: it is divided by the group's size before it is summed.
+    """
     if not (dist.is_available() and dist.is_initialized()) or spans_world(layer.process_group):
         return packed
     group = collective_group(layer.process_group)
@@ -93,7 +98,10 @@ def _over_all_groups(layer: SyncBatchNorm, packed: Tensor) -> Tensor:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[dict[_BatchNorm, Moments | None]]:
-    """The moments of what torch's own layers are given on this rank. Meanwhile they move copies of their buffers."""
+    """Collects the moments of this rank's inputs to each layer of torch's own classes; None for a layer without input.
+
+    Inside of the context these layers update copies of their buffers.
+    """
     layers = [
         layer
         for layer in model.modules()

@@ -1,4 +1,4 @@
-"""What conversion makes, or has made, of a model's normalization layers."""
+"""Conversion report: the status of every normalization layer of a model, before or after conversion."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from syncbn.nn.patterns import named_modules
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """What conversion makes, or has made, of one normalization layer."""
+    """Conversion status of one normalization layer."""
 
     name: str
     kind: str
-    """Its original class."""
+    """Name of the class before conversion; of the present class if the layer was not converted."""
     status: str
-    """"converted", "built" (as SyncBatchNorm), "convertible", "waiting" (lazy), "refused", or "other"."""
+    """"converted"; "built" (constructed as a `SyncBatchNorm`, so without an original class); "waiting" (converted, but
+    lazy and not initialized yet); "convertible"; "refused" (a layer whose behavior conversion could not keep); or
+    "other" (normalization whose statistics do not depend on the batch)."""
     reason: str
 
 
 def conversion_report(module: nn.Module) -> list[LayerConversion]:
-    """What every normalization layer of `module` is, before or after conversion."""
+    """Lists the conversion status of every normalization layer of `module`, in module order; changes nothing."""
     reports = []
     for name, layer in named_modules(module):
         described = _describe(layer)
@@ -36,7 +38,7 @@ def conversion_report(module: nn.Module) -> list[LayerConversion]:
 
 
 def _describe(layer: nn.Module) -> tuple[str, str, str] | None:
-    """Original class, status and reason; None for a module that normalizes nothing."""
+    """Name of the original class, status and reason; None if `layer` is not a normalization layer."""
     if isinstance(layer, SyncBatchNorm):
         original = class_before(layer)
         if original is None:

@@ -19,23 +19,25 @@ def convert_sync_batchnorm(
 ) -> nn.Module:
     """Makes every selected batch normalization of `module` a `SyncBatchNorm`, in place.
 
-    Needs no process group. `nn.BatchNorm1d/2d/3d` and `nn.SyncBatchNorm` become exactly `SyncBatchNorm`. A subclass
-    keeps what it adds (a fused activation, say): its class becomes a subclass of both it and `SyncBatchNorm`. A lazy
-    layer is converted when it has seen its width. Every other normalization, and a layer that is synchronized already,
-    is left. `conversion_report` tells which layer is what, and why.
+    Works without a process group. `nn.BatchNorm1d/2d/3d` and `nn.SyncBatchNorm` become `SyncBatchNorm` itself. A
+    subclass keeps what it adds (a fused activation, for example): the layer gets a generated class that inherits from
+    both its original class and `SyncBatchNorm`. A lazy layer is synchronized from the first forward on, which
+    determines its number of channels. All other normalization layers, and layers that are synchronized already, are
+    left unchanged. `conversion_report` lists the status of every layer with the reason.
 
     Args:
         module: any model, or a single layer.
         process_group: the ranks to sum over; None for all ranks of the job (a torch `SyncBatchNorm` keeps its own).
-        match: patterns of the modules to convert: shell globs over dotted names; a plain name selects all below it.
-        exclude: patterns of the modules to leave.
+        match: patterns of the modules to convert: shell globs over dotted names; a plain name also selects all
+            modules below it.
+        exclude: patterns of the modules to leave unchanged.
 
     Returns:
         `module` itself.
 
     Raises:
-        TypeError: a subclass whose behaviour cannot be kept; the message names the layer. Nothing has been converted
-            then.
+        TypeError: a subclass whose behavior conversion could not keep; the message names the layer, and no layer has
+            been converted.
         ValueError: a pattern that selects nothing.
     """
     return convert(module, SyncBatchNorm, process_group, match=match, exclude=exclude)

@@ -1,7 +1,7 @@
 """Freezing and unfreezing parts of a model by name.
 
-Freezing is a state of a layer, not a mode and not a class: it survives `train()`, `eval()` and `deepcopy`, it shows in
-the repr, and parameters, buffers and keys stay what they were.
+Freezing is a state stored on the layer, not its training mode and not its class: it survives `train()`, `eval()` and
+`deepcopy` and is shown in the repr. The values of parameters and buffers, and the state dict keys, do not change.
 """
 
 from collections.abc import Iterable
@@ -24,22 +24,23 @@ def freeze(
     affine: bool = True,
     weights: bool = False,
 ) -> list[str]:
-    """Freezes what the patterns select, until `unfreeze`.
+    """Freezes the modules that the patterns select, until `unfreeze` is called.
 
     Args:
         module: a model; wrap it in `DistributedDataParallel` after freezing, not before.
         match: patterns of module names; a plain name selects the module and all below it.
-        exclude: patterns of modules to leave.
-        stats: running statistics of `SyncBatchNorm` layers: they normalize in training too and do not move by a bit.
-        affine: weight and bias of batch normalization layers: no gradient and no update.
-        weights: the parameters of every other selected module (convolutions, linear layers, ...).
+        exclude: patterns of modules to leave unchanged.
+        stats: freeze the running statistics of `SyncBatchNorm` layers: training normalizes with them too, and they
+            stay bitwise the same.
+        affine: freeze weight and bias of batch normalization layers: they get no gradient and no update.
+        weights: freeze the parameters of every other selected module (convolutions, linear layers, ...).
 
     Returns:
-        The names of the modules it touched.
+        The names of the modules on which it set a switch.
 
     Raises:
-        ValueError: a pattern that selects nothing; nothing to freeze in what is selected; `stats` on a layer without
-            running statistics.
+        ValueError: a pattern that selects nothing; selected modules without anything to freeze, or lazy and not
+            initialized; `stats` on a layer without running statistics.
         TypeError: `stats` on a batch normalization that is not a `SyncBatchNorm`. Nothing has been frozen in any of
             these cases.
     """
@@ -57,8 +58,9 @@ def unfreeze(
     affine: bool = True,
     weights: bool = False,
 ) -> list[str]:
-    """Undoes `freeze` on what the patterns select: `requires_grad` is again what it was before. Arguments and errors as
-    there.
+    """Undoes `freeze` on the modules that the patterns select, and restores `requires_grad` as it was before.
+
+    Arguments, return value and errors are those of `freeze`.
     """
     targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
     apply_switches(module, [(target, switch, False) for target, switches in targets.values() for switch in switches])
@@ -76,15 +78,19 @@ def frozen_switches(module: nn.Module) -> set[str]:
 
 
 def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool]]) -> None:
-    """Freezes (True) or frees (False) "stats", "affine" or "weights" of modules of `root`, all at once.
+    """Freezes or unfreezes switches of several modules of `root` in one call.
 
-    At once, because parameters may be tied: one that two modules share is held until both let it go.
+    One call, because parameters may be tied: one that two modules share stays frozen until both are unfrozen.
+
+    Args:
+        root: the model, which is searched for tied parameters.
+        changes: triples of a module, its switch ("stats", "affine" or "weights"), and whether to freeze it.
     """
     parameters: dict[bool, list[nn.Module]] = {True: [], False: []}
     for module, switch, frozen in changes:
         if switch == "stats":
             assert isinstance(module, SyncBatchNorm)
-            change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may have its own
+            change = SyncBatchNorm.freeze if frozen else SyncBatchNorm.unfreeze  # a subclass may override it
             change(module, stats=True, affine=False)
         else:
             parameters[frozen].append(module)
@@ -95,9 +101,10 @@ def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool
 def freezable(
     module: nn.Module, match: Patterns, exclude: Patterns | None, *, stats: bool, affine: bool, weights: bool
 ) -> dict[str, tuple[nn.Module, list[str]]]:
-    """The selected modules on which one of the asked switches exists, by name, each with those switches.
+    """The selected modules by name, each with those of the requested switches that it has; modules without any are
+    left out.
 
-    Raises: as `freeze`.
+    Raises: the errors of `freeze`.
     """
     selected = select(module, match, exclude)
     found: dict[str, tuple[nn.Module, list[str]]] = {}

@@ -1,4 +1,4 @@
-"""FreezePlan: what is frozen at which step, as data."""
+"""FreezePlan: a schedule of what is frozen at which training step, stated as a set of rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SWITCHES = ("stats", "affine", "weights")
 
 @dataclass(frozen=True)
 class FreezeRule:
-    """Freezes `stats`, `affine` and `weights` of the selected modules in steps start <= t < until."""
+    """Freezes `stats`, `affine` and `weights` of the selected modules in steps start <= t < until.
+
+    `start=None` means from step 0 on, `until=None` to the end. The other fields are the arguments of `freeze`.
+    """
 
     match: Patterns
     exclude: Patterns | None = ()
@@ -30,13 +33,13 @@ class FreezeRule:
         return (self.start or 0) <= step and (self.until is None or step < self.until)
 
     def targets(self, model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
-        """The modules that the rule touches, by name, each with its switches."""
+        """The modules that the rule freezes, by name, each with the switches that it freezes."""
         return freezable(model, self.match, self.exclude, stats=self.stats, affine=self.affine, weights=self.weights)
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One change of state: `switch` ("stats", "affine" or "weights") of `module` is now frozen, or free again."""
+    """One change of state: `switch` ("stats", "affine" or "weights") of a module is now frozen, or free again."""
 
     module: str
     switch: str
@@ -44,9 +47,9 @@ class Switch:
 
 
 class FreezePlan:
-    """Named rules, each of which only freezes: a switch is frozen at step t when any rule active at t selects it.
+    """A set of named freeze rules. A switch is frozen at step t if any rule that is active at t selects it.
 
-    The order of rules does not matter. Modules that no rule selects are never touched.
+    Rules only freeze, so their order does not matter. Modules that no rule selects are never changed.
 
     Example:
         >>> from syncbn import SyncBatchNorm
@@ -67,10 +70,13 @@ class FreezePlan:
         return {time for rule in self.rules.values() for time in (rule.start, rule.until) if time is not None}
 
     def check(self, model: nn.Module, num_steps: int | None = None) -> list[str]:
-        """Proves the plan on the model before training; returns warnings.
+        """Validates the plan against the model before training; returns warnings about rules without effect.
+
+        Args:
+            num_steps: the length of the training, to find rules that start after it; None if it is not known.
 
         Raises:
-            ValueError, TypeError: a rule that selects or freezes nothing, or ends before it starts; the message names
+            ValueError, TypeError: a rule that ends before it starts, or that `freeze` would reject; the message names
                 the rule.
         """
         warnings = []
@@ -100,9 +106,10 @@ class FreezePlan:
         return frozen
 
     def apply(self, model: nn.Module, step: int) -> list[Switch]:
-        """Brings the model to the state of this step; returns what changed. A change calls for wrapping in DDP anew.
+        """Freezes and unfreezes modules as the rules demand at this step; returns what changed.
 
-        Touches only switches that some rule names: what you froze otherwise stays frozen.
+        After any change a model has to be wrapped in DDP anew. Only switches that some rule selects are changed:
+        modules that were frozen by other means stay frozen.
         """
         frozen = self.frozen_at(model, step)
         governed: dict[str, tuple[nn.Module, set[str]]] = {}
@@ -119,7 +126,7 @@ class FreezePlan:
         return [change for _, change in changes]
 
     def table(self, model: nn.Module) -> list[tuple[str, str, str, str]]:
-        """The plan in words: a row (rule, module, switches, steps) for every module that a rule touches."""
+        """The plan as text: a row (rule, module, switches, steps) for every module of every rule."""
         rows = []
         for name, rule in self.rules.items():
             span = f"{rule.start or 0} to {'the end' if rule.until is None else rule.until}"

@@ -1,9 +1,9 @@
 """Fusing a model's batch normalization with the addition and the activation that follow it, in place.
 
-In an `nn.Sequential` the activation becomes an `nn.Identity`. Any other module that calls the layer is traced by
-`torch.fx`, its children as they are, and gets a class made for it: a subclass of its own, whose `forward` is the traced
-one with the addition and the activation left to the layer. Nothing is copied and no name changes: parameters, buffers,
-state dict keys, hooks and an optimizer built before stay what they were.
+In an `nn.Sequential` the activation is replaced by an `nn.Identity`. Any other module that calls the layer is traced by
+`torch.fx`, with its children as leaves, and gets a generated class: a subclass of its original class, whose `forward`
+is the traced one without the addition and the activation, which the layer performs. Nothing is copied and no name
+changes: parameters, buffers, state dict keys, hooks and an existing optimizer stay valid.
 """
 
 from __future__ import annotations
@@ -25,51 +25,53 @@ from syncbn.surgery.fusion_tracing import traced
 
 @dataclass(frozen=True)
 class FusionOutcome:
-    """What `fuse` has made of one layer."""
+    """Outcome of `fuse` for one layer."""
 
     name: str
     activation: str | None
-    """What the layer does now; None: it was left as it is."""
+    """Name of the activation fused into the layer; None if the layer was left unchanged."""
     residual: bool
-    """Whether it also does the addition."""
+    """Whether the addition of a residual was fused too."""
     reason: str
-    """Why it was left; "" for a layer that was fused."""
+    """Why the layer was left unchanged; "" for a layer that was fused."""
     memory: str = "default"
-    """What the layer keeps now: "default", or "lean" (see `SyncBatchNorm`)."""
+    """The memory setting of a fused layer: "default" or "lean" (see `SyncBatchNorm`)."""
     memory_reason: str = ""
-    """Why a layer that was fused keeps its input although "lean" was asked for."""
+    """Why a fused layer saves its input for backward although "lean" was requested; "" otherwise."""
 
 
-_Outcome = tuple[Any, ...]  # the fields of a report, less the name
+_Outcome = tuple[Any, ...]  # the fields of a FusionOutcome that follow `name`
 
 
 def fuse(
     module: nn.Module, *, match: Patterns = "*", exclude: Patterns | None = (), memory: str = "default"
 ) -> list[FusionOutcome]:
-    """Lets every selected `SyncBatchNorm` of `module` do the activation that follows it, and an addition between them,
-    in its own pass over the activation; in place.
+    """Fuses every selected `SyncBatchNorm` of `module` with the activation that follows it, in place.
 
-    Fused are ReLU, leaky ReLU (slope 0.01) and SiLU, as modules or as functions, in an `nn.Sequential` and in every
-    other module whose `forward` `torch.fx` can trace and that does the same in training and evaluation. The numbers
-    stay the same. Everything else is left, and reported with the reason: layers of another class (convert them first),
-    that are used twice or whose output is; activations and layers with hooks, which would see something else.
+    An addition between the two (a residual connection) is fused as well: the layer then normalizes, adds and activates
+    in one pass over the data. Fusible activations are ReLU, leaky ReLU (slope 0.01) and SiLU, as modules or as
+    functions, in an `nn.Sequential` and in every other module whose `forward` can be traced by `torch.fx` and does the
+    same in training and evaluation. The results do not change. Everything else is left unchanged and reported with the
+    reason: layers of another class (convert them first), layers that are used several times or whose output is, and
+    layers or activations with hooks, which would be called with other tensors.
 
-    A residual of another shape, which broadcasts, is an error of the layer at its first forward: exclude it then. Code
-    that calls a layer of a fused module by itself gets the activation too. Every rank has to fuse alike.
-    `revert_sync_batchnorm` undoes it.
+    A residual of another shape, which would have to broadcast, raises at the first forward of the layer: exclude such a
+    layer. Code outside of the traced `forward` that calls a fused layer gets the activation too. Every rank has to fuse
+    the same layers. `revert_sync_batchnorm` undoes the fusion.
 
     Args:
         module: any model, wrapped in DDP or not.
-        match: patterns of the layers: shell globs over dotted names; a plain name selects all below it.
-        exclude: patterns of the layers to leave.
-        memory: "lean" makes lean, too, what it can of the layers that it fuses (see `SyncBatchNorm`): those with a
-            leaky ReLU and without an addition. The others keep their input, and the report says why.
+        match: patterns of the layers: shell globs over dotted names; a plain name also selects all layers below it.
+        exclude: patterns of the layers to leave unchanged.
+        memory: "lean" also sets `memory="lean"` (see `SyncBatchNorm`) on the fused layers that support it: those with a
+            leaky ReLU and without an addition. The others save their input for backward as before, and
+            `memory_reason` says why.
 
     Returns:
-        A report for each selected layer of torch's or ours.
+        An outcome for each selected batch normalization layer, of this package's class or another.
 
     Raises:
-        ValueError: a pattern that selects nothing; another word for `memory`.
+        ValueError: a pattern that selects nothing; an unknown value of `memory`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), SyncBatchNorm(8), nn.ReLU())
@@ -119,13 +121,13 @@ def unfuse(module: nn.Module) -> None:
 
 
 def fused_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers whose activation `unfuse` takes away again."""
+    """The layers that `fuse` has given an activation, which `unfuse` would remove."""
     parents = module.modules()
     return [parent.get_submodule(name) for parent in parents for name in parent.__dict__.get("_fused_layers", ())]
 
 
 def _why_not(layer: nn.Module, num_uses: int) -> str | None:
-    """Why a layer cannot be fused wherever it is; None where it can."""
+    """Why a layer cannot be fused, whatever follows it; None if the layer itself does not prevent fusion."""
     if isinstance(layer, SyncBatchNorm) and type(layer) is not SyncBatchNorm:
         return f"is a {type(layer).__name__}, which has a forward of its own"
     if type(layer) is not SyncBatchNorm:
@@ -140,12 +142,12 @@ def _why_not(layer: nn.Module, num_uses: int) -> str | None:
 
 
 def _has_layers(parent: nn.Module) -> bool:
-    """Whether its forward may call a layer."""
+    """Whether a module contains a `SyncBatchNorm` that its forward may call."""
     return any(isinstance(child, SyncBatchNorm) for child in parent.modules() if child is not parent)
 
 
 def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int], memory: str) -> dict[int, _Outcome]:
-    """Fuses what can be among the direct children of one module; what became of each, by the id of the layer."""
+    """Fuses those of the `wanted` layers that `parent` calls; returns outcomes by the id of the layer."""
     found: dict[int, _Outcome] = {}
     sites: list[Site] = []
     for node in list(graph.nodes):
@@ -189,7 +191,7 @@ def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int], memory: str) 
 
 
 def _outcome(layer: SyncBatchNorm, site: Site, memory: str) -> _Outcome:
-    """What a layer at this site becomes."""
+    """The outcome that fusing a layer at this site will have; changes nothing."""
     wanted = memory == "lean" or layer._is_lean()
     reason = _why_not_lean(layer, site) if wanted else ""
     if reason and layer._is_lean():
@@ -198,7 +200,7 @@ def _outcome(layer: SyncBatchNorm, site: Site, memory: str) -> _Outcome:
 
 
 def _why_not_lean(layer: SyncBatchNorm, site: Site) -> str:
-    """Why the output of what a layer becomes will not tell its input; "" where it will."""
+    """Why the input of the fused layer could not be recovered from its output; "" if it could."""
     if site.residual is not None:
         return "its output does not tell what was added"
     if site.kind not in lean.INVERTIBLE_ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""Where a layer can be fused: what follows it in the traced forward of its parent."""
+"""Fusion sites: the addition and the activation that follow a layer in the traced forward of its parent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 @dataclass(frozen=True)
 class Site:
-    """A layer, and what follows it in the forward pass of its parent."""
+    """Graph nodes of a layer, of the activation that follows it, and of an addition between them (None without one).
+
+    `residual` is the other operand of the addition, `kind` the name of the activation as in `SyncBatchNorm`.
+    """
 
     layer: fx.Node
     addition: fx.Node | None
@@ -43,7 +46,12 @@ def _changes_in_place(parent: nn.Module, node: fx.Node) -> bool:
 
 
 def site_of(parent: nn.Module, node: fx.Node, taken: list[fx.Node]) -> Site | str:
-    """What follows a layer, or why it cannot be fused with it."""
+    """The fusion site of a layer, or the reason why it cannot be fused with what follows it.
+
+    Args:
+        taken: the layers of the sites that were found before. Of two layers whose outputs are added, only one can
+            perform the addition.
+    """
     if len(node.args) != 1 or node.kwargs:
         return "is called with more than its input"
     if len(node.users) != 1:
@@ -82,7 +90,7 @@ def site_of(parent: nn.Module, node: fx.Node, taken: list[fx.Node]) -> Site | st
 
 
 def _kind(parent: nn.Module, node: fx.Node) -> str | None:
-    """The activation that a node is, by the name that the layer knows it by."""
+    """Name of the activation that a node computes, as in `SyncBatchNorm`; None if it is not a fusible activation."""
     module = target_of(parent, node)
     if module is not None:
         if type(module) is nn.ReLU:
@@ -99,7 +107,7 @@ def _kind(parent: nn.Module, node: fx.Node) -> str | None:
 
 
 def rewrite(graph: fx.Graph, site: Site) -> None:
-    """Leaves the addition and the activation to the layer, at the place of the activation."""
+    """Replaces the nodes of a site by one call of the layer, at the position of the activation."""
     with graph.inserting_before(site.activation):
         options: dict[str, Any] = {} if site.residual is None else {"residual": site.residual}
         fused = graph.call_module(str(site.layer.target), site.layer.args, options)

@@ -1,4 +1,4 @@
-"""Tracing the forward of a module with `torch.fx`, or the reason why a trace would not be what it does."""
+"""Tracing the forward of a module with `torch.fx`, and detecting forwards that a trace would not reproduce."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import fx, nn
 from syncbn.nn.bytecode import has_in_place_operator, instructions
 from syncbn.surgery.fusion_classes import Fused
 
-# Names whose values differ from call to call without the input saying so.
+# Functions whose results vary between calls with the same input: random numbers, and modes of autograd and autocast.
 _UNSTEADY = {"rand", "randn", "randint", "random", "uniform", "bernoulli", "is_grad_enabled", "is_autocast_enabled"}
 
 
 class _Tracer(fx.Tracer):
-    """Traces one module; its children are called as they are."""
+    """Traces one module with its children as leaves: each becomes a single call in the graph."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def traced(parent: nn.Module) -> fx.Graph | str | None:
-    """What a module's forward does, or why that cannot be told; None for a container, which has none."""
+    """The graph of a module's forward, or why it cannot be traced; None for a container without a forward."""
     forward = type(parent).forward
     if forward is nn.Module.forward:
         return None
@@ -43,10 +43,10 @@ def traced(parent: nn.Module) -> fx.Graph | str | None:
     before = set(parent.__dict__)
     try:
         graph = _Tracer().trace(parent)
-    except Exception as error:  # whatever a forward does with what is not a tensor
+    except Exception as error:  # a forward may raise anything when it gets a proxy
         return f"the forward of {type(parent).__name__} cannot be traced: {next(iter(str(error).splitlines()), '')}"
     finally:
-        for name in set(parent.__dict__) - before:  # constants that the trace has hung there
+        for name in set(parent.__dict__) - before:  # tensor constants that the tracer has stored on the module
             parent.__dict__.pop(name)
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         return "the forward of its module makes tensors, which a trace would fix"
@@ -56,7 +56,7 @@ def traced(parent: nn.Module) -> fx.Graph | str | None:
 
 
 def _loses_a_change_in_place(forward: Any, graph: fx.Graph) -> bool:
-    """Whether `a += b`, which a trace takes for `a = a + b`, may be seen by others who have `a`."""
+    """Whether an `a += b`, which a trace records as `a = a + b`, may change a tensor that is used elsewhere, too."""
     if not has_in_place_operator(forward.__code__):
         return False
     lefts = [node.args[0] for node in graph.nodes if getattr(node.target, "__module__", "") == "_operator"]
@@ -73,7 +73,13 @@ def _graph_of_sequential(parent: nn.Sequential) -> fx.Graph:
 
 
 def _not_the_same_every_time(parent: nn.Module, function: Any, seen: set[Any]) -> str | None:
-    """Why a trace of a function might not be what it does next time, by a look at its code; None where it will."""
+    """Why a trace of `function` might not reproduce its next call, judged by its bytecode; None if it will.
+
+    The methods and helper functions that it calls are examined too.
+
+    Args:
+        seen: the code objects that have been examined already; updated.
+    """
     code = getattr(function, "__code__", None)
     if code is None or code in seen or hasattr(function, "__wrapped__"):
         known = code is not None and code in seen

@@ -1,6 +1,7 @@
-"""What whole modules that version 0.1.0 pickled name, under the names that it had then.
+"""Stand-ins for the modules that pickles of whole models from version 0.1.0 refer to by name.
 
-`torch.load` finds it because `syncbn/surgery/__init__.py` imports this module. New pickles name what is there now.
+Unpickling finds them in `sys.modules`, because `syncbn/surgery/__init__.py` imports this module. New pickles refer to
+the present modules.
 """
 
 import sys

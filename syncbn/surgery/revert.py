@@ -1,4 +1,4 @@
-"""Giving converted layers their original class back, in place."""
+"""Reverting converted layers to their original class, in place."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = None) -> nn.Module:
-    """Gives every converted layer of `module` its original class back, in place; returns `module`.
+    """Reverts every converted layer of `module` to its original class, in place; returns `module`.
 
-    For export and for inference without this package. What `fuse` has fused is taken apart again. Parameters, buffers,
-    modes and `requires_grad` stay; affine parameters that were frozen by `freeze` get back the `requires_grad` that
-    they had.
+    For export and for inference without this package. Fused layers are unfused. Parameters, buffers, modes and
+    `requires_grad` do not change, except that parameters frozen by `freeze` get back the `requires_grad` that they had
+    before.
 
     Args:
-        default: the class for layers that were built as `SyncBatchNorm` and so have no original one, such as
-            `nn.BatchNorm2d`; None leaves them (`conversion_report` lists them as "built").
+        default: the class, such as `nn.BatchNorm2d`, for layers that were constructed as `SyncBatchNorm` and so have no
+            original class; None leaves them unchanged (`conversion_report` lists them as "built").
 
     Raises:
-        ValueError: a layer in training mode whose statistics are frozen, which its original class cannot express; a
-            layer whose `activation` the class `default` does not have. The message names the layer, and nothing has
-            been reverted then.
+        ValueError: a layer in training mode with frozen statistics, which its original class cannot represent; a layer
+            with an `activation` that does not come from `fuse`, which the other class does not have. The message names
+            the layer, and no layer has been reverted.
     """
     targets: dict[str, tuple[SyncBatchNorm, type]] = {}
     fused = {id(layer) for layer in fused_layers(module)}
