@@ -1,122 +1,166 @@
-"""Programs in an interpreter that has its imports behind it: `run_warm([script, *arguments], cwd, environment)`.
+"""Programs in an interpreter that has its imports behind it: `run_warm([script, *arguments], ...)`, `warm_ranks()`.
 
 Starting Python and importing torch, Hydra and torchmetrics takes seconds, and many tests start `train.py` as a user
-does. So one process imports what others wrote (nothing of this project), and forks for each program: the fork has the
-working directory, environment, arguments and output of its own, runs the script as `__main__`, and ends. What differs
-from a fresh `python script.py` is that imports are quick and the order of them is not the script's.
+does, with one process or several. So one server imports what others wrote (nothing of this project), and forks for each
+program: the fork has the working directory, environment, arguments and output of its own, runs the script as
+`__main__`, and ends. What differs from a fresh `python script.py` is that imports are quick.
 
-This file is both ends: imported, the client; run, the process that forks.
+Who wants a program starts a small client process in its place, which hands its own output over to the fork, passes
+SIGTERM and SIGINT on, and ends with the fork's exit code: so torchrun can start ranks that way. A client that is killed
+takes its fork along.
+
+This file is all three: imported, it starts programs; `warm.py SOCKET` serves; `warm.py SOCKET SCRIPT ...` is a client.
 """
 
-from __future__ import annotations
-
-import atexit
-import importlib
+import contextlib
 import json
 import os
-import runpy
 import signal
-import subprocess
+import socket
 import sys
-import tempfile
-import traceback
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
-from typing import Any, NoReturn
 
-ROOT = Path(__file__).parents[1]
-_PRELOADED = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress", "rich.table", "numpy", "torch",
-              "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim.swa_utils",
-              "torchmetrics", "torchmetrics.classification", "sklearn.datasets", "sklearn.model_selection", "PIL.Image",
-              "safetensors.torch", "bokeh.plotting", "hydra.core.override_parser.overrides_parser")  # fmt: skip
+_SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress", "rich.table", "numpy", "torch",
+                   "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim.swa_utils",
+                   "torch.distributed.run", "torchmetrics", "torchmetrics.classification", "sklearn.datasets",
+                   "sklearn.model_selection", "PIL.Image", "safetensors.torch", "bokeh.plotting",
+                   "hydra.core.override_parser.overrides_parser", "hydra.experimental.callback")  # fmt: skip
+_LARGEST = 2**20  # bytes of a request
 
 
-def run_warm(
-    command: list[str], cwd: Path, environment: dict[str, str], timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *command], ..., capture_output=True, text=True)` does.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer; it has been killed.
-    """
-    server = _server()
-    with tempfile.TemporaryDirectory() as directory:
-        outputs = [os.path.join(directory, name) for name in ("stdout", "stderr")]
-        request = {"command": command, "cwd": str(cwd), "environment": environment, "outputs": outputs,
-                   "timeout": timeout}  # fmt: skip
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the process that forks has ended"
-        stdout, stderr = (Path(output).read_text(encoding="utf-8", errors="replace") for output in outputs)
-    code = json.loads(answer)
-    if code is None:
-        raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
-    return subprocess.CompletedProcess(command, code, stdout, stderr)
+def command_of(*program: str) -> list[str]:
+    """The command line of a client that runs a script with its arguments (or `torchrun` with its options)."""
+    return [sys.executable, "-S", "-E", os.path.abspath(__file__), _server(), *program]
 
 
-@cache
-def _server() -> Any:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              env=environment)  # fmt: skip
-    atexit.register(server.kill)
-    return server
+_address: str | None = None
 
 
-def _serve() -> None:
-    for name in _PRELOADED:
+def _server() -> str:
+    """The address of this process's server, which is started at its first use and ends with this process."""
+    global _address
+    if _address is None:
+        import atexit
+        import subprocess
+        import tempfile
+
+        directory = tempfile.mkdtemp(prefix="warm")
+        _address = os.path.join(directory, "socket")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen([sys.executable, __file__, _address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env=environment)  # fmt: skip
+        assert server.stdout is not None
+        assert server.stdout.readline(), "the server of warm interpreters did not start"
+        atexit.register(server.kill)
+    return _address
+
+
+def _client(address: str, command: list[str]) -> int:
+    """Runs a command on the server, with the output, directory and environment of this process."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    request = json.dumps({"command": command, "cwd": os.getcwd(), "environment": dict(os.environ)}).encode()
+    socket.send_fds(connection, [len(request).to_bytes(8, "big")], [1, 2])
+    connection.sendall(request)
+    child = int.from_bytes(connection.recv(8), "big", signed=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    answer = connection.recv(8)
+    if not answer:
+        return 1
+    code = int.from_bytes(answer, "big", signed=True)
+    if code < 0:  # ended by a signal: so do we
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _serve(address: str) -> None:
+    import importlib
+    import select
+
+    for name in _SERVER_IMPORTS:
         importlib.import_module(name)
-    for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(request)
-        print(json.dumps(_wait(child, request["timeout"])), flush=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    print("ready", flush=True)
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.signal(signal.SIGCHLD, lambda *_: os.write(waker, b"x"))
+    running: dict[int, socket.socket] = {}  # by process id
+    while True:
+        ready, _, _ = select.select([listener, wake, sys.stdin, *running.values()], [], [])
+        if sys.stdin in ready:  # who has started us is gone
+            return
+        if wake in ready:
+            os.read(wake, 4096)
+            while running and (done := os.waitpid(-1, os.WNOHANG))[0]:
+                connection = running.pop(done[0])
+                _send(connection, os.waitstatus_to_exitcode(done[1]))
+                connection.close()
+        for child, connection in list(running.items()):
+            if connection in ready:  # nothing more is sent: the client is gone
+                os.kill(child, signal.SIGKILL)
+        if listener in ready:
+            connection, _ = listener.accept()
+            head, outputs, _, _ = socket.recv_fds(connection, 8, 2)
+            request = b""
+            while len(request) < int.from_bytes(head, "big"):
+                request += connection.recv(_LARGEST)
+            child = os.fork()
+            if child == 0:
+                for other in (listener, connection, *running.values()):
+                    other.close()
+                _become(json.loads(request), outputs)
+            for output in outputs:
+                os.close(output)
+            _send(connection, child)
+            running[child] = connection
 
 
-def _wait(child: int, timeout: float) -> int | None:
-    """Its exit code, negative for a signal; None after the timeout, when all of its process group is killed."""
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    _, status = os.waitpid(child, 0)
-    ran_out = signal.setitimer(signal.ITIMER_REAL, 0)[0] == 0
-    code = os.waitstatus_to_exitcode(status)
-    return None if ran_out and code == -signal.SIGKILL else code
+def _send(connection: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the client is gone
+        connection.sendall(number.to_bytes(8, "big", signed=True))
 
 
-def _become(request: dict[str, Any]) -> NoReturn:
+def _become(request: dict, outputs: list[int]) -> None:
     """The rest of the life of a fork."""
-    code: Any = 1
+    import atexit
+    import runpy
+    import traceback
+
+    code: object = 1
     try:
-        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for descriptor, output in zip((1, 2), outputs, strict=True):
+            os.dup2(output, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        for descriptor, path in zip((1, 2), request["outputs"], strict=True):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdin = open(0)  # noqa: SIM115 - for the life of the process
         sys.argv = list(request["command"])
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "torchrun":
+            from torch.distributed.run import main
+
+            main()
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as leaving:
         code = leaving.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
     except BaseException:
         traceback.print_exc()
     finally:
-        with suppress(Exception):
-            atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
-        os._exit(0 if code is None else int(code))
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":
-    _serve()
+    if len(sys.argv) > 2:
+        sys.exit(_client(sys.argv[1], sys.argv[2:]))
+    _serve(sys.argv[1])

@@ -27,7 +27,7 @@ from syncbn.training.launch.resolvers import register_resolvers
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
 from syncbn.training.trainer.build import context_for
-from tests.warm import run_warm
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
@@ -49,14 +49,15 @@ def torchrun(num_ranks: int) -> list[str]:
 
 
 def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Runs train.py in `cwd`: plain python for 0 ranks (see `tests.warm`), else torchrun."""
+    """Runs train.py in `cwd`, its interpreters warm (see `tests.warm`): plain python for 0 ranks, else torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
-    if num_ranks == 0:
-        return run_warm([str(ROOT / "train.py"), *overrides], cwd, environment, timeout)
+    program = (str(ROOT / "train.py"), *overrides)
+    if num_ranks:
+        program = ("torchrun", *torchrun(num_ranks)[1:], "--no-python", *warm.command_of(*program))
     return subprocess.run(
-        [*torchrun(num_ranks), str(ROOT / "train.py"), *overrides],
+        warm.command_of(*program),
         cwd=cwd,
         env=environment,
         capture_output=True,
