@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 # Set by tests and benchmarks only: a group of one then calls the collective that it does not need.
 _force_collective = False
-# Set by the trainer: a process without a process group then follows the rules for a job, of one rank.
+# Set by `world_of_one`: a process without a process group then follows the rules for a job, of one rank.
 _world_of_one = False
 
 
@@ -25,10 +27,15 @@ def is_distributed() -> bool:
     return _world_of_one or (dist.is_available() and dist.is_initialized())
 
 
-def treat_as_world_of_one() -> None:
-    """Makes a process without a process group behave like the only rank of a job."""
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """Inside of the context, a process without a process group behaves like the only rank of a job."""
     global _world_of_one
-    _world_of_one = True
+    before, _world_of_one = _world_of_one, True
+    try:
+        yield
+    finally:
+        _world_of_one = before
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
 
 from syncbn.nn import rank_checks
-from syncbn.nn.groups import treat_as_world_of_one
+from syncbn.nn.groups import world_of_one
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import Config
@@ -44,13 +44,12 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
     """
-    if not world.is_distributed():
-        treat_as_world_of_one()
     device = _device(config)
     context = context_for(config, RankContext(world.rank(), world.world_size(), device, torch.float32))
     checks = rank_checks.enabling(config.bn.debug)
     # The tracker closes after the process group is destroyed, so the other ranks do not wait for rank 0's upload.
-    with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout), checks:
+    alone = nullcontext() if world.is_distributed() else world_of_one()
+    with ExitStack() as tracking, process_group(device.type, job, config.collective_timeout), alone, checks:
         if config.task in WITH_LOAD:
             metrics = WITH_LOAD[config.task](config, run_dir, context)
             if context.is_first and metrics:

@@ -26,13 +26,13 @@ def was_checking(monkeypatch):
 def test_a_job_without_debug_after_one_with_debug_runs_without(tmp_path, monkeypatch, was_checking):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rank_checks, "enabled", False)
-    monkeypatch.setattr(groups, "_world_of_one", False)  # what a job switches on for good is put back after the test
     for number, debug in enumerate(["true", "false"]):
         run_dir = tmp_path / f"outputs/{number}"
         run_dir.mkdir(parents=True)
         run(compose_config(*SMALL, "duration=1", f"bn.debug={debug}", "tracker=none"), run_dir, job=str(number))
     assert was_checking == [True, False]
     assert rank_checks.enabled is False
+    assert not groups._world_of_one
 
 
 def test_the_environment_s_word_holds_for_every_job(monkeypatch):
