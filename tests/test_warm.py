@@ -25,9 +25,9 @@ def run_script(tmp_path):
 
 
 def test_a_program_has_its_own_arguments_directory_environment_and_output(run_script, tmp_path):
-    script = "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ['OWN'])\nprint('e', file=sys.stderr)"
+    script = "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ['OWN'])\nsys.stderr.write('e')"
     done = run_script(script, "a=1", "b c", OWN="here")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"__main__ ['a=1', 'b c'] {tmp_path} here\n", "e\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"__main__ ['a=1', 'b c'] {tmp_path} here\n", "e")
 
 
 @pytest.mark.parametrize(
