@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains one model; everything that it needs is handed in, built."""
+    """Trains one model from the built components of a run."""
 
     def __init__(self, components: RunComponents, run_dir: Path, tracker: Tracker, stop: StopRequest) -> None:
         config, model, sampler, context = components.config, components.model, components.sampler, components.context
@@ -167,7 +167,7 @@ class Trainer:
             if self.profiler is not None:
                 self.profiler.step()
             self.counters.step += 1
-            save_is_due = self._all_ranks(self.save_clock.is_due(self.counters.step))
+            save_is_due = self._on_rank_0(self.save_clock.is_due(self.counters.step))
             # What waits for the device anyway waits for the results of past steps too: nothing is recorded of a step
             # at fault.
             waits = save_is_due or any(self._is_due(every) for every in (self.log_every, self.eval_every))
@@ -190,7 +190,7 @@ class Trainer:
         return step > 0 and (step % every == 0 or step == self.num_steps)
 
     def _read_results(self, *, everything: bool) -> bool:
-        """What steps that are over have to say, the same on every rank; False: training ends here."""
+        """Reads the results of past steps, the same on every rank; returns False if training ends here."""
         for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.results.take(everything=everything):
             self.stop_agreed |= asked_to_stop > 0
             self.counters.steps_left_out += left_out > 0
@@ -218,7 +218,7 @@ class Trainer:
                 self.checkpoints.save(self.counters.step)
 
     def resume(self, stored: Stored) -> None:
-        """Goes on from a checkpoint, which may be another run's, or an earlier one of this run."""
+        """Restores the state of a checkpoint, which may be of another run or an earlier one of this run."""
         self.checkpoints.load(stored, "resume")
         best = self.checkpoints.find_best(stored.path, self.counters.best_step)
         if best is None and self.counters.best_step:
@@ -272,10 +272,10 @@ class Trainer:
         return self.loss(in_dtype(outputs, self.context.dtype), labels)
 
     def _apply_plan(self, step: int) -> None:
-        """Brings the frozen switches to this step, on all ranks alike, and wraps in DDP anew where they changed.
+        """Sets the frozen switches for this step on every rank, and wraps the model in DDP anew if they changed.
 
-        DDP fixes the list of parameters it reduces when it wraps: unfrozen later, they would silently train on each
-        rank's own gradients.
+        DDP fixes the list of parameters it reduces when it wraps: parameters unfrozen later would silently train on
+        each rank's own gradients.
         """
         if self.wrapped is not None and step not in self.plan.boundaries:
             return
@@ -320,8 +320,8 @@ class Trainer:
             if self.context.is_first:
                 self.tracker.show_layers(step, self.monitor.snapshot())
 
-    def _all_ranks(self, here: bool) -> bool:
-        """Rank 0's answer to a question about the time, on every rank; a question about the step needs no asking."""
+    def _on_rank_0(self, here: bool) -> bool:
+        """Returns rank 0's answer on every rank, because clocks differ; what depends on the step alone is not asked."""
         if self.context.world_size == 1 or not self.save_clock.goes_by_time:
             return here
         answer = torch.tensor(here, device=self.context.device, dtype=torch.int32)
@@ -329,7 +329,7 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _finish(self) -> dict[str, float]:
-        """The test set, once, with the weights that validated best."""
+        """Evaluates the test set once, with the weights that validated best; returns the final metrics."""
         if self.counters.evaluated_step == 0:
             self._validate()  # training has ended before it was due
         self.checkpoints.wait()
