@@ -70,6 +70,22 @@ summary { cursor: pointer; padding: 2px 0; }
 
 def page(runs: Sequence[Run]) -> str:
     """The report of the runs as an HTML document."""
+    figures = _Figures()
+    body = "".join(
+        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{text}</section>'
+        for name, text in _sections(runs, figures)
+    )
+    title = safe(f"syncbn report: {', '.join(run.label for run in runs)}")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
+        f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n"
+        f"{figures.script()}\n</body>\n</html>\n"
+    )
+
+
+def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
+    """Title and HTML of every section, in order."""
     layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
     # One range for all plots over steps: zooming into one zooms all.
     steps = Range1d(0, max(1, *(run.last_step for run in runs)))
@@ -105,48 +121,47 @@ def page(runs: Sequence[Run]) -> str:
         histogram("running_var", "running variance", "Healthy: above 1e-8, and the last batch lies there too."),
     ]
     speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT)
-    document = Document()
-    targets: list[str] = []
+    return [
+        ("Overview", overview(runs)),
+        ("Curves", figures.add(curve_panels, "pairs")),
+        ("Layers over time", figures.add(heat_panels)),
+        ("Freezing", figures.add([freeze_timeline(runs, steps)])),
+        ("Layers at the end", layer_tables(runs) + figures.add(histogram_panels, "pairs")),
+        ("Audit", each(runs, audit)),
+        ("Throughput", figures.add([speed])),
+        ("Configuration", differences(runs) + each(runs, config, "config.yaml")),
+        ("Environment", each(runs, environment, "environment.json")),
+    ]
 
-    def figures(panels: Iterable[Panel], style: str) -> str:
+
+class _Figures:
+    """The plots of a page: the elements that will show them, and the script that draws into these."""
+
+    def __init__(self) -> None:
+        self._document = Document()
+        self._targets: list[str] = []  # ids of the elements, in the order of the document's roots
+
+    def add(self, panels: Iterable[Panel], style: str = "") -> str:
+        """Adds the plots of the panels to the document; returns the HTML that holds them, of a class `style`."""
         parts = []
         for panel in panels:
             places = []
             for drawn in panel.plots:
-                document.add_root(drawn)
-                targets.append(f"plot-{len(targets) + 1}")
-                places.append(f'<div id="{targets[-1]}"></div>')
+                self._document.add_root(drawn)
+                self._targets.append(f"plot-{len(self._targets) + 1}")
+                places.append(f'<div id="{self._targets[-1]}"></div>')
             row = f'<div class="row">{"".join(places)}</div>' if places else ""
             kind = "absent" if not places else ""
             text = f"<figcaption><b>{safe(panel.title)}.</b> {safe(panel.text)}</figcaption>"
             parts.append(f'<figure class="{kind}">{text}{row}</figure>')
         return f'<div class="{style}">{"".join(parts)}</div>'
 
-    sections = [
-        ("Overview", overview(runs)),
-        ("Curves", figures(curve_panels, "pairs")),
-        ("Layers over time", figures(heat_panels, "")),
-        ("Freezing", figures([freeze_timeline(runs, steps)], "")),
-        ("Layers at the end", layer_tables(runs) + figures(histogram_panels, "pairs")),
-        ("Audit", each(runs, audit)),
-        ("Throughput", figures([speed], "")),
-        ("Configuration", differences(runs) + each(runs, config, "config.yaml")),
-        ("Environment", each(runs, environment, "environment.json")),
-    ]
-    content = _renumbered(document.to_json(deferred=False))
-    roots = {root["id"]: target for root, target in zip(content["roots"], targets, strict=True)}
-    embedded = json.dumps(content).replace("<", "\\u003c")  # text from a file cannot end the script
-    items = json.dumps([{"docid": "report", "roots": roots, "root_ids": list(roots)}])
-    title = safe(f"syncbn report: {', '.join(run.label for run in runs)}")
-    body = "".join(
-        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{text}</section>' for name, text in sections
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
-        f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n"
-        f"<script>Bokeh.embed.embed_items({{report: {embedded}}}, {items})</script>\n</body>\n</html>\n"
-    )
+    def script(self) -> str:
+        content = _renumbered(self._document.to_json(deferred=False))
+        roots = {root["id"]: target for root, target in zip(content["roots"], self._targets, strict=True)}
+        embedded = json.dumps(content).replace("<", "\\u003c")  # text from a file cannot end the script
+        items = json.dumps([{"docid": "report", "roots": roots, "root_ids": list(roots)}])
+        return f"<script>Bokeh.embed.embed_items({{report: {embedded}}}, {items})</script>"
 
 
 def _renumbered(content: Any) -> Any:
