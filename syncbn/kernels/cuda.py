@@ -7,7 +7,7 @@ input's gradient. The host never waits for the device, because launches depend o
 
 Triton comes with torch's CUDA builds for Linux. Where it is missing, or the device is too old for it, the reference
 runs instead, with a warning: its results are right, but it is slow. The reference also handles masks, and types that
-the kernels do not support.
+the kernels do not support. (Longer than other files: it has the host's side of every operator.)
 """
 
 import math

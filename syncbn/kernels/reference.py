@@ -1,6 +1,7 @@
 """Reference implementation of every operator: plain tensor code for any device, layout and floating type.
 
-It is the specification that the kernels are tested against. Sums are taken in float64.
+It is the specification that the kernels are tested against. Sums are taken in float64. (Longer than other files: every
+operator has its fake implementation beside it.)
 
 Shapes: `input` and gradients are (N, C, ...); per-channel vectors are (C,). `mean` is (2, C): a high and a low part
 whose sum is the mean, in the compute type (float64 for float64 inputs, float32 for all others), like `invstd`.

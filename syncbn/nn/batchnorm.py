@@ -1,4 +1,7 @@
-"""The `SyncBatchNorm` layer: its state, its modes, and freezing of its statistics and affine parameters."""
+"""The `SyncBatchNorm` layer: its state, its modes, and freezing of its statistics and affine parameters.
+
+(Longer than other files: it is one class, and a third of it is the class's documentation.)
+"""
 
 from __future__ import annotations
 
@@ -214,7 +217,7 @@ class SyncBatchNorm(_BatchNorm):
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """Normalizes according to the mode: a row of the table in the class docstring."""
+        """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
         num_features = width_of(self)
         if input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(

@@ -1,4 +1,7 @@
-"""Synchronized batch normalization as a function: moments -> all-reduce -> finish -> normalize, and its gradient."""
+"""Synchronized batch normalization as a function: moments -> all-reduce -> finish -> normalize, and its gradient.
+
+(Longer than other files: forward and backward save and read the same tensors, so they stand together.)
+"""
 
 from collections.abc import Callable
 from typing import Any

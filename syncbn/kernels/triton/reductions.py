@@ -104,7 +104,7 @@ def finish(
     packed, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, momentum: tl.float64,
     eps: tl.float64, num_channels, CUMULATIVE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`reference.finish`; `CUMULATIVE` is momentum=None.
+    """`reference.finish`; `CUMULATIVE` is momentum=None. (Long, because a launch costs more than what it computes.)
 
     `CUMULATIVE` needs a grid of one program: the rate depends on the batch counter, which program 0 increments.
     """

@@ -66,6 +66,7 @@ class Trainer:
     """Trains one model from the built components of a run."""
 
     def __init__(self, components: RunComponents, run_dir: Path, tracker: Tracker, stop: StopRequest) -> None:
+        # Long, because it is the list of the parts, of which each needs some before it.
         config, model, sampler, context = components.config, components.model, components.sampler, components.context
         # what is trained, and where
         self.config, self.context, self.data, self.sampler = config, context, components.data, sampler
