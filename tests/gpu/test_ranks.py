@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
-from syncbn.nn import collectives as sums
+from syncbn.nn import collectives as nn_collectives
 from syncbn.nn import groups
 from tests.counting import collectives
 from tests.gpu.test_layer import kernels_of
@@ -46,14 +46,11 @@ def check_mixed():
 
 
 def check_mixed_with_all_reduce():
-    collectives._GATHER_UP_TO, before = (
-        0,
-        collectives._GATHER_UP_TO,
-    )  # the CPU gathers in small worlds, the GPU does not
+    before, nn_collectives._GATHER_UP_TO = nn_collectives._GATHER_UP_TO, 0  # the CPU gathers in small worlds
     try:
         check_mixed()
     finally:
-        sums._GATHER_UP_TO = before
+        nn_collectives._GATHER_UP_TO = before
 
 
 def test_payloads_of_all_devices_add(ranks):

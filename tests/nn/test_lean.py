@@ -126,7 +126,7 @@ def bound_of(layer, x, g, ratio, dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_error_is_within_the_documented_bound(dtype, activation, everywhere, monkeypatch):
     if not everywhere:
-        monkeypatch.setattr(lean, "_UP_TO", float("inf"))  # no channel is kept: the bound alone, however bad
+        monkeypatch.setattr(lean, "_MAX_CONDITION", float("inf"))  # no channel is kept: the bound alone, however bad
     torch.manual_seed(0)
     most = lean.limit(dtype) if not everywhere else 1e4
     weight = torch.tensor([1.0, -0.3, 1e-2, 1.0, 1e-2, 1.0, 1e-2])
@@ -158,7 +158,7 @@ def test_half_of_the_digits_are_lost_at_the_limit_and_not_more(monkeypatch):
         layer = SyncBatchNorm(2)
         layer.weight.data.fill_(1e-2)
         layer.bias.data.copy_(torch.tensor([0.0, 1e-2 * lean.limit(dtype)]))
-        monkeypatch.setattr(lean, "_UP_TO", float("inf"))
+        monkeypatch.setattr(lean, "_MAX_CONDITION", float("inf"))
         error = restored(layer, x.to(dtype))
         layer.weight.data.fill_(1.0)
         layer.bias.data.zero_()
