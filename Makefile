@@ -1,5 +1,6 @@
 # make train    two ranks train the default job          make train ARGS="duration=1ep" NPROC=4
 # make test     lint, types, and every quick test        make test JOBS=0 in one process; make test-all adds the slow ones
+# make mutants  whether the tests notice mistakes       make mutants ARGS="--only nn/" some of them
 # make docs     the API reference, as HTML in build/docs
 PYTHON ?= python3
 NPROC ?= 2
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # One thread per rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-all lint docs clean
+.PHONY: train test test-all mutants lint docs clean
 
 train: $(VENV)/.train
 	$(BIN)/torchrun --local-addr localhost --nproc-per-node $(NPROC) train.py $(ARGS)
@@ -21,6 +22,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

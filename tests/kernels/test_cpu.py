@@ -170,10 +170,11 @@ def test_what_is_not_finite_stays_in_its_channel(value):
     assert output[:, [0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 32])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_running_statistics_of_any_type_move_alike(momentum, dtype):
-    packed = reference.moments(torch.randn(8, 3, 4))
+def test_running_statistics_of_any_type_move_alike(momentum, dtype, count):
+    packed = reference.moments(torch.randn(count, 3))
     results = []
     for kernels in (cpu, reference):
         buffers = [torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype), torch.tensor(4)]

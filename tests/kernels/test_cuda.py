@@ -143,6 +143,18 @@ def test_means_far_from_zero(mean, std, dtype, bound, layout):
     assert float((output.double() - truth).abs().max()) < bound
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "rows"])
+def test_the_gradient_where_it_follows_an_input_far_from_zero(layout):
+    input, noise = make((8, 2, 16, 16), torch.float32, layout, mean=1e4)
+    grad = noise + 5 * (input - 1e4)
+    results = []
+    for kernels, x, g in ((cuda, input, grad), (reference, input.double(), grad.double())):
+        mean, invstd, count = kernels.finish(kernels.moments(x), None, None, None, 0.1, 1e-5, x.dtype)
+        sums, _ = kernels.backward_reduce(g, x, mean, invstd, torch.float64)
+        results.append(kernels.backward_elementwise(g, x, mean, invstd, None, sums, count))
+    assert float((results[0] - results[1]).abs().max()) < 1e-5
+
+
 def test_payloads_are_cut_at_the_same_place_as_the_reference_cuts_them():
     input, _ = make((8, 6, 50), torch.float32, mean=100.0)
     actual, expected = cuda.moments(input), reference.moments(input)
@@ -173,7 +185,8 @@ def test_nothing_to_normalize(shape):
 @pytest.mark.parametrize("num_channels", [3, 300])
 def test_running_statistics_move_as_in_the_reference(count, momentum, dtype, num_channels):
     single = torch.randn(1, num_channels, device=DEVICE, dtype=torch.float64)
-    packed = reference.moments(single) * count if count < 2 else reference.moments(single.expand(7, -1) + 1)
+    several = torch.randn(7, num_channels, device=DEVICE, dtype=torch.float64)
+    packed = reference.moments(single) * count if count < 2 else reference.moments(several + 1)
     results = []
     for kernels in (cuda, reference):
         buffers = [torch.full((num_channels,), value, dtype=dtype, device=DEVICE) for value in (0.5, 2.0)]
@@ -252,7 +265,14 @@ def test_a_type_that_no_program_knows_takes_the_reference_s_way():
     assert torch.equal(cuda.moments(input), reference.moments(input))
 
 
-PLANS = [((64, 64, 56, 56), 4), ((2, 2048, 7, 7), 2), ((256, 128), 8), ((1, 1, 2**33), 2), ((2**24, 1, 3), 4)]
+PLANS = [
+    ((64, 64, 56, 56), 4),
+    ((64, 64, 3 * 2**18), 4),
+    ((2, 2048, 7, 7), 2),
+    ((256, 128), 8),
+    ((1, 1, 2**33), 2),
+    ((2**24, 1, 3), 4),
+]
 
 
 @pytest.mark.parametrize(("shape", "itemsize"), PLANS, ids=str)

@@ -143,6 +143,16 @@ def test_equal_samples_do_not_confuse_two_calls(ranks):
     ranks(2, check_ties)
 
 
+@pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
+def test_two_calls_of_one_layer_in_one_checkpoint_are_told_apart(mode):
+    x = torch.randn(6, 3, dtype=torch.float64)
+    layers = {kind: SyncBatchNorm(3).double() for kind in ("plain", mode)}
+    for kind, layer in layers.items():
+        APPLY[kind](nn.Sequential(layer, nn.Softplus(), layer), x).pow(3).sum().backward()
+    torch.testing.assert_close(layers[mode].weight.grad, layers["plain"].weight.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layers[mode].state_dict(), layers["plain"].state_dict())
+
+
 def check_no_graph(mode):
     # Nothing in the first layer needs a gradient: its first run leaves no graph behind.
     with collectives() as sent:
@@ -212,13 +222,16 @@ def test_selective_checkpointing(ranks, saved):
 
 def test_losses_that_are_summed_up_undetached_do_not_keep_all_moments():
     layer = SyncBatchNorm(3)
-    total = 0
+    total, made = 0, {}
     for _ in range(30):
         loss = checkpoint(layer, torch.randn(4, 3, requires_grad=True), use_reentrant=True).pow(2).sum()
         loss.backward()
         total = total + loss
+        made |= {id(memory): memory for reference in checkpointing._memories[layer] if (memory := reference())}
     alive = [reference() for reference in checkpointing._memories[layer] if reference() is not None]
     assert len(alive) < 12
+    assert len(made) == 30
+    assert sum(memory.local.numel() > 0 for memory in made.values()) < 12  # the graph has all 30, and few moments
 
 
 def test_nothing_is_remembered_without_checkpointing_nor_after_backward():

@@ -155,6 +155,11 @@ def uses_it_twice(self, x):
     return F.relu(y) + y
 
 
+def uses_the_sum_twice(self, x):
+    y = self.bn(self.conv(x)) + x
+    return F.relu(y) + y
+
+
 def in_a_context(self, x):
     with torch.no_grad():
         y = self.conv(x)
@@ -181,6 +186,7 @@ LEFT = {
     "values": (branches_on_values, "cannot be traced"),
     "option": (has_an_option, "optional arguments"),
     "output used twice": (uses_it_twice, "its output is used several times"),
+    "sum used twice": (uses_the_sum_twice, "the sum is used several times"),
     "two calls": (lambda self, x: F.relu(self.bn(F.relu(self.bn(x)))), "is used in several places"),
     "other slope": (lambda self, x: F.leaky_relu(self.bn(x), 0.2), "no activation"),
     "other activation": (lambda self, x: F.gelu(self.bn(x)), "no activation"),
@@ -207,6 +213,16 @@ def test_what_cannot_be_fused_is_left_and_told(name):
     assert type(model).__name__ == "Block"
     assert model.bn.activation is None
     assert set(model.__dict__) == before
+
+
+def test_of_two_layers_that_are_added_one_does_the_addition():
+    how = lambda self, x: F.relu(self.bn(self.conv(x)) + self.other(self.conv(x)))  # noqa: E731
+    model = block(how, other=SyncBatchNorm(3)).double()
+    plain = copy.deepcopy(model)
+    reports = {report.name: report for report in fuse(model)}
+    assert reports["bn"].residual
+    assert reports["other"].reason == "what it is added to does the addition"
+    check_same(model, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
 
 
 def sequential(*modules):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.files import Stored, write_atomically
@@ -54,6 +55,26 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0, msg=part)
     measured = [[without_speed(record) for record in read_metrics(run)] for run in (parts, whole)]
     assert measured[0] == measured[1]
+
+
+class WithDropout(nn.Sequential):
+    """A network that draws numbers in every step."""
+
+    def __init__(self, in_channels, num_classes):
+        body = nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+        super().__init__(*body, nn.Dropout(0.5), nn.LazyLinear(num_classes))
+
+
+def test_what_a_model_draws_after_a_resume_is_what_it_would_have_drawn(job, tmp_path):
+    small = [option for option in SMALL if not option.startswith("model.")]
+    same = [*small, "model=custom", f"model._target_={__name__}.WithDropout", "duration=6", "save.every=1",
+            "save.keep=99"]  # fmt: skip
+    whole = job(*same, "run=whole")
+    parts = tmp_path / "outputs/parts/checkpoints"
+    parts.mkdir(parents=True)
+    shutil.copyfile(whole / "checkpoints/step_00000003.pt", parts / "step_00000003.pt")
+    expected, actual = load_last(whole)["model"], load_last(job(*same, "run=parts"))["model"]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Checkpoints are written whole or not at all, and read without running code from the file."""
 
+import os
 import pickle
+import threading
 
 import pytest
 import torch
@@ -66,6 +68,17 @@ def test_state_and_frozen_switches_come_back(tmp_path):
     assert not other[1].affine_frozen
 
 
+def test_what_the_state_has_free_is_free_again(tmp_path):
+    _, checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(7)
+    checkpoints.close()
+    other, loading = make_checkpoints(tmp_path)
+    other[1].freeze()
+    loading.load(files.Stored.read(tmp_path / "checkpoints/step_00000007.pt", "resume"), "resume")
+    assert not other[1].stats_frozen
+    assert other[1].weight.requires_grad
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_one(tmp_path, caplog):
     _, checkpoints = make_checkpoints(tmp_path, keep=9)
     for step in (1, 2, 3, 4, 5):
@@ -88,12 +101,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_newest_good_
         files.read(paths[2], "load")
 
 
-def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path):
+def test_saving_copies_so_that_training_may_go_on_at_once(tmp_path, monkeypatch):
+    changed = threading.Event()
+
+    def write_later(path, content):
+        assert changed.wait(timeout=60)
+        files.write_atomically(path, content)
+
+    monkeypatch.setattr(state, "write_atomically", write_later)
     model, checkpoints = make_checkpoints(tmp_path)
     expected = model[0].weight.clone()
     checkpoints.save(1)
     with torch.no_grad():
-        model[0].weight.add_(1.0)  # while the first is perhaps still being written
+        model[0].weight.add_(1.0)  # before it is written
+    changed.set()
     checkpoints.close()
     saved = files.read(tmp_path / "checkpoints/step_00000001.pt", "load")
     assert torch.equal(saved["model"]["0.weight"], expected)
@@ -123,6 +144,13 @@ def test_the_digest_depends_on_every_key_type_shape_and_byte():
     plain = [[1, 2], [1, [2]], 1, 1.0, True, None]
     values = [{}, {"b": torch.zeros(2)}, *({"a": value} for value in (*tensors, *plain))]
     assert len({files.digest(value) for value in values}) == len(values)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "a.pt", []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append(path.exists()))
+    files.write_atomically(path, {"step": 1})
+    assert flushed == [False, True]  # the file, and the directory that names it
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

@@ -25,15 +25,15 @@ def make_split(num):
 def check_exact(num):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3)).double()
+    model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3), nn.Dropout(0.5)).double()
     split = make_split(num)
     data = ImageData(split, split, split, num_classes=3, shift=0, flip=False)
     context = RankContext(rank, world_size, torch.device("cpu"), torch.float64)
     metrics = evaluate(model, data, split, CrossEntropy(), context)
-    outputs = model(data.eval_batch(split, torch.arange(num), torch.float64)[0])
+    assert model.training  # modes are restored
+    outputs = model.eval()(data.eval_batch(split, torch.arange(num), torch.float64)[0])
     assert metrics["loss"] == pytest.approx(F.cross_entropy(outputs, split.labels).item(), abs=1e-12)
     assert round(metrics["accuracy"] * num) == int((outputs.argmax(1) == split.labels).sum())
-    assert model.training  # modes are restored
     return metrics
 
 

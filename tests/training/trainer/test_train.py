@@ -2,6 +2,7 @@
 
 import json
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from syncbn.training.config.errors import ConfigError, RankError
 from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import deferred
+from syncbn.training.trainer.trainer import Trainer
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
 
@@ -325,6 +327,26 @@ def test_a_model_from_a_users_own_package(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     run = run_job(tmp_path, "model=custom", "model._target_=mine.Net", "+model.gain=2", "duration=3", "tracker=none")
     assert load_last(run)["step"] == 3
+
+
+def drawn_after_each_step(cwd, overrides):
+    """The number that a model would draw next, on this rank; of what a step draws, only the seed decides it here."""
+    drawn, train_step = [], Trainer._train_step
+
+    def drawing(trainer, step):
+        train_step(trainer, step)
+        drawn.append(torch.rand(()).item())
+
+    with mock.patch.object(Trainer, "_train_step", drawing):
+        run_rank(cwd, overrides)
+    return drawn
+
+
+def test_a_model_draws_other_numbers_in_every_step_and_on_every_rank(ranks, tmp_path):
+    overrides = ("data=synthetic", "data.num_samples=40", "data.size=8", "model.width=4", "batch_size=8",
+                 "tracker=none", "duration=3")  # fmt: skip
+    drawn = ranks(2, drawn_after_each_step, tmp_path, overrides)
+    assert len({number for of_rank in drawn for number in of_rank}) == 2 * 3
 
 
 def test_a_ragged_last_window_follows_the_same_trajectory_at_any_world_size(job, tmp_path):
