@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, accumulate_stats
 from syncbn.kernels import cuda, operators, reference
-from syncbn.nn import lean
+from syncbn.nn import lean as nn_lean
 from tests.counting import collectives
 from tests.kernels.test_cpu import as_layout, saved_bytes
 from tests.reference import make_batch, max_error, set_affine
 
-ACTIVATIONS = lean.INVERTIBLE_ACTIVATIONS
+ACTIVATIONS = nn_lean.INVERTIBLE_ACTIVATIONS
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -92,9 +92,9 @@ def restored(layer, x):
     affine = layer.weight.detach(), layer.bias.detach()
     vectors = statistics(layer, x)
     output = operators.normalize(x, *vectors, *affine, None, layer.activation)
-    index = lean.channels_to_keep(*affine, layer.activation, x.dtype)
+    index = nn_lean.channels_to_keep(*affine, layer.activation, x.dtype)
     part = None if index is None else x.index_select(1, index)
-    return lean.restore(output, *vectors, *affine, layer.activation, index, part)
+    return nn_lean.restore(output, *vectors, *affine, layer.activation, index, part)
 
 
 def bound_of(layer, x, g, ratio, dtype):
@@ -126,9 +126,9 @@ def bound_of(layer, x, g, ratio, dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_error_is_within_the_documented_bound(dtype, activation, everywhere, monkeypatch):
     if not everywhere:
-        monkeypatch.setattr(lean, "_MAX_CONDITION", float("inf"))  # no channel is kept: the bound alone, however bad
+        monkeypatch.setattr(nn_lean, "_MAX_CONDITION", float("inf"))  # no channel is kept: the bound alone, however bad
     torch.manual_seed(0)
-    most = lean.limit(dtype) if not everywhere else 1e4
+    most = nn_lean.limit(dtype) if not everywhere else 1e4
     weight = torch.tensor([1.0, -0.3, 1e-2, 1.0, 1e-2, 1.0, 1e-2])
     ratio = torch.tensor([0.0, 1.0, 1.0, 4.0, 4.0, most, most])
     layer = SyncBatchNorm(7, activation=activation, memory="lean")
@@ -136,7 +136,7 @@ def test_the_error_is_within_the_documented_bound(dtype, activation, everywhere,
     layer.bias.data.copy_(ratio * weight.abs() * 0.99)
     layer.double() if dtype == torch.float64 else layer
     x, g = (torch.randn(16, 7, 40).add(offset).to(dtype) for offset in (1.5, 0.0))
-    ratio = lean.conditions(layer.weight, layer.bias, activation, dtype).view(1, -1, 1)
+    ratio = nn_lean.conditions(layer.weight, layer.bias, activation, dtype).view(1, -1, 1)
     if everywhere:
         ratio = ratio.clamp(max=4.0)
     mean, invstd = statistics(layer, x)
@@ -157,8 +157,8 @@ def test_half_of_the_digits_are_lost_at_the_limit_and_not_more(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         layer = SyncBatchNorm(2)
         layer.weight.data.fill_(1e-2)
-        layer.bias.data.copy_(torch.tensor([0.0, 1e-2 * lean.limit(dtype)]))
-        monkeypatch.setattr(lean, "_MAX_CONDITION", float("inf"))
+        layer.bias.data.copy_(torch.tensor([0.0, 1e-2 * nn_lean.limit(dtype)]))
+        monkeypatch.setattr(nn_lean, "_MAX_CONDITION", float("inf"))
         error = restored(layer, x.to(dtype))
         layer.weight.data.fill_(1.0)
         layer.bias.data.zero_()
@@ -170,13 +170,13 @@ def test_half_of_the_digits_are_lost_at_the_limit_and_not_more(monkeypatch):
 
 def test_where_a_weight_is_zero_or_small_against_the_bias_the_input_is_kept():
     weight, bias = torch.tensor([1.0, 0.0, 1e-3, -1.0, torch.nan]), torch.tensor([4.0, 0.0, 1.0, -2.0, 0.0])
-    assert lean.channels_to_keep(weight, bias, None, torch.float32).tolist() == [1, 2, 4]
-    assert lean.channels_to_keep(weight[:1], bias[:1], None, torch.float32) is None
-    assert lean.channels_to_keep(None, None, None, torch.float32) is None
+    assert nn_lean.channels_to_keep(weight, bias, None, torch.float32).tolist() == [1, 2, 4]
+    assert nn_lean.channels_to_keep(weight[:1], bias[:1], None, torch.float32) is None
+    assert nn_lean.channels_to_keep(None, None, None, torch.float32) is None
     # A small weight alone scales the output, which is then as exact as before, down to where the type ends.
     small = torch.tensor([1e-3, 1e-30])
-    assert lean.channels_to_keep(small, None, None, torch.float32) is None
-    assert lean.channels_to_keep(small, None, "leaky_relu", torch.float16).tolist() == [0, 1]
+    assert nn_lean.channels_to_keep(small, None, None, torch.float32) is None
+    assert nn_lean.channels_to_keep(small, None, "leaky_relu", torch.float16).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -190,7 +190,7 @@ def test_all_weights_zero_in_every_layout(activation, layout):
 
 def test_where_the_host_must_not_look_the_worst_eighth_of_the_channels_is_kept_and_more_are_an_error():
     def kept(weight, bias):
-        return sorted(lean._worst(lean.conditions(weight, bias, None, torch.float32), torch.float32).tolist())
+        return sorted(nn_lean._worst(nn_lean.conditions(weight, bias, None, torch.float32), torch.float32).tolist())
 
     weight, bias = torch.ones(24), torch.zeros(24)
     assert len(kept(weight, bias)) == 3
@@ -315,7 +315,7 @@ def test_one_graph_with_the_same_numbers_when_compiled(activation):
 
 def test_without_gradients_nothing_is_asked_of_the_weights(monkeypatch):
     lean, plain = pair(None)
-    monkeypatch.setattr(lean, "channels_to_keep", None)
+    monkeypatch.setattr(nn_lean, "channels_to_keep", None)
     input = make_batch((4, 3, 5))[0]
     with torch.no_grad():
         assert torch.equal(lean(input), plain(input))
@@ -340,5 +340,5 @@ def test_the_programs_for_cuda_restore_what_the_cpu_does(activation, monkeypatch
     output = cuda.normalize(input, *vectors, *affine, None, activation)
     index = torch.tensor([3, 4], device=device)
     monkeypatch.setattr(operators, "normalize", cuda.normalize)
-    xhat = lean.restore(output, *vectors, *affine, activation, index, input.index_select(1, index))
+    xhat = nn_lean.restore(output, *vectors, *affine, activation, index, input.index_select(1, index))
     torch.testing.assert_close(xhat, cuda.normalize(input, *vectors, None, None), rtol=1e-5, atol=1e-5)

@@ -50,9 +50,16 @@ class Guard(Callback):
                     OmegaConf.save(OmegaConf.create(redacted(content)), path)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints a table with a row per job, on rank 0."""
-        if world.rank() == 0:
+        """Prints a table with a row per job, on rank 0; the other ranks wait for it.
+
+        After a failed job all ranks exit with its code, and torchrun ends the others when the first has.
+        """
+
+        def show() -> str:
             print_table(Path(config.hydra.sweep.dir))
+            return "shown"
+
+        world.agree(f"table of attempt {world.attempt()}", show)
 
 
 def _check_directory(key: str, directory: str, config: DictConfig) -> None:
