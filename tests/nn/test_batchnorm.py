@@ -151,3 +151,10 @@ def test_second_derivatives_are_exact():
 
     assert torch.autograd.gradcheck(normalize, (input, weight, bias))
     assert torch.autograd.gradgradcheck(normalize, (input, weight, bias))
+
+
+def test_a_gradient_that_can_be_differentiated_again_is_the_same_gradient():
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 4), (2,), (2,))]
+    output = sync_batch_norm(leaves[0], None, None, *leaves[1:], training=True).exp().sum()
+    once = torch.autograd.grad(output, leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(output, leaves, create_graph=True), once)
