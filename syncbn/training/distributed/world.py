@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,6 +100,22 @@ def store() -> Store:
         is_master=rank() == 0 and not agent_keeps_store(),
         timeout=_STORE_TIMEOUT,
     )
+
+
+def wait_for_rank_0(what: str) -> None:
+    """Waits until rank 0 has called this with `what` too, but no longer than 10 s, because it may never do so.
+
+    For the end of a process: torchrun ends the other ranks as soon as one leaves with an error, and rank 0 may not have
+    written or removed yet what is its task.
+    """
+    if not is_distributed() or world_size() == 1:
+        return
+    key = f"syncbn/rank 0/{attempt()}/{what}"
+    with suppress(Exception):  # a store that is gone must not hide how the process ends
+        if rank() == 0:
+            store().set(key, "")
+        else:
+            store().wait([key], timedelta(seconds=10))
 
 
 def on_all_ranks(value: T) -> list[T]:

@@ -50,16 +50,10 @@ class Guard(Callback):
                     OmegaConf.save(OmegaConf.create(redacted(content)), path)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints a table with a row per job, on rank 0; the other ranks wait for it.
-
-        After a failed job all ranks exit with its code, and torchrun ends the others when the first has.
-        """
-
-        def show() -> str:
+        """Prints a table with a row per job, on rank 0; the other ranks wait for it."""
+        if world.rank() == 0:
             print_table(Path(config.hydra.sweep.dir))
-            return "shown"
-
-        world.agree(f"table of attempt {world.attempt()}", show)
+        world.wait_for_rank_0("table")
 
 
 def _check_directory(key: str, directory: str, config: DictConfig) -> None:

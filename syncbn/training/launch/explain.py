@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
 from syncbn.training.config.redaction import redact
-from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, world_size
+from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, wait_for_rank_0, world_size
 from syncbn.training.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def clear_errors() -> Iterator[None]:
             print(f"error: {redact(message)}", file=sys.stderr, flush=True)
         if rank() == 0:
             _discard_run_directory()
+        wait_for_rank_0("discarded")
         sys.exit(1 if isinstance(error, TrainingError) else 2)
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -65,6 +66,22 @@ def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
     assert world.agree("name", lambda: "first") == "first"
     monkeypatch.setattr(world, "agreed", {})  # as in a process that torchrun has restarted
     assert world.agree("name", lambda: "second") == "first"
+
+
+def check_waits(directory):
+    mark, store = directory / "mark", dist.distributed_c10d._get_default_store()
+    with mock.patch.object(world, "store", return_value=store):  # that of torchrun is not here
+        if world.rank() == 0:
+            store.get("the other is about to wait")
+            mark.touch()
+        else:
+            store.set("the other is about to wait", "")
+        world.wait_for_rank_0("marked")
+    assert mark.exists()
+
+
+def test_nobody_leaves_before_rank_0_has_done_what_is_its_task(ranks, tmp_path):
+    ranks(2, check_waits, tmp_path)
 
 
 def test_a_terminal_shows_a_progress_bar_and_anything_else_does_not(monkeypatch):
