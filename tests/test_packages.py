@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.once import made_once
 from tests.training.jobs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -48,15 +49,18 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     """The directory that has both; the wheel is built from the source distribution, as an installer would."""
-    directory = tmp_path_factory.mktemp("packages")
-    tree = directory / "tree"  # a copy without what earlier builds left in the repository
-    tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tree)
-    for name in ("syncbn", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, tree, cwd=directory)
-    return directory
+
+    def make(directory):
+        tree = directory / "tree"  # a copy without what earlier builds left in the repository
+        tree.mkdir()
+        for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"):
+            shutil.copy(ROOT / name, tree)
+        for name in ("syncbn", "tests"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", directory, tree, cwd=directory)
+        return directory
+
+    return made_once(tmp_path_factory, "packages", make)
 
 
 def required_by(name, found):

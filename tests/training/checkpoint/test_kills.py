@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.once import made_once
 from tests.training.jobs import LiveJob, read_metrics, run_rank, start
 from tests.training.trainer.test_train import load_last
 
@@ -21,7 +22,7 @@ JOB = [*DATA, f"duration={STEPS}", "log_every=1", "eval_every=10", "save.every=7
 @pytest.fixture(scope="module")
 def undisturbed(_pool, tmp_path_factory):
     """The run directory of the job when nothing happens to it."""
-    return _pool.run(2, run_rank, tmp_path_factory.mktemp("undisturbed"), JOB)[0]
+    return made_once(tmp_path_factory, "undisturbed", lambda cwd: _pool.run(2, run_rank, cwd, JOB)[0])
 
 
 def check_same_run(run_dir, expected):
@@ -113,14 +114,17 @@ def test_a_multirun_that_is_restarted_goes_on_in_the_job_where_it_was(tmp_path):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A job all of whose ranks are killed: its working directory, and the addresses on which they listened."""
-    cwd = tmp_path_factory.mktemp("killed")
-    with LiveJob(cwd, *JOB, num_ranks=2) as job:
-        job.wait_for("step 12/")
-        addresses = {address for pid in job.workers() for address in listening_addresses(pid)}
-        for pid in job.workers():
-            os.kill(pid, signal.SIGKILL)
-        job.finish()
-    return cwd, addresses
+
+    def make(cwd):
+        with LiveJob(cwd, *JOB, num_ranks=2) as job:
+            job.wait_for("step 12/")
+            addresses = {address for pid in job.workers() for address in listening_addresses(pid)}
+            for pid in job.workers():
+                os.kill(pid, signal.SIGKILL)
+            job.finish()
+        return cwd, addresses
+
+    return made_once(tmp_path_factory, "killed", make)
 
 
 def test_metrics_are_readable_after_a_kill_of_everything(killed):

@@ -19,6 +19,7 @@ from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import deferred
 from syncbn.training.trainer.trainer import Trainer
+from tests.once import made_once
 from tests.training.jobs import read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
 
@@ -26,10 +27,13 @@ from tests.training.wandb_file import read_history, read_records
 @pytest.fixture(scope="module")
 def default_job(tmp_path_factory):
     """The default job on two ranks: its working directory, and what it printed."""
-    cwd = tmp_path_factory.mktemp("default")
-    done = start(cwd, num_ranks=2, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return cwd, done.stdout
+
+    def make(cwd):
+        done = start(cwd, num_ranks=2, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return cwd, done.stdout
+
+    return made_once(tmp_path_factory, "default", make)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +137,8 @@ def test_the_environment_is_recorded(default_run):
     assert environment["command"].startswith("train.py")
 
 
-def test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers(default_job, default_run):
-    evaluated = run_job(default_job[0], "task=eval", f"load={default_run}")
+def test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers(default_run, tmp_path):
+    evaluated = run_job(tmp_path, "task=eval", f"load={default_run}")
     numbers, final = read_metrics(evaluated)[-1], read_metrics(default_run)[-1]
     assert numbers["test/accuracy"] == final["test/accuracy"]
     assert numbers["test/loss"] == pytest.approx(final["test/loss"], abs=1e-6)
@@ -256,10 +260,12 @@ def test_the_same_run_name_goes_on_where_it_stopped(job, tmp_path):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """A multirun of four jobs on two ranks, two of them a mistake: its directory, and how it ended."""
-    cwd = tmp_path_factory.mktemp("sweep")
-    choices = ["optimizer.lr=0.1,0.05", "freeze.a.match=nope,backbone"]
-    done = start(cwd, "-m", *choices, "duration=2", "run=sweep", num_ranks=2)
-    return cwd / "outputs/sweep", done
+
+    def make(cwd):
+        choices = ["optimizer.lr=0.1,0.05", "freeze.a.match=nope,backbone"]
+        return cwd / "outputs/sweep", start(cwd, "-m", *choices, "duration=2", "run=sweep", num_ranks=2)
+
+    return made_once(tmp_path_factory, "sweep", make)
 
 
 def test_multirun_gives_each_job_its_own_directory_wandb_run_and_line_in_the_table(sweep):
