@@ -4,7 +4,7 @@
 # pip's settings go in as a secret, so that they stay out of the image: --secret id=pip.conf,src=pip.conf. Without them
 # torch comes from PyPI with CUDA libraries, which this image does not use; an index of torch's CPU builds spares them.
 # There is no compiler in it, so compile=true is an error at start.
-FROM docker.io/library/python:3.11.13-slim-bookworm AS base
+FROM docker.io/library/python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1 AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 RUN apt-get update && apt-get install -y --no-install-recommends tini=0.19.0-1+b3 && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 1000 --create-home syncbn

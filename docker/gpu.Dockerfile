@@ -3,7 +3,7 @@
 # For a machine with GPUs and the NVIDIA container toolkit, which brings the driver's libraries into the container; torch
 # brings all others, in packages from PyPI, so the base is that of the CPU image. pip's settings go in as a secret:
 # --secret id=pip.conf,src=pip.conf. Built and run without a GPU so far (docs/deploy.md).
-FROM docker.io/library/python:3.11.13-slim-bookworm AS base
+FROM docker.io/library/python:3.11.13-slim-bookworm@sha256:86adf8dbadc3d6e82ee5dd2c74bec2e1c2467cdad47886280501df722372d2e1 AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
 # What the toolkit reads: which GPUs, which of the driver's parts, and the CUDA that the driver has to be new enough for.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility NVIDIA_REQUIRE_CUDA=cuda>=13.0
