@@ -21,7 +21,7 @@ import syncbn
 from syncbn.training.config.model import FreezeRuleConfig, InitConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.launch.explain import known_keys
-from tests.training.jobs import ROOT, compose_config, torchrun
+from tests.training.jobs import ROOT, compose_config, warm_command
 
 README = ROOT / "README.md"  # its commands and its program: tests/test_readme.py
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -85,7 +85,7 @@ def test_the_program_of_a_page_runs_and_prints_what_the_page_says(page):
 def test_a_program_for_two_ranks_runs_on_two_ranks(page, tmp_path):
     for _, code, _ in blocks(page, "python", "two-ranks"):
         (tmp_path / "program.py").write_text(code)
-        run([*torchrun(2), str(tmp_path / "program.py")])
+        run(warm_command(str(tmp_path / "program.py"), num_ranks=2))
 
 
 def test_a_block_of_python_is_marked_as_one_of_three():
@@ -179,10 +179,7 @@ def run(command):
 @pytest.mark.parametrize("program", ["own_loop", "lightning_loop", "accelerate_loop"])
 def test_a_loop_prints_the_same_at_one_and_two_ranks(program):
     pytest.importorskip(program.removesuffix("_loop") if program != "own_loop" else "torch")
-    alone, pair = (
-        run([sys.executable, f"docs/{program}.py"]),
-        run([*torchrun(2), f"docs/{program}.py"]),
-    )
+    alone, pair = (run(warm_command(f"docs/{program}.py", num_ranks=num_ranks)) for num_ranks in (0, 2))
     numbers = [[float(number) for number in re.findall(r"-?\d+\.\d+", text)] for text in (alone, pair)]
     assert len(numbers[0]) == 4
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)

@@ -48,16 +48,20 @@ def torchrun(num_ranks: int) -> list[str]:
     return [TORCHRUN, "--local-addr", "localhost", "--nproc-per-node", str(num_ranks)]
 
 
+def warm_command(*program: str, num_ranks: int = 0) -> list[str]:
+    """What runs a script in warm interpreters (see `tests.warm`): by plain python for 0 ranks, else by torchrun."""
+    if num_ranks:
+        program = ("torchrun", *torchrun(num_ranks)[1:], "--no-python", *warm.command_of(*program))
+    return warm.command_of(*program)
+
+
 def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
     """Runs train.py in `cwd`, its interpreters warm (see `tests.warm`): plain python for 0 ranks, else torchrun."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
-    program = (str(ROOT / "train.py"), *overrides)
-    if num_ranks:
-        program = ("torchrun", *torchrun(num_ranks)[1:], "--no-python", *warm.command_of(*program))
     return subprocess.run(
-        warm.command_of(*program),
+        warm_command(str(ROOT / "train.py"), *overrides, num_ranks=num_ranks),
         cwd=cwd,
         env=environment,
         capture_output=True,
