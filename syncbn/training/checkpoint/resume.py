@@ -20,6 +20,7 @@ from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config
+from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext
 
@@ -72,13 +73,16 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
         overrides: the command line's overrides, which tell the keys that it sets.
 
     Raises:
-        ConfigError: another key on the command line differs from the stored value, or a redacted secret is not given.
+        ConfigError: another key on the command line differs from the stored value, a redacted secret is not given, or
+            the stored configuration names code that this command does not trust.
     """
-    path, stored, current = checkpoint.path, checkpoint.content["config"], to_dict(config)
+    path, current = checkpoint.path, to_dict(config)
+    stored = {key: value for key, value in checkpoint.content["config"].items() if key != "trust"}
+    check_stored(stored, "resume", path, Command(current, config.trust))
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
     for key, value in before.items():
-        if is_redacted(value) and redacted(now.get(key), key.split(".")[-1]) == value:
+        if is_redacted(value) and redacted(now.get(key), key) == value:
             OmegaConf.update(merged, key, now[key])  # checkpoints hold no secrets; take the one given now
             before[key] = now[key]
     for key in sorted(_given_keys(overrides, before.keys() | now.keys())):
@@ -94,7 +98,7 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
     container = OmegaConf.to_container(merged)
     assert isinstance(container, dict)
     require_secrets(container, path)
-    return parse({str(key): value for key, value in container.items()})
+    return parse({**{str(key): value for key, value in container.items()}, "trust": config.trust})
 
 
 def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:

@@ -38,6 +38,20 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
     return built
 
 
+def is_defined_in(name: str, package: str) -> bool:
+    """Whether a target is defined in the package, not only imported there, as `torch.load` is in `mine.torch.load`.
+
+    Imports it. True for a name that leads nowhere, about which `build_target` has an error.
+    """
+    from hydra.utils import get_object
+
+    try:
+        home = getattr(get_object(name), "__module__", None)
+    except Exception:  # of the import too
+        return True
+    return isinstance(home, str) and (home == package or home.startswith(f"{package}."))
+
+
 def _parameters(target: Any) -> set[str]:
     try:
         return set(inspect.signature(target).parameters)

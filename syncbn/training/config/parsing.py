@@ -86,10 +86,13 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Converts the configuration to plain containers, for YAML, trackers and checkpoints."""
+    """Converts the configuration to plain containers, for YAML, trackers and checkpoints.
+
+    Without `trust`, which is this command's alone: what a file says there counts for nothing.
+    """
     container = OmegaConf.to_container(OmegaConf.create(_plain(config)))
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): value for key, value in container.items() if key != "trust"}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

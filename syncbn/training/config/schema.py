@@ -5,7 +5,7 @@ Never imports torch, because composing a configuration has to be fast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from syncbn.training.config.data import (
@@ -37,6 +37,7 @@ from syncbn.training.config.run import (
     SaveConfig,
     TrackerConfig,
 )
+from syncbn.training.config.trust import is_trust_entry
 
 
 @dataclass
@@ -81,9 +82,12 @@ class Config:
     schedule: ScheduleConfig
     freeze: dict[str, FreezeRuleConfig]
     init: dict[str, InitConfig]
+    trust: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export", "data"))
+        named = all(is_trust_entry(entry) for entry in self.trust)
+        require(named, "trust", "dotted names such as mine.Net, or mine.* for a package", self.trust)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")

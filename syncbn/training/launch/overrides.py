@@ -16,13 +16,14 @@ from syncbn.training.distributed.world import (
     check_variables,
     rank,
 )
+from syncbn.training.launch.config_sources import check_sources
 from syncbn.training.launch.resolvers import register_resolvers
 
 log = logging.getLogger(__name__)
 
 # Overrides that a task with `load` applies to its own configuration; all others are for the stored configuration.
 _KEPT = re.compile(
-    r"(task|load|run|resume|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
+    r"(task|load|run|resume|trust|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
@@ -42,11 +43,12 @@ def prepare() -> None:
     On ranks other than 0, exits if the command only prints something, as `--help` does.
 
     Raises:
-        ConfigError: the rank variables are incomplete; see also `open_override`.
+        ConfigError: the rank variables are incomplete; see also `check_sources` and `open_override`.
     """
     # Makes Hydra raise its errors instead of printing them, so that `clear_errors` can explain them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     check_variables()
+    check_sources(sys.argv[1:])
     sys.path.append(os.getcwd())  # for modules of the user's own, as with `python -m`
     if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
         sys.exit()

@@ -14,6 +14,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
+from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.data import dataset, registry
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.failures import failing_together
@@ -83,13 +84,17 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
 
     Raises:
         ConfigError: on every rank: `load` names no checkpoint of a run, or one without the chosen weights; a
-            sub-network does not fit; `run_dir` already contains a training run, or the checkpoint itself.
+            sub-network does not fit; `run_dir` already contains a training run, or the checkpoint itself; the stored
+            configuration names code that this command does not trust.
     """
     with failing_together():  # building the model may be a collective: a rank that cannot read fails all
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
-        mine = to_dict(config)
-        stored = apply_overrides(checkpoint["config"], held_back()) | {key: mine[key] for key in OWN_KEYS}
+        mine, given = to_dict(config), held_back()
+        command = Command(mine, config.trust, replaced=apply_overrides({}, given))
+        check_stored(checkpoint["config"], "load", path, command)
+        own = {key: mine[key] for key in OWN_KEYS} | {"trust": config.trust}
+        stored = apply_overrides(checkpoint["config"], given) | own
         require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored)
         trained.bn.virtual_ranks = None

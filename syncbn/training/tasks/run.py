@@ -14,6 +14,7 @@ from syncbn.nn.groups import world_of_one
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.schema import Config
+from syncbn.training.config.trust import check_origin
 from syncbn.training.data import registry
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext
@@ -44,6 +45,7 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
     Raises:
         ConfigError: a mistake in the configuration, found before training starts.
     """
+    check_origin(config.trust, overrides)
     device = _device(config)
     context = context_for(config, RankContext(world.rank(), world.world_size(), device, torch.float32))
     checks = rank_checks.enabling(config.bn.debug)

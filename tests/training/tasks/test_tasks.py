@@ -23,6 +23,7 @@ from tests.training.jobs import compose_config, read_metrics, run_rank, start
 
 SMALL = ("data=synthetic", "data.num_samples=125", "data.size=6", "model.width=4", "batch_size=24", "tracker=none")
 TRAIN = (*SMALL, "duration=6", "eval_every=2", "save.every=2", "precision=fp64", "data.shift=1", "optimizer.lr=0.02")
+TRUST = "trust=[mine_of_tasks.*]"
 MINE = """
 import torch
 from torch import nn
@@ -237,14 +238,14 @@ def test_local_batch_normalization_is_recalibrated_over_the_world_too(job, bn):
 
 def check_several_ranks_are_refused(cwd, run):
     with pytest.raises(ConfigError, match=r"bn is a Refused whose own behaviour would be lost: .*; use one rank"):
-        run_rank(cwd, ("task=recalibrate", f"load={run}", "run=r"))
+        run_rank(cwd, ("task=recalibrate", f"load={run}", TRUST, "run=r"))
 
 
 def test_a_layer_that_cannot_be_synchronized_is_recalibrated_on_one_rank_alone(job, ranks, own_modules, tmp_path):
     model = ("model=custom", "model._target_=mine_of_tasks.Net", "+model.kind=Refused", "bn.sync=false")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "run=a")
     ranks(2, check_several_ranks_are_refused, tmp_path, trained)
-    run = job("task=recalibrate", f"load={trained}", "run=r")
+    run = job("task=recalibrate", f"load={trained}", TRUST, "run=r")
     before, after = (read(path)["model"] for path in (trained / "checkpoints/best.pt", run / "recalibrated.pt"))
     assert not torch.equal(before["bn.running_mean"], after["bn.running_mean"])
 
@@ -293,7 +294,7 @@ def files_in(run):
 
 def evaluated_by_hand(run):
     """Images as export.json tells to make them, and what the trained model says to them."""
-    config = compose_config("task=eval", f"load={run}")
+    config = compose_config("task=eval", f"load={run}", TRUST)
     context = RankContext(0, 1, torch.device("cpu"), torch.float32)
     loaded = load_run(config, run.parent / "nowhere", context)
     with torch.no_grad():
@@ -340,7 +341,7 @@ def test_kept_classes_are_labels_by_their_names(job):
 def test_a_model_of_ones_own_gets_its_own_classes_back(job, own_modules, last):
     model = ("model=custom", "model._target_=mine_of_tasks.Net", f"+model.last={last}")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "precision=fp32", "run=a")
-    run = job("task=export", f"load={trained}", "run=x")
+    run = job("task=export", f"load={trained}", TRUST, "run=x")
     assert len(files_in(run)) == 4
     import mine_of_tasks
 
@@ -382,7 +383,7 @@ def test_a_model_that_cannot_be_exported_is_a_clear_error(job, own_modules, tmp_
     model = ("model=custom", "model._target_=mine_of_tasks.Fixed")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "run=a")
     with pytest.raises(ConfigError, match=r"export.formats: .*pt2"):
-        job("task=export", f"load={trained}", "export.formats=[pt2]", "run=x")
+        job("task=export", f"load={trained}", TRUST, "export.formats=[pt2]", "run=x")
     with pytest.raises(ConfigError, match=r"model: expected one tensor as its output to export, got dict"):
         job("task=export", f"load={trained}", "model._target_=mine_of_tasks.Two", "run=x")
     assert list((tmp_path / "outputs/x").iterdir()) == []
