@@ -68,7 +68,7 @@ def is_distributed() -> bool:
 agreed: dict[str, str] = {}  # values that `agree` has returned in this process, by key
 
 
-def agree(key: str, propose: Callable[[], str]) -> str:
+def agree(key: str, propose: Callable[[], str], *, patience: timedelta = _STORE_TIMEOUT) -> str:
     """Returns rank 0's value for `key` on every rank; every later call with that key returns the same value.
 
     Communicates through the store: the other ranks wait until rank 0 has called it. If torchrun's agent hosts the
@@ -76,12 +76,14 @@ def agree(key: str, propose: Callable[[], str]) -> str:
 
     Args:
         propose: computes the value; called on rank 0 only, and only if the store has no value yet.
+        patience: how long the other ranks wait for it.
     """
     if key not in agreed:
         if is_distributed():
             name = f"syncbn/{key}"
             if rank() == 0 and not store().check([name]):
                 store().set(name, propose())
+            store().wait([name], patience)
             agreed[key] = store().get(name).decode()
         else:
             agreed[key] = propose()
