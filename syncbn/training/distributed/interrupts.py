@@ -17,7 +17,7 @@ from types import FrameType
 INTERRUPTED = 128 + signal.SIGINT  # a shell's exit status for a process that Ctrl-C ended
 TERMINATED = 128 + signal.SIGTERM
 
-_LOOK_EVERY = 1.0  # seconds between two looks at whether torchrun is alive
+_LOOK_EVERY = 1.0  # seconds between two looks at whether torchrun is alive, where its death is not told
 _leaving = threading.Lock()
 _process = os.getpid()
 
@@ -64,12 +64,22 @@ def _leave_at_once(_number: int, _: FrameType | None) -> None:
 
 def _watch(signals: int, agent: int | None) -> None:
     """The thread: waits for Ctrl-C and for the death of the agent."""
+    sources, pause = [signals], None
+    if agent is not None:
+        try:
+            sources.append(os.pidfd_open(agent))  # ready when the process is gone
+        except (AttributeError, OSError):  # not on Linux 5.3 or newer, or gone already
+            pause = _LOOK_EVERY
     while agent is None or os.getppid() == agent:
-        ready, _, _ = select.select([signals], [], [], None if agent is None else _LOOK_EVERY)
-        is_ctrl_c = bool(ready) and signal.SIGINT in os.read(signals, 64)
+        ready, _, _ = select.select(sources, [], [], pause)
+        is_ctrl_c = signals in ready and signal.SIGINT in os.read(signals, 64)
         if is_ctrl_c and signal.getsignal(signal.SIGINT) is _leave_at_once:  # training has a handler of its own
             _leave_at_once(signal.SIGINT, None)
-    # As long as torchrun gives its ranks to leave.
+    _leave_after(agent)
+
+
+def _leave_after(agent: int | None) -> None:
+    """Asks this process to stop, as SIGTERM does, and ends it after the time that torchrun gives its ranks to leave."""
     seconds = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
     _print(f"torchrun (process {agent}) has died: this job saves and leaves, within {seconds:g} s")
     os.kill(os.getpid(), signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -92,15 +93,22 @@ def agree(key: str, propose: Callable[[], str], *, patience: timedelta = _STORE_
 
 @cache
 def store() -> Store:
-    """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0."""
+    """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0.
+
+    Rank 0 listens on the loopback device alone where MASTER_ADDR is on it, otherwise on all network devices.
+    """
     from torch.distributed import TCPStore
 
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = rank() == 0 and not agent_keeps_store()
+    on_loopback = is_host and (address == "localhost" or address.startswith("127."))
     return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        address,
+        port,
         world_size(),
-        is_master=rank() == 0 and not agent_keeps_store(),
+        is_master=is_host,
         timeout=_STORE_TIMEOUT,
+        master_listen_fd=socket.create_server((address, port)).detach() if on_loopback else None,
     )
 
 
