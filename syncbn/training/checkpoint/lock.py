@@ -21,7 +21,7 @@ from syncbn.training.distributed import world
 
 LOCK = "run.lock"
 
-_PATIENCE = 60.0  # seconds that a restarted job waits for the ranks that it replaces
+_PATIENCE = 60.0  # seconds that a job waits for ranks that are leaving
 _SECOND_LOOK = 0.3  # seconds in which a holder writes its name, or a process that only looks lets go
 _PAUSE = 0.05  # seconds between two tries
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -48,6 +48,18 @@ class Holder:
         # torchrun's default with --master-port is "none", which names no job.
         return self.run_id != "none" or (self.host, self.agent) == (other.host, other.agent)
 
+    def has_lost_torchrun(self) -> bool:
+        """Whether it is on this machine and its torchrun has died: then its ranks are about to leave."""
+        if self.run_id is None or self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.agent, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # somebody else's process
+            pass
+        return False
+
     def describe(self) -> str:
         """The job in words, for an error message."""
         kind = "a multirun" if self.multirun else "a job"
@@ -58,8 +70,9 @@ class Holder:
 def lock_directory(directory: Path, what: str, *, multirun: bool = False) -> None:
     """Locks a run directory for this job, until `unlock_directory` or the end of rank 0; makes it if there is none.
 
-    Every rank calls it, and waits until rank 0 has the lock. A job that torchrun has restarted waits up to 60 s for the
-    ranks that it replaces. On a file system without locks there is a warning, and no lock.
+    Every rank calls it, and waits until rank 0 has the lock. A job waits up to 60 s for ranks that are leaving: those
+    that it replaces after a restart by torchrun, and those whose torchrun has died. On a file system without locks
+    there is a warning, and no lock.
 
     Args:
         what: a name that differs between the directories that this process locks.
@@ -120,7 +133,8 @@ def _take(directory: Path, us: Holder) -> Holder | None:
         start = time.monotonic()
         while not _try_lock(descriptor, fcntl.LOCK_EX):
             holder = _read(descriptor)
-            patience = _PATIENCE if us.is_same_job(holder) else _SECOND_LOOK
+            is_leaving = us.is_same_job(holder) or holder.has_lost_torchrun()
+            patience = _PATIENCE if is_leaving else _SECOND_LOOK
             if time.monotonic() - start > patience:
                 os.close(descriptor)
                 return holder

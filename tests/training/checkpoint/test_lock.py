@@ -85,6 +85,29 @@ def test_a_restart_waits_for_the_ranks_that_it_replaces(tmp_path, monkeypatch):
         assert waited == [process.pid]
 
 
+def test_a_job_waits_for_ranks_whose_torchrun_has_been_killed(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", ORPHAN, sys.executable, HOLD + UNTIL_TOLD, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TORCHELASTIC_RUN_ID": "a"}, **pipes) as torchrun:
+        assert torchrun.stdout.readline()  # of the rank
+        torchrun.kill()
+        torchrun.wait(60)
+
+        def end_rank(_):
+            torchrun.stdin.close()
+            assert torchrun.stdout.read() == ""
+
+        monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=end_rank, monotonic=lambda: 0.0))
+        lock_directory(tmp_path, "run")
+
+
+# Starts a rank, and waits for it as torchrun does.
+ORPHAN = """
+import subprocess, sys
+subprocess.run([sys.argv[1], "-c", sys.argv[2], sys.argv[3], "run"])
+"""
+
+
 def test_a_restart_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     times = iter([0.0, 59.0, 61.0])
