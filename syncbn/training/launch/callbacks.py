@@ -59,7 +59,7 @@ class Guard(Callback):
             with clear_errors():
                 lock_directory(Path(config.hydra.runtime.output_dir), f"job {config.hydra.job.num}")
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Releases the directory of a job of a multirun."""
         if config.hydra.mode == RunMode.MULTIRUN:
             unlock_directory(Path(config.hydra.runtime.output_dir))
