@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: train test test-all mutants lint docs clean
 
 train: $(VENV)/.train
-	$(BIN)/torchrun --local-addr localhost --nproc-per-node $(NPROC) train.py $(ARGS)
+	$(BIN)/python -m syncbn.training.launch.loopback --nproc-per-node $(NPROC) train.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not root" -n $(JOBS) --dist worksteal $(ARGS)

@@ -4,6 +4,12 @@ Everything is configured from `configs/` and the command line; `python train.py 
 """
 
 import sys
+
+from syncbn.training.distributed import interrupts
+
+if __name__ == "__main__":
+    interrupts.begin()  # before the imports below, which take long enough to be interrupted
+
 from contextlib import nullcontext
 from pathlib import Path
 

@@ -118,6 +118,12 @@ def test_the_kubernetes_job_is_elastic_shares_a_volume_and_has_time_to_save():
     check_overrides(container["args"])
 
 
+def test_no_pod_gets_a_token_of_the_cluster():
+    _, job = read_yaml("cluster/kubernetes.yaml")
+    pods = [replica["template"]["spec"] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
+    assert [pod["automountServiceAccountToken"] for pod in pods] == [False]
+
+
 def check_overrides(command):
     """That train.py would take what stands behind it, and that the run has a name to be found by."""
     overrides = command[command.index("train.py") + 1 :]

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.training.distributed import interrupts, world
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_CODE = 128 + signal.SIGTERM  # a shell's exit status for a process that SIGTERM ended: the run is not finished
 
 
 class StopAgreed(Exception):  # noqa: N818 - not an error
@@ -20,10 +21,14 @@ class StopAgreed(Exception):  # noqa: N818 - not an error
 
 
 class Stopped(SystemExit):
-    """Exit of a job that was asked to stop, after its state is saved. Not an error; the run is unfinished."""
+    """Exit of a job that was asked to stop, after its state is saved. Not an error; the run is unfinished.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(EXIT_CODE)
+    Args:
+        code: the exit code, that of a process that the signal ended.
+    """
+
+    def __init__(self, step: int, code: int = interrupts.TERMINATED) -> None:
+        super().__init__(code)
         self.step = step
 
 
@@ -52,13 +57,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = interrupts.TERMINATED  # after Ctrl-C `interrupts.INTERRUPTED`
 
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Context in which SIGTERM and SIGINT (Ctrl-C) set the flag.
 
-        A second Ctrl-C ends the process. A second SIGTERM does not: a sender that signals every process of a job
-        reaches each rank twice, once through torchrun (which kills the ranks after 30 s anyway).
+        A second Ctrl-C ends the process, which has not saved then. Not so under torchrun, and a second SIGTERM never
+        does: a sender that signals every process of a job reaches each rank twice, once through torchrun (which kills
+        the ranks after 30 s anyway).
         """
         before = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
@@ -68,9 +75,12 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            if self.exit_code == interrupts.INTERRUPTED and not world.is_elastic():
+                line = "interrupted twice (Ctrl-C); left without saving, the newest checkpoint is where the run goes on"
+                interrupts.leave(interrupts.INTERRUPTED, line)
+            self.exit_code = interrupts.INTERRUPTED
+        self.requested = True
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop, the same on every rank; an all-reduce of one number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -68,7 +69,7 @@ def is_distributed() -> bool:
 agreed: dict[str, str] = {}  # values that `agree` has returned in this process, by key
 
 
-def agree(key: str, propose: Callable[[], str]) -> str:
+def agree(key: str, propose: Callable[[], str], *, patience: timedelta = _STORE_TIMEOUT) -> str:
     """Returns rank 0's value for `key` on every rank; every later call with that key returns the same value.
 
     Communicates through the store: the other ranks wait until rank 0 has called it. If torchrun's agent hosts the
@@ -76,12 +77,14 @@ def agree(key: str, propose: Callable[[], str]) -> str:
 
     Args:
         propose: computes the value; called on rank 0 only, and only if the store has no value yet.
+        patience: how long the other ranks wait for it.
     """
     if key not in agreed:
         if is_distributed():
             name = f"syncbn/{key}"
             if rank() == 0 and not store().check([name]):
                 store().set(name, propose())
+            store().wait([name], patience)
             agreed[key] = store().get(name).decode()
         else:
             agreed[key] = propose()
@@ -90,15 +93,22 @@ def agree(key: str, propose: Callable[[], str]) -> str:
 
 @cache
 def store() -> Store:
-    """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0."""
+    """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0.
+
+    Rank 0 listens on the loopback device alone where MASTER_ADDR is on it, otherwise on all network devices.
+    """
     from torch.distributed import TCPStore
 
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = rank() == 0 and not agent_keeps_store()
+    on_loopback = is_host and (address == "localhost" or address.startswith("127."))
     return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        address,
+        port,
         world_size(),
-        is_master=rank() == 0 and not agent_keeps_store(),
+        is_master=is_host,
         timeout=_STORE_TIMEOUT,
+        master_listen_fd=socket.create_server((address, port)).detach() if on_loopback else None,
     )
 
 

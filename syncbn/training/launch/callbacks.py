@@ -1,4 +1,4 @@
-"""Hydra callbacks: check the run directory, redact secrets before a job starts, print a table after a multirun."""
+"""Hydra callbacks: check and lock the run directory, redact secrets before a job, print a table after a multirun."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
+from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.distributed import world
@@ -18,27 +20,32 @@ from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 
 class Guard(Callback):
-    """Confines runs to `outputs/`, and keeps secrets out of their files and logs.
+    """Confines runs to `outputs/`, one job to a directory, and keeps secrets out of their files and logs.
 
     Hydra turns exceptions of a callback into warnings, so the checks run in `clear_errors`, which prints the message
     and ends the process.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the run directory before Hydra creates it."""
+        """Checks the run directory, and locks it before Hydra writes to it."""
         with clear_errors():
             _check_directory("hydra.run.dir", config.hydra.run.dir, config)
+            lock_directory(Path(config.hydra.run.dir), "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the sweep directory and the names in it before Hydra creates it."""
+        """Checks the sweep directory and the names in it, and locks it before Hydra writes to it."""
         with clear_errors():
             _check_directory("hydra.sweep.dir", config.hydra.sweep.dir, config)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
                 raise ConfigError(f"hydra.sweep.subdir: expected a directory below hydra.sweep.dir, got {subdir!r}")
+            lock_directory(Path(config.hydra.sweep.dir), "sweep", multirun=True)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Redacts secrets in the files that Hydra has just written, in `sys.argv`, and in log records from now on."""
+        """Redacts secrets in the files that Hydra has just written, in `sys.argv`, and in log records from now on.
+
+        A job of a multirun locks its directory too. That cannot fail: the lock of the multirun stands for all its jobs.
+        """
         learn(OmegaConf.to_container(config, resolve=False))
         guard_logging()
         sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records the command line
@@ -48,6 +55,14 @@ class Guard(Callback):
                 content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
                 if redacted(content) != content:
                     OmegaConf.save(OmegaConf.create(redacted(content)), path)
+        if config.hydra.mode == RunMode.MULTIRUN:
+            with clear_errors():
+                lock_directory(Path(config.hydra.runtime.output_dir), f"job {config.hydra.job.num}")
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+        """Releases the directory of a job of a multirun."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            unlock_directory(Path(config.hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints a table with a row per job, on rank 0; the other ranks wait for it."""

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from syncbn.training.checkpoint.lock import LOCK
 from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
 from syncbn.training.config.redaction import redact
 from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, wait_for_rank_0, world_size
@@ -81,10 +82,10 @@ def exit_code_of_jobs() -> int:
 
 
 def _discard_run_directory() -> None:
-    """Removes the directory of a run that has not started, which contains only what Hydra wrote."""
+    """Removes the directory of a run that has not started, which contains only our lock and what Hydra wrote."""
     if "run_name" in agreed:
         directory = Path("outputs", agreed["run_name"])
-        if directory.is_dir() and all(path.name == ".hydra" for path in directory.iterdir()):
+        if directory.is_dir() and all(path.name in (".hydra", LOCK) for path in directory.iterdir()):
             shutil.rmtree(directory)
 
 

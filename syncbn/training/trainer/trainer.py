@@ -142,7 +142,7 @@ class Trainer:
             except StopAgreed:
                 self._save()
                 log.info("stopped after step %d; the same command with this run's name goes on", self.counters.step)
-                raise Stopped(self.counters.step) from None
+                raise Stopped(self.counters.step, self.stop.exit_code) from None
             except ValueError as error:
                 one_value = explain_one_value(error, self.counters.step)
                 if one_value is None:

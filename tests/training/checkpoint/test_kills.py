@@ -2,15 +2,19 @@
 
 import json
 import os
+import random
 import re
+import select
 import signal
+import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.once import made_once
-from tests.training.jobs import LiveJob, read_metrics, run_rank, start
+from tests.training.jobs import ROOT, LiveJob, read_metrics, run_rank, start
 from tests.training.trainer.test_train import load_last
 
 # Float32, so that equality is equality of bits and not of a wide type's leading digits.
@@ -25,9 +29,9 @@ def undisturbed(_pool, tmp_path_factory):
     return made_once(tmp_path_factory, "undisturbed", lambda cwd: _pool.run(2, run_rank, cwd, JOB)[0])
 
 
-def check_same_run(run_dir, expected):
+def check_same_run(run_dir, expected, num_steps=STEPS):
     ours, theirs = load_last(run_dir), load_last(expected)
-    assert ours["step"] == theirs["step"] == STEPS
+    assert ours["step"] == theirs["step"] == num_steps
     assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
     records = [
         [{k: v for k, v in record.items() if k != "train/samples_per_second"} for record in read_metrics(directory)]
@@ -72,6 +76,19 @@ def test_ctrl_c_saves_and_leaves_too(tmp_path):
     assert load_last(tmp_path / "outputs/job")["step"] == int(stopped.group(1))
 
 
+@pytest.mark.slow
+def test_ctrl_c_without_torchrun_saves_and_leaves_with_one_line_and_exit_code_130(tmp_path):
+    launcher = [sys.executable, str(ROOT / "train.py")]
+    with LiveJob(tmp_path, *JOB, num_ranks=1, launcher=launcher) as job:
+        job.wait_for("step 9/")
+        job.process.send_signal(signal.SIGINT)
+        seen = len(job.output)
+        assert job.finish() == 130
+    told = [line for line in job.output[seen:].splitlines() if not re.search(r"step \d+(/60)?  ", line)]
+    assert len(told) == 1, job.output
+    assert re.search(r"stopped after step \d+; the same command with this run's name goes on", told[0])
+
+
 def test_sigterm_to_every_process_saves_too(tmp_path):
     # A service manager signals all of them: the ranks then get it twice, once through torchrun.
     with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
@@ -92,6 +109,75 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_p
         assert job.finish() == 0, job.output
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["job"]
     check_same_run(tmp_path / "outputs/job", undisturbed)
+
+
+def kill(job, victims):
+    """Kills processes of a job with SIGKILL; returns when all of its ranks are gone."""
+    with ExitStack() as stack:
+        ranks = job.workers()
+        descriptors = [os.pidfd_open(pid) for pid in ranks]
+        for descriptor in descriptors:
+            stack.callback(os.close, descriptor)
+        for pid in victims(job.process.pid, ranks):
+            os.kill(pid, signal.SIGKILL)
+        try:
+            for descriptor in descriptors:
+                left, _, _ = select.select([descriptor], [], [], 60)
+                assert left, f"a rank trains on without torchrun:\n{job.output}"
+        finally:
+            for descriptor in descriptors:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        job.finish()
+
+
+KILLS = {
+    "torchrun": lambda agent, ranks: [agent],
+    "rank 0": lambda agent, ranks: ranks[:1],
+    "rank 1": lambda agent, ranks: ranks[1:],
+    "all ranks": lambda agent, ranks: ranks,
+    "everything": lambda agent, ranks: [agent, *ranks],
+}
+
+
+def test_ranks_whose_torchrun_is_killed_save_leave_and_the_same_command_ends_with_the_same_weights(
+    tmp_path, undisturbed
+):
+    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+        job.wait_for("step 9/")
+        kill(job, KILLS["torchrun"])
+    stopped = re.search(r"stopped after step (\d+)", job.output)
+    assert stopped, job.output
+    assert job.output.count(f"torchrun (process {job.process.pid}) has died") == 1
+    assert "Traceback" not in job.output
+    done = start(tmp_path, *JOB, num_ranks=2)
+    assert f"at step {stopped.group(1)}" in done.stdout
+    check_same_run(tmp_path / "outputs/job", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_at_random_moments_end_in_the_uninterrupted_bits(tmp_path, ranks):
+    # Long enough that steps are left for the last kill: on average three go by before each, and some until it is done.
+    longer = [*JOB, "duration=240", "eval_every=50", "save.every=5"]
+    (tmp_path / "undisturbed").mkdir()
+    [expected, _] = ranks(2, run_rank, tmp_path / "undisturbed", longer, timeout=300)
+    drawn = random.Random(22)
+    victims = [*KILLS] * 4
+    drawn.shuffle(victims)
+    for number, name in enumerate(victims):
+        with LiveJob(tmp_path, *longer, num_ranks=2) as job:
+            job.wait_for("rank(s) on cpu")
+            begun = re.search(r"resumed from .* at step (\d+)", job.output)
+            ahead = drawn.randint(0, 6)  # 0: before the first step
+            step = ahead + (int(begun.group(1)) if begun else 0)
+            if ahead:
+                job.wait_for(f"step {step}/")
+            print(f"kill {number + 1}: {name} at step {step}")
+            kill(job, KILLS[name])
+    done = start(tmp_path, *longer, num_ranks=2, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check_same_run(tmp_path / "outputs/job", expected, num_steps=240)
 
 
 @pytest.mark.slow

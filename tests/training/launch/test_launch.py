@@ -1,6 +1,7 @@
 """Around a job: the process group goes on every path, a person sees progress, and the layer needs torch alone."""
 
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from syncbn.training.launch.overrides import held_back
 from syncbn.training.launch.process_group import process_group
 from syncbn.training.tasks import run, train
 from syncbn.training.tracking import console
+from tests.training.checkpoint.test_kills import listening_addresses
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import ROOT, compose_config
 
@@ -59,6 +61,12 @@ def test_a_multirun_makes_one_group_after_the_other(only_rank):
     for job in ("0", "1"):
         with process_group("cpu", job, 60.0):
             assert dist.get_world_size() == 1
+
+
+def test_the_store_of_rank_0_listens_on_the_loopback_device_alone(only_rank):
+    before = listening_addresses(os.getpid())
+    world.store()
+    assert listening_addresses(os.getpid()) - before <= {"0100007F"}
 
 
 def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
