@@ -13,6 +13,7 @@ from syncbn.training.checkpoint.resume import is_below, require_secrets
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.config.redaction import redacted
+from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
 from syncbn.training.data.loader import Loader
@@ -87,6 +88,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
             sub-network does not fit; `run_dir` already contains a training run, or the checkpoint itself.
     """
     with failing_together():  # building the model may be a collective: a rank that cannot read fails all
+        require_regular_files(run_dir)
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         with configured_by(path):

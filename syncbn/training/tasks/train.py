@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.redaction import redact
+from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
@@ -56,7 +56,7 @@ def train(
     stop = StopRequest()
     with stop.listen():
         with failing_together():
-            require_own_files(run_dir)
+            require_regular_files(run_dir)
             checkpoint = checkpoint_to_resume(config, run_dir)
         _require_shared(run_dir, checkpoint)
         if checkpoint is not None:
@@ -131,21 +131,6 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
         return None
     would_stop_again = summary["stopped"] and trainer.config.on_nonfinite == "stop"
     return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
-
-
-# What the run and its report write into the directory, beside Hydra and wandb.
-_OWN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json", SUMMARY,
-              "report.html")  # fmt: skip
-
-
-def require_own_files(run_dir: Path) -> None:
-    """Raises a ConfigError if something else is where the run writes its files: a pipe would block it."""
-    for name in _OWN_FILES:
-        path = run_dir / name
-        if os.path.lexists(path) and not path.is_file():
-            raise ConfigError(f"run: {path} is no regular file; the run writes one there, so remove or rename it")
-    if os.path.lexists(run_dir / "checkpoints") and not (run_dir / "checkpoints").is_dir():
-        raise ConfigError(f"run: {run_dir / 'checkpoints'} is no directory, which the run needs; remove or rename it")
 
 
 def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.atomic_write import write_text
-from syncbn.training.config.json_files import read_json
+from syncbn.training.config.run_files import read_json
 
 log = logging.getLogger(__name__)
 
