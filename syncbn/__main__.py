@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,17 +62,36 @@ def _audit(options: argparse.Namespace) -> int:
 
     try:
         state = read_model_weights(options.path, "PATH")
+        layers = bn_layers(state)
+        _require_judgeable(options.path, layers)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    findings, num_layers = audit_state_dict(state), len(bn_layers(state))
+    findings = audit_state_dict(state)
     if options.json:
-        content = {"path": str(options.path), "layers": num_layers, "findings": [one.as_dict() for one in findings]}
+        content = {"path": str(options.path), "layers": len(layers), "findings": [one.as_dict() for one in findings]}
         print(json.dumps(content, indent=2))
     else:
-        print(f"{options.path}: {num_layers} batch normalization layers")
+        print(f"{options.path}: {len(layers)} batch normalization layers")
         print(table(findings))
     return int(any(finding.severity == "error" for finding in findings))
+
+
+def _require_judgeable(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises a ConfigError if there is nothing to audit, or anything of it that cannot be read."""
+    from syncbn.auditing.state_dicts import misshapen, statistics_of
+    from syncbn.training.checkpoint.contents import MalformedError, require_usable
+    from syncbn.training.config.errors import ConfigError
+
+    if not layers:
+        raise ConfigError(f"PATH: {str(path)!r} has no batch normalization (no running_mean, no running_var, no"
+                          " num_batches_tracked), so there is nothing to judge")  # fmt: skip
+    try:
+        require_usable(statistics_of(layers))
+    except MalformedError as error:
+        raise ConfigError(f"PATH: {str(path)!r} {error}; nothing was judged") from None
+    if (problem := misshapen(layers)) is not None:
+        raise ConfigError(f"PATH: {str(path)!r} cannot be judged: {problem}")
 
 
 if __name__ == "__main__":

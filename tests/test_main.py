@@ -1,6 +1,7 @@
 """`python -m syncbn`: what it prints, and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -91,6 +92,60 @@ def test_what_is_no_state_dict_is_one_line_and_exit_code_2(tmp_path, capsys, con
     torch.save(content, tmp_path / "file.pt")
     assert main(["audit", str(tmp_path / "file.pt")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def audited(tmp_path, capsys, content):
+    """Exit code and output of an audit of this state dict."""
+    torch.save(content, tmp_path / "file.pt")
+    code = main(["audit", str(tmp_path / "file.pt")])
+    captured = capsys.readouterr()
+    assert (captured.out == "") == (code == 2)
+    return code, captured.out or captured.err
+
+
+def test_without_batch_normalization_there_is_nothing_to_judge(tmp_path, capsys):
+    code, told = audited(tmp_path, capsys, nn.Linear(2, 2).state_dict())
+    assert code == 2
+    assert "file.pt' has no batch normalization" in told
+    assert "nothing to judge" in told
+
+
+UNREADABLE = {
+    "complex64": lambda value: value.to(torch.complex64),
+    "sparse": lambda value: value.to_sparse(),
+    "quantized": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.quint8),
+    "meta": lambda value: value.to("meta"),
+    "16 times as many": lambda value: value[:1].expand(2**40),
+    "a number per channel": lambda value: value.expand(3, -1).clone(),
+    "of shape .2,.": lambda value: value[:2].clone(),
+}
+
+
+@pytest.mark.parametrize("message", UNREADABLE)
+def test_statistics_that_cannot_be_read_are_said_to_be(tmp_path, capsys, message):
+    state = trained().state_dict()
+    state["1.running_var"] = UNREADABLE[message](state["1.running_var"])
+    code, told = audited(tmp_path, capsys, state)
+    assert code == 2
+    assert re.search(rf"^error: PATH: '.*file\.pt' .*{message}", told)
+    assert len(told.splitlines()) == 1
+
+
+def test_statistics_of_eight_bits_are_judged(tmp_path, capsys):
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in trained().state_dict().items()}
+    assert audited(tmp_path, capsys, state) == (
+        0,
+        f"{tmp_path / 'file.pt'}: 1 batch normalization layers\nno findings\n",
+    )
+    state["1.running_var"] = (torch.zeros(4) - 1).to(torch.float8_e4m3fn)
+    code, told = audited(tmp_path, capsys, state)
+    assert code == 1
+    assert "a negative variance" in told
+
+
+def test_what_is_not_batch_normalization_may_be_anything(tmp_path, capsys):
+    state = {**trained().state_dict(), "table.weight": torch.eye(2).to_sparse()}
+    assert audited(tmp_path, capsys, state)[0] == 0
 
 
 def test_an_empty_directory_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from syncbn.auditing.audit import of_values
@@ -46,9 +47,37 @@ def audit_state_dict(state: Mapping[str, Tensor]) -> list[Finding]:
             findings.append(found("no-running-statistics", name))
         elif missing:
             findings.append(found("missing-statistics", name, missing=" and ".join(missing)))
-        mean, var, counter = (own.get(kind) for kind in (*_STATISTICS, _COUNTER))
+        mean, var, counter = (_as_numbers(own.get(kind)) for kind in (*_STATISTICS, _COUNTER))
         findings += of_values(name, mean, var, counter, rule_if_initial="never-updated")
     return ordered(findings)
+
+
+def statistics_of(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Running statistics and counters of the layers by their keys in the state dict: all that the rules look at."""
+    return {
+        f"{name}.{kind}" if name else kind: own[kind]
+        for name, own in layers.items()
+        for kind in (*_STATISTICS, _COUNTER)
+        if kind in own
+    }
+
+
+def misshapen(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first layer whose statistics are not one number per channel and one counter, in words; None without one."""
+    for name, own in layers.items():
+        shapes = {kind: tuple(own[kind].shape) for kind in _STATISTICS if kind in own}
+        counter = own.get(_COUNTER)
+        if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+            found = " and ".join(f"{kind} of shape {shape}" for kind, shape in shapes.items())
+            return f"{name or 'the model'} has {found}, expected a number per channel"
+        if counter is not None and counter.numel() != 1:
+            return f"{name or 'the model'} has {counter.numel()} batch counters, expected one"
+    return None
+
+
+def _as_numbers(tensor: Tensor | None) -> Tensor | None:
+    """In float64, because torch has few operators for the 8 bit types."""
+    return None if tensor is None or tensor.is_meta else tensor.to(torch.float64)
 
 
 def _is_stripped(name: str, own: Mapping[str, Tensor]) -> bool:
@@ -56,7 +85,7 @@ def _is_stripped(name: str, own: Mapping[str, Tensor]) -> bool:
     parameters = [own[kind] for kind in ("weight", "bias") if kind in own]
     return (
         own.keys() == {"weight", "bias"}
-        and all(parameter.dim() == 1 for parameter in parameters)
+        and all(parameter.dim() == 1 and not parameter.is_nested for parameter in parameters)
         and parameters[0].shape == parameters[1].shape
         and _NAMED_BN.search(name) is not None
     )

@@ -19,6 +19,7 @@ from syncbn.report.metric_names import layer_and_kind
 
 _MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with any of these files is a run directory
 _MIDDLE = "..."
+_MAX_STEP = 2**53  # a larger one is no exact position on an axis
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ class Run:
         return table[max(table)] if table else None
 
     def flat_config(self) -> dict[str, str]:
-        """The configuration by dotted key; empty if there is none or it is not YAML."""
+        """The configuration by dotted key; empty if there is none, it is not YAML, or has aliases.
+
+        A run writes none, and with aliases a small file may stand for an endless table.
+        """
         try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(self.config)):
+                return {}
             return _flat(yaml.safe_load(self.config))
         except (yaml.YAMLError, ValueError, RecursionError):
             return {}
@@ -171,7 +177,7 @@ def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, dict[int, f
         try:
             record = json.loads(line)
             step = record["step"]
-            if not isinstance(step, int):
+            if not isinstance(step, int) or not 0 <= step <= _MAX_STEP:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             num_damaged += bool(line.strip())
@@ -224,6 +230,9 @@ def _findings(findings: Any) -> list[dict[str, str]]:
 
 def _read_text(path: Path, remarks: list[str]) -> str:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            remarks.append(f"{path.name} is no regular file")
+            return ""
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,6 +134,26 @@ def test_a_later_record_wins_and_damaged_lines_are_left_out(tmp_path):
 def test_damaged_files_do_not_stop_it(tmp_path, name, content):
     page = write(make_run(tmp_path / "run", records(), **{name: content}))
     assert num_plots(page) >= 4  # the curves are there all the same
+
+
+@pytest.mark.parametrize("name", ["layers.json", "config.yaml", "environment.json"])
+def test_a_pipe_in_place_of_a_file_is_a_remark_and_is_not_waited_for(tmp_path, name):
+    path = make_run(tmp_path / "run", records())
+    os.mkfifo(path / name)
+    (run,) = read_runs([path])
+    assert run.remarks == [f"{name} is no regular file"]
+
+
+def test_a_configuration_with_aliases_is_not_unfolded(tmp_path):
+    text = "a0: &a0 {x: 1, y: 2}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 60))
+    (run,) = read_runs([make_run(tmp_path / "run", records(), config=text)])
+    assert run.flat_config() == {}
+
+
+def test_a_step_that_is_no_position_on_an_axis_is_a_damaged_line(tmp_path):
+    steps = [{"step": step, "train/loss": 1.0} for step in (-1, 10**400)]
+    (run,) = read_runs([make_run(tmp_path / "run", steps)])
+    assert run.remarks == ["metrics.jsonl: 2 damaged line(s) left out"]
 
 
 def test_one_layer_and_one_step(tmp_path):

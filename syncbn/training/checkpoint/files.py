@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import stat
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from syncbn.atomic_write import replacing
+from syncbn.training.checkpoint import contents
+from syncbn.training.checkpoint.contents import MalformedError
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,8 @@ def digest(value: Any) -> str:
     def add(item: Any) -> None:
         if isinstance(item, Tensor):
             total.update(f"tensor {item.dtype} {tuple(item.shape)} ".encode())
-            total.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            values = item.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            total.update(values.view(-1).view(torch.uint8).numpy().data)
         elif isinstance(item, dict):
             total.update(f"dict {len(item)} ".encode())
             for key, below in item.items():
@@ -56,60 +61,134 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path, key: str) -> dict[str, Any]:
-    """Reads a checkpoint or a safetensors file; its tensors are on the CPU.
+    """Reads a checkpoint or a safetensors file; its tensors are on the CPU, its containers dicts, lists and tuples.
+
+    What a checkpoint of a run holds has been checked then (see `contents.check_parts`).
 
     Args:
         key: the configuration key that errors name.
 
     Raises:
-        ConfigError: no such file, an unreadable one, other content than a dict, or a missing or wrong digest.
+        ConfigError: no such file, an unreadable or malformed one, other content than a dict, or a missing or wrong
+            digest.
     """
-    if not path.is_file():
-        raise ConfigError(f"{key}: expected a checkpoint, found no file {str(path)!r}")
+    size = size_of_file(path, key)
+    try:
+        content = contents.plain(_load(path, size), size)
+        if not isinstance(content, dict):
+            raise MalformedError(f"holds a {type(content).__name__}, expected a checkpoint or state dict")
+        _check_digest(content)
+    except MalformedError as error:
+        raise ConfigError(f"{key}: {str(path)!r} {error}") from None
+    return content
+
+
+def size_of_file(path: Path, key: str) -> int:
+    """Number of bytes of a file, which is not opened.
+
+    Raises:
+        ConfigError: no such file, one that cannot be reached, or anything that is no regular file, such as a pipe,
+            which would block whoever opens it.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{key}: expected a checkpoint, found no file {str(path)!r}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{key}: expected a checkpoint, {str(path)!r} cannot be reached ({reason})") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "directory" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
+        raise ConfigError(f"{key}: expected a checkpoint, {str(path)!r} is a {kind}")
+    return found.st_size
+
+
+def is_directory(path: Path) -> bool:
+    """Whether the path leads to a directory; False where it cannot be followed."""
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, or a directory on the way that may not be searched
+        return False
+
+
+def _load(path: Path, size: int) -> Any:
+    """What torch or safetensors finds in the file; a MalformedError if they find nothing."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        if _unpacked_size(path) > contents.MAX_EXPANSION * size:
+            raise MalformedError("is a compressed archive that would take far more memory than its size")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MalformedError:
+        raise
     except Exception as error:
         # Without torch's message, which suggests loading the file with weights_only=False.
-        raise ConfigError(f"{key}: {str(path)!r} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{key}: {str(path)!r} holds a {type(content).__name__}, expected a checkpoint or state dict")
+        raise MalformedError(f"is not a readable checkpoint ({type(error).__name__})") from None
+
+
+def _unpacked_size(path: Path) -> int:
+    """Number of bytes in the records of a zip archive, which torch's format is; torch compresses none. 0 for others."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(record.file_size for record in archive.infolist())
+
+
+def _check_digest(content: dict[str, Any]) -> None:
+    """Removes the digest and compares it; checks the parts of a checkpoint of a run; raises MalformedError."""
     expected = content.pop(DIGEST, None)
-    if expected is None and {"step", "config", "model"} <= content.keys():
-        raise ConfigError(f"{key}: {str(path)!r} has lost its digest; expected a checkpoint as train.py wrote it")
-    if expected is not None and expected != digest(content):
-        raise ConfigError(f"{key}: {str(path)!r} has been changed since it was written, its digest does not fit")
-    return content
+    if expected is None:
+        if contents.is_of_run(content):
+            raise MalformedError("has lost its digest; expected a checkpoint as train.py wrote it")
+        return
+    contents.check_values(content)
+    if not isinstance(expected, str) or expected != digest(content):
+        raise MalformedError("has been changed since it was written, its digest does not fit")
+    contents.check_parts(content)
 
 
 def read_model_weights(path: Path, key: str) -> dict[str, Tensor]:
     """Reads a model's state dict from a run directory (its best checkpoint), a checkpoint, or a bare state dict.
 
-    Prefixes of DDP and torch.compile are removed from its keys.
+    Prefixes of DDP and torch.compile are removed from its keys. Its tensors may be of any kind; see
+    `contents.why_unusable`.
 
     Args:
         key: the configuration key that errors name.
 
     Raises:
-        ConfigError: see `read`; or there is no checkpoint, or values that are not tensors.
+        ConfigError: see `read`; or there is no checkpoint, or it is not a dict of tensors by name.
     """
     stored = read_best_or_newest(path, key)
     path, content = stored.path, stored.content
     weights = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors")
-    return {_without_wrapper(name): value for name, value in weights.items()}
+    named: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{key}: {str(path)!r} is not a state dict, it has the key {contents.shown(repr(name))};"
+                              " expected names of tensors")  # fmt: skip
+        if not isinstance(value, Tensor):
+            if name.endswith("_extra_state"):
+                continue
+            raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors, {contents.shown(name)!r} is a"
+                              f" {type(value).__name__}")  # fmt: skip
+        short = _without_wrapper(name)
+        if short in named:
+            raise ConfigError(f"{key}: {str(path)!r} has {contents.shown(short)!r} twice, with and without a prefix")
+        named[short] = value
+    if not named:
+        raise ConfigError(f"{key}: {str(path)!r} is not a state dict, it holds no tensor")
+    return named
 
 
 def _without_wrapper(name: str) -> str:
-    """Removes the prefixes of DDP and torch.compile from a key."""
-    parts = name.split(".")
-    while parts[0] in ("module", "_orig_mod"):
-        parts = parts[1:]
-    return ".".join(part for part in parts if part != "_orig_mod")
+    """Removes the prefixes of DDP and torch.compile from a key; what is named like one itself keeps its name."""
+    *modules, own = name.split(".")
+    while modules and modules[0] in ("module", "_orig_mod"):
+        modules = modules[1:]
+    return ".".join([*(part for part in modules if part != "_orig_mod"), own])
 
 
 @dataclass(frozen=True)
@@ -124,29 +203,33 @@ class Stored:
         """Reads the file; see the function `read`."""
         return cls(path, read(path, key))
 
+    def require_run(self, key: str) -> None:
+        """Raises a ConfigError unless it is a checkpoint of a run."""
+        if not contents.is_of_run(self.content):
+            raise ConfigError(f"{key}: {str(self.path)!r} is not a checkpoint of a run; expected one that train.py"
+                              " wrote (init.<sub-network>.path takes a state dict)")  # fmt: skip
+
     @property
     def step(self) -> int:
-        """The number of steps done when it was written."""
+        """The number of steps done when it was written; of a checkpoint of a run."""
         return int(self.content["step"])
 
 
-def newest(run_dir: Path) -> Stored | None:
+def newest(run_dir: Path, key: str = "resume") -> Stored | None:
     """Reads the newest intact training checkpoint of a run directory; warns of each newer one that is damaged."""
-    whole = (read_whole(path) for path in reversed(by_step(run_dir / "checkpoints")))
+    whole = (read_whole(path, key) for path in reversed(by_step(run_dir / "checkpoints")))
     return next((stored for stored in whole if stored is not None), None)
 
 
-def read_whole(path: Path) -> Stored | None:
-    """Reads an intact checkpoint of a run; for any other file logs a warning and returns None."""
+def read_whole(path: Path, key: str = "resume") -> Stored | None:
+    """Reads an intact checkpoint of a run; for any other file logs a warning, which names the key, and returns None."""
     try:
-        stored = Stored.read(path, "resume")
+        stored = Stored.read(path, key)
+        stored.require_run(key)
     except ConfigError as error:
         log.warning("%s; it is passed over", error)
         return None
-    if "step" in stored.content and "model" in stored.content:
-        return stored
-    log.warning("%s is not a checkpoint of a run; it is passed over", path)
-    return None
+    return stored
 
 
 def read_best_or_newest(path: Path, key: str) -> Stored:
@@ -158,12 +241,12 @@ def read_best_or_newest(path: Path, key: str) -> Stored:
     Raises:
         ConfigError: see `read`; or the directory has no checkpoint.
     """
-    if not path.is_dir():
+    if not is_directory(path):
         return Stored.read(path, key)
     best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
     if best.is_file():
         return Stored.read(best, key)
-    stored = newest(path)
+    stored = newest(path, key)
     if stored is None and recalibrated.is_file():
         stored = Stored.read(recalibrated, key)
     if stored is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.surgery.freeze import apply_switches, frozen_switches
 
 
@@ -21,8 +22,17 @@ class FrozenSwitches:
         return {name: frozen for name, frozen in switches.items() if frozen}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Freezes and unfreezes the model's modules so that their switches are those of the state."""
+        """Freezes and unfreezes the model's modules so that their switches are those of the state.
+
+        Raises:
+            ValueError: a module that the model does not have, or one without statistics to freeze.
+        """
+        if unknown := sorted(state_dict.keys() - self._modules.keys()):
+            raise ValueError(f"it has frozen what the model does not have, {unknown[0]!r}")
         targets = {name: set(state_dict.get(name, ())) for name in self._modules}
+        for name, frozen in targets.items():
+            if "stats" in frozen and not _has_statistics(self._modules[name]):
+                raise ValueError(f"it has frozen the statistics of {name!r}, which has none")
         apply_switches(
             self._modules[""],
             [
@@ -31,3 +41,7 @@ class FrozenSwitches:
                 for switch in sorted(targets[name] ^ frozen_switches(module))
             ],
         )
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, SyncBatchNorm) and module.running_mean is not None

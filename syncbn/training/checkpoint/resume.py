@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
-from syncbn.training.checkpoint.files import Stored, newest
-from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.checkpoint.files import Stored, by_step, is_directory, newest
+from syncbn.training.config.errors import ConfigError, configured_by, listed
+from syncbn.training.config.run_files import read_json
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.distributed import world
+from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
@@ -43,9 +46,13 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
     those, unless the path is in its own directory.
 
     Raises:
-        ConfigError: `resume=none` in a directory that already holds a run, or no checkpoint at the given path.
+        ConfigError: `resume=none` in a directory that already holds a run, no checkpoint of a run at the given path, or
+            a run none of whose checkpoints is intact: to begin it anew would overwrite its records.
     """
     present = newest(run_dir)
+    if present is None and (damaged := by_step(run_dir / "checkpoints")):
+        raise ConfigError(f"run: none of the {len(damaged)} checkpoints in {run_dir / 'checkpoints'} is intact; choose"
+                          " another name with run=..., or remove them to begin anew")  # fmt: skip
     if config.resume == "auto" or (present is not None and world.attempt() != "0"):
         return present  # after a restart by torchrun, whatever `resume` says
     if present is not None and config.resume == "none":
@@ -53,15 +60,22 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
     if config.resume == "none":
         return None
     path = Path(config.resume)
-    if present is not None and run_dir.resolve() not in path.resolve().parents:
+    if present is not None and not is_below(path, run_dir):
         log.info("%s holds checkpoints of its own and goes on from them; resume=%s was its beginning", run_dir, path)
         return present
-    if path.is_dir():
+    if is_directory(path):
         found = newest(path)
         if found is None:
             raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
         return found
-    return Stored.read(path, "resume")
+    stored = Stored.read(path, "resume")
+    stored.require_run("resume")
+    return stored
+
+
+def is_below(path: Path, directory: Path) -> bool:
+    """Whether the path, with symbolic links followed as far as they lead, is below the directory."""
+    return Path(os.path.realpath(directory)) in Path(os.path.realpath(path)).parents
 
 
 def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[str]) -> Config:
@@ -74,11 +88,13 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
 
     Raises:
         ConfigError: another key on the command line differs from the stored value, a redacted secret is not given, or
-            the stored configuration names code that this command does not trust.
+            the stored configuration is none, or names code that this command does not trust.
     """
     path, current = checkpoint.path, to_dict(config)
     stored = {key: value for key, value in checkpoint.content["config"].items() if key != "trust"}
     check_stored(stored, "resume", path, Command(current, config.trust))
+    with configured_by(path):
+        parse(stored)
     before, now = ({k: v for k, v in flatten(node) if v != {}} for node in (stored, current))
     merged = OmegaConf.create(stored)
     for key, value in before.items():
@@ -134,13 +150,28 @@ def record_classes(run_dir: Path, names: Sequence[str], context: RankContext) ->
     Rank 0 reads and writes the file; a collective over all ranks.
 
     Raises:
-        ConfigError: on every rank, the file has other classes: the resumed run began with them.
+        ConfigError: on every rank, the file has other classes: the resumed run began with them; or it is damaged.
     """
     path = run_dir / "classes.json"
-    here = json.loads(path.read_text(encoding="utf-8")) if context.is_first and path.exists() else None
+    with failing_together():
+        here = _read_classes(path) if context.is_first else None
     stored = world.on_all_ranks(here)[0]
     if stored not in (None, list(names)):
         raise ConfigError(f"data.path: this run began with the classes {listed(stored)}, the data has"
                           f" {listed(names)}; start another run with run=...")  # fmt: skip
     if stored is None and names and context.is_first:
         write_text(path, json.dumps(list(names)) + "\n")
+
+
+def _read_classes(path: Path) -> list[str] | None:
+    """The class names in the file; None if there is no such file."""
+    try:
+        names = read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"run: {path} {error}; remove it, if the data are those that the run began with") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"run: {path} is no list of class names; remove it, if the data are those that the run began"
+                          " with")  # fmt: skip
+    return names

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
 from syncbn.training.checkpoint.files import BEST, Stored, by_step, read_whole, step_of, write_atomically
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.checkpoint.fit import fitted, of_same_form
+from syncbn.training.config.errors import ConfigError, printable
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,18 @@ class Checkpoints:
         self._failed: BaseException | None = None
 
     def find_best(self, resumed_from: Path, step: int) -> Path | None:
-        """Path of the best model if it is of `step`: this run's own, or the one beside the checkpoint resumed from."""
+        """Path of the best model if it is of `step`: this run's own, or the one beside the checkpoint resumed from.
+
+        One that does not fit the model is passed over, like one that is damaged.
+        """
         candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
         for path in candidates:
             stored = read_whole(path) if path.exists() else None
-            if stored is not None and stored.step == step:
+            if stored is None or stored.step != step:
+                continue
+            if of_same_form(stored.content["model"], self.parts["model"].state_dict()):
                 return path
+            log.warning("%s does not fit the model; it is passed over", path)
         return None
 
     def begin(self, step: int, best: Path | None = None) -> None:
@@ -67,7 +74,8 @@ class Checkpoints:
             best: file of the best model so far, possibly of another run; None for none.
         """
         for rest in self.directory.glob(".*.tmp"):
-            rest.unlink()
+            if not rest.is_dir():
+                rest.unlink()
         for later in by_step(self.directory):
             if step_of(later) > step:
                 later.rename(later.with_name(f"{later.name}.abandoned"))
@@ -124,32 +132,39 @@ class Checkpoints:
 
     def _submit(self, path: Path, content: dict[str, Any]) -> None:
         self.wait()  # at most one write is pending
-        self._pending = self._writer.submit(self._write, path, _copied(content))
+        self._pending = self._writer.submit(self._write, path, copied(content))
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         try:
             write_atomically(path, content)
             # Count files up to this one only: later ones, damaged or of an abandoned attempt, must not displace it.
-            for old in [other for other in by_step(self.directory) if other.name <= path.name][: -self.keep]:
+            files = [other for other in by_step(self.directory) if other.name <= path.name and not other.is_dir()]
+            for old in files[: -self.keep]:
                 old.unlink()
         except BaseException as error:
             self._failed = error
             log.error("writing %s failed, the last good checkpoint stays: %s", path, error)
 
 
-def _copied(value: Any) -> Any:
-    """Copies the tensors in nested dicts and lists to the CPU, so that training can continue while they are written."""
+def copied(value: Any) -> Any:
+    """Copies the tensors in nested dicts and lists to the CPU, each in full and apart from the others.
+
+    So training can continue while they are written.
+    """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> None:
-    """Calls `part.load_state_dict`; raises its errors as a ConfigError that names the key."""
+    """Calls `part.load_state_dict`; raises as a ConfigError that names key and file what it cannot take.
+
+    After an error the part may be loaded in part: whoever catches it must not go on with it.
+    """
     try:
-        part.load_state_dict(content)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:240]
+        part.load_state_dict(fitted(part, content))
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = printable(" ".join(str(error).split()))[:240] or type(error).__name__
         raise ConfigError(f"{key}: {path} does not fit this configuration: {reason}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from syncbn.training.config.duration import Duration
 
@@ -17,6 +19,17 @@ class TrainingError(RuntimeError):
 
 class RankError(TrainingError):
     """An error on one rank; its peers fail when it exits."""
+
+
+@contextmanager
+def configured_by(path: Path) -> Iterator[None]:
+    """Context that adds to a ConfigError, which names a key, the file whose stored configuration has that key."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError(f"{error} (by the configuration in {path})") from None
 
 
 def require(condition: bool, key: str, expected: str, got: object) -> None:

@@ -108,7 +108,7 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
     """The data, normalized by the pixel statistics that the checkpoint stores, for use with its trained model.
 
     Raises:
-        ConfigError: the class names differ from those in the checkpoint.
+        ConfigError: the class names differ from those in the checkpoint, or its statistics are none of such images.
     """
     stored = checkpoint.get("data")
     if stored is None:  # a checkpoint without a description of its data
@@ -118,4 +118,7 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
             f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
             f" data has {', '.join(data.class_names) or 'none with names'}"
         )
+    shape = (1, data.num_channels, 1, 1)
+    if not all(stored[name].shape == shape and stored[name].is_floating_point() for name in ("mean", "std")):
+        raise ConfigError(f"data: the model was trained on images of other channels, the data has {data.num_channels}")
     return data.normalized_by(stored["mean"], stored["std"])

@@ -89,10 +89,11 @@ def print_table(sweep_dir: Path) -> None:
     from syncbn.training.tracking import console
 
     jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
-    if not jobs:  # some tasks, such as audit, write no summary; each job has printed its own result
+    read = [(job.name, read_summary(job)) for job in jobs]
+    summaries = [(job, summary) for job, summary in read if summary is not None]
+    if not summaries:  # some tasks, such as audit, write no summary; each job has printed its own result
         return
-    summaries = [(job.name, read_summary(job) or {}) for job in jobs]
-    found = dict.fromkeys(name for _, s in summaries for name in s.get("metrics", {}))
+    found = dict.fromkeys(name for _, s in summaries for name in s["metrics"])
     splits = (VAL, TEST, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
     names = [
         name for name in found if name.rpartition("/")[0] in splits

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.report.metric_names import DRIFT
+from syncbn.training.checkpoint.contents import MalformedError, require_usable
 from syncbn.training.checkpoint.files import read_model_weights
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
@@ -58,7 +59,8 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
             are loaded.
 
     Raises:
-        ConfigError: no such sub-network or file; with `strict`, a mismatch; no key that matches.
+        ConfigError: no such sub-network or file; with `strict`, a mismatch; no key that matches; a tensor that matches
+            and cannot be used.
     """
     key = f"init.{name}"
     try:
@@ -68,6 +70,10 @@ def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
         raise ConfigError(f"{key}: the model has no sub-network {name!r}; its top-level ones are {children}") from None
     own = subnet.state_dict()
     state = _below_prefix(read_model_weights(Path(config.path), f"{key}.path"), name, key, config, own)
+    try:
+        require_usable({k: state[k] for k in own if k in state}, complex_too=any(map(torch.is_complex, own.values())))
+    except MalformedError as error:
+        raise ConfigError(f"{key}.path: {config.path} {error}") from None
     fitting = [k for k in own if k in state and own[k].shape == state[k].shape]
     report = LoadOutcome(
         loaded=fitting,
@@ -150,6 +156,16 @@ class Drift:
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Restores the loaded statistics."""
         self._loaded = state_dict
+
+    def require_layers(self, model: nn.Module) -> None:
+        """Raises a ValueError if the statistics are not those of layers of the model."""
+        layers = dict(model.named_modules())
+        for subnet, loaded in self._loaded.items():
+            for name, statistics in loaded.items():
+                layer = layers.get(f"{subnet}.{name}" if subnet and name else subnet or name)
+                mean = layer.running_mean if isinstance(layer, _BatchNorm) else None
+                if mean is None or [value.shape for value in statistics] != [mean.shape] * 2:
+                    raise ValueError(f"it has the statistics of {subnet}.{name}, which are none of the model")
 
 
 def _mean_of(layer: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ from syncbn.atomic_write import write_text
 from syncbn.auditing.audit import audit
 from syncbn.auditing.rules import SEVERITIES, Finding, table
 from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.run import AuditConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
@@ -35,8 +35,9 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         ConfigError: `audit.level=error` and there is a finding of severity error; see also `load`.
     """
     loaded = load_run(config, run_dir, context)
-    sampler = sampler_for(loaded.config, loaded.data, loaded.context)
-    plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
+    with configured_by(loaded.path):
+        sampler = sampler_for(loaded.config, loaded.data, loaded.context)
+        plan = build_freeze_plan(loaded.config, loaded.model, sampler.steps_per_epoch)
     findings = audit_trained(loaded.model, plan, sampler, loaded.step, loaded.data, loaded.context)
     record(findings, loaded.step, run_dir, context, SEVERITIES)
     if context.is_first:

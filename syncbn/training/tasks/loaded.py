@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from syncbn.training.checkpoint import files, state
-from syncbn.training.checkpoint.resume import require_secrets
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.checkpoint.resume import is_below, require_secrets
+from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.config.redaction import redacted
+from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
 from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.data import dataset, registry
@@ -57,8 +58,9 @@ class LoadedRun:
         Returns:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
         """
-        loss = losses.build_loss(self.config.loss, self.data)
-        own = build_metrics(self.config.metrics, self.data.num_classes)
+        with configured_by(self.path):
+            loss = losses.build_loss(self.config.loss, self.data)
+            own = build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
         with self.loader() as loader:
             for name in splits:
@@ -88,21 +90,26 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
             configuration names code that this command does not trust.
     """
     with failing_together():  # building the model may be a collective: a rank that cannot read fails all
+        require_regular_files(run_dir)
         path, checkpoint = _read(config, run_dir)
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine, given = to_dict(config), held_back()
         command = Command(mine, config.trust, replaced=apply_overrides({}, given))
         check_stored(checkpoint["config"], "load", path, command)
         own = {key: mine[key] for key in OWN_KEYS} | {"trust": config.trust}
+        with configured_by(path):
+            parse(checkpoint["config"] | {"trust": config.trust})
         stored = apply_overrides(checkpoint["config"], given) | own
         require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored)
         trained.bn.virtual_ranks = None
-        data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
+        with configured_by(path):
+            data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
     context = context_for(trained, context)
-    model = build_model(trained, data, context)
-    state.load_into(model, content, path, "load")
+    with configured_by(path):
+        model = build_model(trained, data, context)
     with failing_together():
+        state.load_into(model, content, path, "load")
         for name, init in trained.init.items():
             load_subnet(model, name, init)
     return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model)
@@ -114,12 +121,10 @@ def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
     assert config.load is not None
     stored = files.read_best_or_newest(Path(config.load), "load")
-    path, checkpoint = stored.path, stored.content
-    if run_dir.resolve() in path.resolve().parents:
+    if is_below(stored.path, run_dir):
         raise ConfigError(f"run: {shown(run_dir)} holds what load names, which is never changed; choose another name")
-    if "config" not in checkpoint or "model" not in checkpoint:
-        raise ConfigError(f"load: {config.load!r} is not a checkpoint of a run; expected one that train.py wrote")
-    return path, checkpoint
+    stored.require_run("load")
+    return stored.path, stored.content
 
 
 def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tuple[str, dict[str, Tensor]]:

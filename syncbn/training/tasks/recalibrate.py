@@ -23,6 +23,7 @@ from syncbn.report.metric_names import DRIFT, PRECISE, prefixed
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.training.checkpoint import files
+from syncbn.training.checkpoint.state import copied
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
@@ -81,7 +82,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     if context.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data)
-        files.write_atomically(run_dir / files.RECALIBRATED, {**content, "model": loaded.model.state_dict()})
+        files.write_atomically(run_dir / files.RECALIBRATED, copied({**content, "model": loaded.model.state_dict()}))
     loaded.record(run_dir, metrics)
     if context.is_first:
         rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]

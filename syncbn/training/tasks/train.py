@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -15,10 +15,12 @@ from syncbn.nn import rank_checks
 from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.redaction import redact
+from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed import world
+from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import StopRequest, deferred
 from syncbn.training.tasks import audit
@@ -26,7 +28,7 @@ from syncbn.training.tasks.report import EndOfRun
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
-from syncbn.training.tracking.summary import read_summary, write_summary
+from syncbn.training.tracking.summary import SUMMARY, read_summary, write_summary
 from syncbn.training.tracking.tracker import Tracker, cut_back
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.build import build_components, context_for
@@ -53,13 +55,17 @@ def train(
     tracking.enter_context(deferred())
     stop = StopRequest()
     with stop.listen():
-        checkpoint = checkpoint_to_resume(config, run_dir)
+        with failing_together():
+            require_regular_files(run_dir)
+            checkpoint = checkpoint_to_resume(config, run_dir)
         _require_shared(run_dir, checkpoint)
         if checkpoint is not None:
-            config = merge_with_stored(config, checkpoint, overrides)
+            with failing_together():
+                config = merge_with_stored(config, checkpoint, overrides)
         # From the stored configuration of the run: the command that resumes it need not repeat the options.
         context = context_for(config, context)
-        execution.check(config, context.device)
+        with nullcontext() if checkpoint is None else configured_by(checkpoint.path):
+            execution.check(config, context.device)
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
             return _train(config, run_dir, context, checkpoint, overrides, tracking, stop)
 
@@ -73,7 +79,8 @@ def _train(
     tracking: ExitStack,
     stop: StopRequest,
 ) -> dict[str, float]:
-    components = build_components(config, context, resumes=checkpoint is not None)
+    with nullcontext() if checkpoint is None else configured_by(checkpoint.path):
+        components = build_components(config, context, resumes=checkpoint is not None)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
@@ -118,6 +125,9 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
     """The final metrics of a run that has finished before; None for a run with steps left to do."""
     summary = read_summary(run_dir)
     if summary is None or summary["step"] != trainer.counters.step:
+        return None
+    if THROUGHPUT not in summary["metrics"]:
+        log.warning("%s is not that of a training run; it is passed over", run_dir / SUMMARY)
         return None
     would_stop_again = summary["stopped"] and trainer.config.on_nonfinite == "stop"
     return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None

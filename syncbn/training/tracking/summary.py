@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from syncbn.atomic_write import write_text
+from syncbn.training.config.run_files import read_json
+
+log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 
@@ -35,10 +39,24 @@ def write_summary(
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """The content of `summary.json`, its metrics as floats; None if the file does not exist."""
+    """The content of `summary.json`, its metrics as floats; None without one, or with a warning if it is damaged."""
     path = run_dir / SUMMARY
-    if not path.exists():
+    try:
+        return _checked(read_json(path))
+    except FileNotFoundError:
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    content["metrics"] = {name: float(value) for name, value in content["metrics"].items()}
-    return content
+    except ValueError as error:
+        log.warning("%s %s; it is passed over", path, error)
+        return None
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """The content as `write_summary` wrote it; a ValueError for any other."""
+    kinds = {"step": int, "metrics": dict, "overrides": list, "stopped": bool, "failed": str}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"is no summary of a run, with the keys {', '.join(kinds)}")
+    try:
+        metrics = {name: float(value) for name, value in content["metrics"].items()}
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("has a metric that is no number") from None
+    return {**content, "metrics": metrics, "overrides": [str(override) for override in content["overrides"]]}

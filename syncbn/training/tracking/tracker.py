@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import secrets
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
 
 # Layer metrics that are also recorded for the whole model, as the value of the worst layer: the largest or smallest.
 _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
@@ -163,13 +166,18 @@ def cut_back(metrics: Path, step: int | None) -> None:
     """
     if not metrics.exists():
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    kept, num_damaged = [], 0
+    lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines:
         try:
             record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # an incomplete line, left by a kill
-        again = {"test"} | ({"freeze"} if record["step"] == step else set())
-        if step is not None and record["step"] <= step and not again & {key.split("/")[0] for key in record}:
+            recorded = int(record["step"])
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+            num_damaged += bool(line.strip()) and line is not lines[-1]  # a kill may leave a last line incomplete
+            continue
+        again = {"test"} | ({"freeze"} if recorded == step else set())
+        if step is not None and recorded <= step and not again & {key.split("/")[0] for key in record}:
             kept.append(line + "\n")
+    if num_damaged:
+        log.warning("%s: %d damaged line(s) are left out", metrics, num_damaged)
     write_text(metrics, "".join(kept))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from syncbn.training.config.duration import Duration
+from syncbn.training.config.errors import listed
 
 
 class Counters:
@@ -52,7 +53,12 @@ class Counters:
         return dict(vars(self))
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Restores the counters."""
+        """Restores the counters; raises a ValueError if they are others than these."""
+        if other := sorted(state_dict.keys() ^ vars(self).keys()):
+            raise ValueError(f"its counters lack, or have besides, {listed(other)}")
+        for name, value in state_dict.items():
+            if isinstance(value, dict) != isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} of its counters is {value!r}")
         vars(self).update(state_dict)
 
 
@@ -67,7 +73,9 @@ class Totals:
         return {"values": self.values}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Restores the sums."""
+        """Restores the sums; raises a ValueError if they are others than these."""
+        if state_dict["values"].shape != self.values.shape:
+            raise ValueError(f"it has {state_dict['values'].numel()} totals, expected {self.values.numel()}")
         self.values.copy_(state_dict["values"])
 
     def take(self) -> tuple[float | None, float | None]:

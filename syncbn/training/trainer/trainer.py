@@ -37,11 +37,12 @@ from syncbn.training.checkpoint.files import Stored
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import Draw, mix_key, seed_generators
 from syncbn.training.distributed.ddp import WrappedModel
-from syncbn.training.distributed.failures import explain_one_value, explain_timeout
+from syncbn.training.distributed.failures import explain_one_value, explain_timeout, failing_together
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
 from syncbn.training.optim import optimizers, schedules
@@ -100,7 +101,7 @@ class Trainer:
         self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
         self.results = DeferredResults(context.device)  # of what happened in a step: asked to stop, not finite
         # what survives
-        self.counters, self.totals = Counters(), Totals(context.device)
+        self.counters, self.totals, self.drift = Counters(), Totals(context.device), components.drift
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
@@ -112,7 +113,7 @@ class Trainer:
             **({} if self.update.average is None else {"average": self.update.average}),
             counters=self.counters,
             totals=self.totals,
-            drift=components.drift,
+            drift=self.drift,
             tracker=tracker,
             frozen=FrozenSwitches(model),
         )
@@ -219,16 +220,33 @@ class Trainer:
                 self.checkpoints.save(self.counters.step)
 
     def resume(self, stored: Stored) -> None:
-        """Restores the state of a checkpoint, which may be of another run or an earlier one of this run."""
-        self.checkpoints.load(stored, "resume")
+        """Restores the state of a checkpoint, which may be of another run or an earlier one of this run.
+
+        Raises:
+            ConfigError: on every rank, its state does not fit this run.
+        """
+        with failing_together():
+            self._load(stored)
         best = self.checkpoints.find_best(stored.path, self.counters.best_step)
-        if best is None and self.counters.best_step:
-            log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
+        if best is None:
+            if self.counters.best_step:
+                log.warning("the best model so far, of step %d, is not there any more", self.counters.best_step)
             self.counters.forget_best()
         if self.context.world_size > 1:
             dist.barrier()  # all ranks have looked
         if self.context.is_first:
             self.checkpoints.begin(self.counters.step, best)
+
+    def _load(self, stored: Stored) -> None:
+        self.checkpoints.load(stored, "resume")
+        try:
+            self.drift.require_layers(self.model)
+        except ValueError as error:
+            raise ConfigError(f"resume: {stored.path} does not fit this configuration: {error}") from None
+        if self.counters.step != stored.step:
+            raise ConfigError(
+                f"resume: {stored.path} contradicts itself, it is of step {stored.step} and counts {self.counters.step}"
+            )
 
     def _train_step(self, step: int) -> None:
         if not self.model.training:

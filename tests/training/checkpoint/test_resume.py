@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -251,6 +252,95 @@ def test_a_damaged_best_model_is_passed_over_and_found_anew(job, tmp_path, caplo
     assert "best.pt' is not a readable checkpoint" in caplog.text
     assert torch.load(best, weights_only=True)["step"] in (4, 6)
     assert "test/accuracy" in read_metrics(run)[-1]
+
+
+def test_a_run_none_of_whose_checkpoints_is_intact_is_not_begun_anew(job, tmp_path):
+    run = job(*SMALL, "duration=2", "run=a")
+    (run / "checkpoints/step_00000002.pt").write_bytes(b"half of it")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"^run: none of the 1 checkpoints in .*a/checkpoints is intact; choose"):
+        job(*SMALL, "duration=4", "run=a")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_malformed_checkpoint_is_passed_over_for_an_older_one(job, caplog):
+    run = job(*SMALL, "duration=4", "save.every=2", "run=a")
+    newest = run / "checkpoints/step_00000004.pt"
+    content = files.read(newest, "resume")
+    write_atomically(newest, content | {"optimizer": None})
+    (run / "summary.json").unlink()
+    job("duration=6", "run=a")
+    assert "step_00000004.pt' is malformed: optimizer is null, expected a mapping; it is passed over" in caplog.text
+    assert load_last(run)["step"] == 6
+    assert (run / "checkpoints/step_00000004.pt.abandoned").exists()  # nothing is lost
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"step": 3}', '{"step": 3, "metrics": {"a": null}}', "\x00"])
+def test_a_damaged_summary_is_passed_over_with_a_warning(job, caplog, content):
+    run = job(*SMALL, "duration=3", "run=a")
+    (run / "summary.json").write_text(content)
+    job("run=a")
+    assert "summary.json" in caplog.text
+    assert "it is passed over" in caplog.text
+    assert json.loads((run / "summary.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"a": 1}', b"[1]", b"\xff"])
+def test_damaged_class_names_are_one_message_that_names_the_file(job, content):
+    run = job(*SMALL, "duration=1", "run=a")
+    (run / "classes.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^run: .*a/classes\.json (is damaged|is no list of class names)"):
+        job("run=a")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "summary.json", "classes.json", "checkpoints"])
+def test_what_is_no_file_where_a_run_writes_one_is_an_error_and_is_not_waited_for(job, tmp_path, name):
+    path = tmp_path / "outputs/a" / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=rf"^run: .*a/{name} is no (regular file|directory)"):
+        job(*SMALL, "duration=1", "run=a")
+
+
+def test_damaged_records_are_left_out_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1}', b"[1]", b'{"step": null}', b'{"loss": 1}', b"\xff", b"[" * 100_000, b'{"step": 2}']
+    path.write_bytes(b"\n".join(lines))
+    cut_back(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert "metrics.jsonl: 5 damaged line(s) are left out" in caplog.text
+
+
+def test_a_link_to_itself_is_no_checkpoint(job, tmp_path):
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    with pytest.raises(ConfigError, match=r"^resume: .*'loop\.pt' cannot be reached"):
+        job(*SMALL, "duration=1", "resume=loop.pt", "run=a")
+    run = job(*SMALL, "duration=1", "run=a")
+    job("resume=loop.pt", "run=a")  # it has checkpoints of its own by now
+    assert load_last(run)["step"] == 1
+
+
+def check_foreign_file(cwd, path):
+    with pytest.raises(ConfigError, match=r"^resume: '.*state\.pt' is not a checkpoint of a run"):
+        run_rank(cwd, (*SMALL, f"resume={path}", "run=a"))
+    with pytest.raises(ConfigError, match=r"^load: '.*state\.pt' is not a checkpoint of a run"):
+        run_rank(cwd, ("task=eval", f"load={path}", "run=b"))
+
+
+def test_a_foreign_state_dict_is_one_message_on_every_rank(ranks, tmp_path):
+    torch.save(nn.BatchNorm1d(2).state_dict(), tmp_path / "state.pt")
+    ranks(2, check_foreign_file, tmp_path, tmp_path / "state.pt")
+
+
+def check_only_one_can_read(cwd, path):
+    if dist.get_rank() == 1:
+        path = path.with_name("nowhere.pt")
+    with pytest.raises(ConfigError, match=r"^resume: "):
+        run_rank(cwd, (*SMALL, f"resume={path}", "run=a"))
+
+
+def test_a_file_that_one_rank_cannot_read_stops_every_rank(ranks, tmp_path):
+    ranks(2, check_only_one_can_read, tmp_path, stored_run(tmp_path / "other"))
 
 
 def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, monkeypatch):

@@ -1,0 +1,214 @@
+"""Whatever file is given instead of a checkpoint: one message that names it, or a job that does what it should.
+
+Each family of the corpus goes through each entry point, in this process; the message is what `clear_errors` prints.
+"""
+
+import copy
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncbn.__main__ import main
+from syncbn.training.checkpoint.resume import checkpoint_to_resume
+from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.model import InitConfig
+from syncbn.training.data import registry
+from syncbn.training.distributed.rank_context import RankContext
+from syncbn.training.models.pretrained import load_subnet
+from syncbn.training.tasks import evaluate
+from syncbn.training.tasks.train import train
+from syncbn.training.trainer.build import build_model
+from tests.once import made_once
+from tests.training.checkpoint.corpus import FAMILIES
+from tests.training.jobs import compose_config, run_rank
+
+RUN = ("data=synthetic", "data.num_samples=30", "data.size=6", "data.channels=1", "model.width=2", "model.stages=1",
+       "batch_size=12", "tracker=none", "tracker.report=false", "duration=2", "eval_every=1", "save.every=1",
+       "save.keep=2", "ema=0.5")  # fmt: skip
+CONTEXT = RankContext(0, 1, torch.device("cpu"), torch.float32)
+
+pytestmark = pytest.mark.timeout(200)  # a file that is waited for, or walked without end, is a failure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The directory of a small real run."""
+
+    def make(directory):
+        return run_rank(directory, (*RUN, "run=real"))
+
+    return made_once(tmp_path_factory, "corpus", make)
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """The configurations of the entry points, composed once; what a test changes it changes in a copy."""
+    return {task: compose_config(*RUN[-1:], f"task={task}", "load=x", "run=x") for task in ("train", "eval")}
+
+
+class Entry:
+    """An entry point for a file: called in an empty working directory, with the path to give the file to."""
+
+    def __init__(self, run, configs):
+        self.run, self.configs = run, configs
+        self.run_dir = Path("outputs/x")
+        self.run_dir.mkdir(parents=True)
+
+
+class Resume(Entry):
+    """`resume=PATH`."""
+
+    path = Path("given/file.pt")
+
+    def __call__(self):
+        self.train(resume=str(self.path))
+
+    def train(self, **keys):
+        with ExitStack() as tracking:
+            train(replace(copy.deepcopy(self.configs["train"]), **keys), self.run_dir, CONTEXT, ("run=x",), tracking)
+
+
+class ResumeAuto(Resume):
+    """`run=NAME` of a run whose newest checkpoint is the file."""
+
+    path = Path("outputs/x/checkpoints/step_00000002.pt")
+
+    def __init__(self, run, configs):
+        super().__init__(run, configs)
+        self.path.parent.mkdir()
+        self.older = self.path.with_name("step_00000001.pt")
+        self.older.symlink_to(run / "checkpoints/step_00000001.pt")
+
+    def __call__(self):
+        found = checkpoint_to_resume(self.configs["train"], self.run_dir)
+        if found.path == self.path:
+            self.train(resume="auto")
+        assert found.path in (self.path, self.older)
+
+
+class Load(Entry):
+    """`task=eval load=PATH`, which reads the file as all tasks with `load` do."""
+
+    path = Path("given/file.pt")
+
+    def __call__(self):
+        evaluate.run(replace(self.configs["eval"], load=str(self.path)), self.run_dir, CONTEXT)
+
+
+class LoadRun(Load):
+    """`task=eval load=DIRECTORY` of a run whose best checkpoint is the file."""
+
+    path = Path("given/checkpoints/best.pt")
+
+    def __call__(self):
+        evaluate.run(replace(self.configs["eval"], load="given"), self.run_dir, CONTEXT)
+
+
+class Init(Entry):
+    """`init.backbone.path=PATH`."""
+
+    path = Path("given/file.pt")
+    model = None
+
+    def __call__(self):
+        if Init.model is None:
+            config = compose_config(*RUN)
+            Init.model = build_model(config, registry.load_data(config.data), CONTEXT)
+        load_subnet(copy.deepcopy(Init.model), "backbone", InitConfig(str(self.path), strict=False))
+
+
+class Audit(Entry):
+    """`python -m syncbn audit PATH`, whose message is raised here as train.py's are."""
+
+    path = Path("given/file.pt")
+    given = path
+
+    def __init__(self, run, configs, capsys):
+        super().__init__(run, configs)
+        self.capsys = capsys
+
+    def __call__(self):
+        self.capsys.readouterr()
+        code = main(["audit", str(self.given)])
+        told = self.capsys.readouterr()
+        if code == 2:
+            assert told.out == ""
+            raise ConfigError(told.err.removesuffix("\n"))
+        assert told.err == ""
+        assert " 0 batch normalization layers" not in told.out
+
+
+class AuditRun(Audit):
+    """`python -m syncbn audit DIRECTORY` of a run whose best checkpoint is the file."""
+
+    path = Path("given/checkpoints/best.pt")
+    given = Path("given")
+
+
+ENTRIES = (Resume, ResumeAuto, Load, LoadRun, Init, Audit, AuditRun)
+
+
+def outside(cwd):
+    """What is in the working directory and should not be."""
+    return {path.name for path in cwd.iterdir()} - {"outputs", "given"} | {
+        path.name for path in (cwd / "outputs").iterdir()
+    } - {"x"}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_that_is_no_good_checkpoint_is_one_message_that_names_it(
+    run, configs, family, entry, tmp_path, monkeypatch, capsys, caplog
+):
+    caplog.set_level(logging.CRITICAL, logger="torch")
+    wrong = {}
+    for number, (name, make) in enumerate(FAMILIES[family].items()):
+        cwd = tmp_path / str(number)
+        cwd.mkdir()
+        monkeypatch.chdir(cwd)
+        call = entry(run, configs, *([capsys] if issubclass(entry, Audit) else ()))
+        if "." in name and issubclass(entry, Resume | Load | Init | Audit) and call.path.name == "file.pt":
+            call.path = call.given = call.path.with_suffix(Path(name).suffix)
+        call.path.parent.mkdir(parents=True, exist_ok=True)
+        make(call.path, torch.load(run / "checkpoints/step_00000001.pt", weights_only=True))
+        caplog.clear()
+        if (problem := problem_of(call, caplog)) is not None:
+            wrong[name] = problem
+        if left := outside(cwd):
+            wrong[name] = f"has left {left}"
+    assert wrong == {}
+
+
+def problem_of(call, caplog):
+    """What is wrong with how the entry point takes the file; None if it is right."""
+    try:
+        call()
+        message = ""
+    except ConfigError as error:
+        message = str(error)
+        names = (call.path.name, "given", "outputs/x/checkpoints")
+        if len(message.splitlines()) != 1 or not any(name in message for name in names):
+            return message
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_the_corpus_is_large():
+    assert sum(map(len, FAMILIES.values())) > 400
+
+
+def test_the_real_checkpoint_is_taken_by_every_entry_point(run, configs, tmp_path, monkeypatch, capsys):
+    content = torch.load(run / "checkpoints/step_00000001.pt", weights_only=True)
+    for entry in ENTRIES:
+        cwd = tmp_path / entry.__name__
+        cwd.mkdir()
+        monkeypatch.chdir(cwd)
+        call = entry(run, configs, *([capsys] if issubclass(entry, Audit) else ()))
+        call.path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, call.path)
+        call()
