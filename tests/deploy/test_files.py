@@ -10,6 +10,7 @@ import yaml
 from tests.training.jobs import ROOT, compose_config
 
 DOCKERFILES = sorted(ROOT.glob("docker/*.Dockerfile"))
+PINNED = re.compile(r"docker\.io/[\w/]+:\d+\.\d+\.\d+-[\w.-]+@sha256:[0-9a-f]{64}")
 RANKS_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
@@ -41,7 +42,7 @@ def test_an_image_is_pinned_runs_without_root_and_has_a_first_process_that_hands
     stages = [rest.split(" AS ") for kind, rest in lines if kind == "FROM"]
     names = [name for _, name in stages]
     for source, _ in stages:
-        assert source in names or re.fullmatch(r"docker\.io/[\w/]+:\d+\.\d+\.\d+-[\w.-]+@sha256:[0-9a-f]{64}", source), source
+        assert source in names or PINNED.fullmatch(source), source
     last = lines[max(number for number, (kind, _) in enumerate(lines) if kind == "FROM") :]
     assert [rest for kind, rest in last if kind == "USER"] == ["1000:1000"]
     assert ("ENTRYPOINT", '["tini", "--"]') in last
