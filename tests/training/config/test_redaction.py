@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_the_secret_given_again_and_names_it_if_it_is_not(job
 
 
 NESTED = ["+model.headers={Authorization: Bearer abc}", "+model.tokens=[abcdef,xyz]", "+model.pwd=1234",
-          "+model.auth={user: ann, rounds: 3}"]  # fmt: skip
+          "+model.auth={user: annabel, rounds: 3}"]  # fmt: skip
 
 
 def test_a_run_goes_on_with_the_dictionaries_and_lists_that_hold_its_secrets_given_again(job):
@@ -199,7 +199,7 @@ def test_a_run_goes_on_with_the_dictionaries_and_lists_that_hold_its_secrets_giv
         "_target_": f"{__name__}.WithSecrets", "headers": {"Authorization": HIDDEN}, "tokens": [HIDDEN, HIDDEN],
         "pwd": HIDDEN, "auth": {"user": HIDDEN, "rounds": 3},
     }  # fmt: skip
-    for secret in ("Bearer abc", "abcdef", "ann"):
+    for secret in ("Bearer abc", "abcdef", "annabel"):
         assert files_with(run, secret) == []
     job(*model, *NESTED, "duration=3", "run=a")
     assert (run / "checkpoints/step_00000003.pt").exists()
@@ -215,7 +215,7 @@ class WithSecrets(torch.nn.Module):
     def __init__(self, headers, tokens, pwd, auth):
         super().__init__()
         given = headers["Authorization"], list(tokens), pwd, dict(auth)
-        assert given == ("Bearer abc", ["abcdef", "xyz"], 1234, {"user": "ann", "rounds": 3})
+        assert given == ("Bearer abc", ["abcdef", "xyz"], 1234, {"user": "annabel", "rounds": 3})
         self.head = torch.nn.Linear(192, 4)
 
     def forward(self, x):
