@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from syncbn.atomic_write import write_text
 from syncbn.training.checkpoint.files import Stored, by_step, is_directory, newest
 from syncbn.training.config.errors import ConfigError, configured_by, listed
-from syncbn.training.config.run_files import read_json
 from syncbn.training.config.parsing import flatten, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
+from syncbn.training.config.run_files import read_json
 from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
