@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -58,7 +59,7 @@ def _audit(options: argparse.Namespace) -> int:
     from syncbn.auditing.rules import table
     from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
     from syncbn.training.checkpoint.files import read_model_weights
-    from syncbn.training.config.errors import ConfigError
+    from syncbn.training.config.errors import ConfigError, printable
 
     try:
         state = read_model_weights(options.path, "PATH")
@@ -73,14 +74,14 @@ def _audit(options: argparse.Namespace) -> int:
         print(json.dumps(content, indent=2))
     else:
         print(f"{options.path}: {len(layers)} batch normalization layers")
-        print(table(findings))
+        print(table(replace(one, layer=printable(one.layer)) for one in findings))  # names out of the file
     return int(any(finding.severity == "error" for finding in findings))
 
 
 def _require_judgeable(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raises a ConfigError if there is nothing to audit, or anything of it that cannot be read."""
     from syncbn.auditing.state_dicts import misshapen, statistics_of
-    from syncbn.training.checkpoint.contents import MalformedError, require_usable
+    from syncbn.training.checkpoint.contents import MalformedError, require_usable, shown
     from syncbn.training.config.errors import ConfigError
 
     if not layers:
@@ -91,7 +92,7 @@ def _require_judgeable(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -
     except MalformedError as error:
         raise ConfigError(f"PATH: {str(path)!r} {error}; nothing was judged") from None
     if (problem := misshapen(layers)) is not None:
-        raise ConfigError(f"PATH: {str(path)!r} cannot be judged: {problem}")
+        raise ConfigError(f"PATH: {str(path)!r} cannot be judged: {shown(problem)}")
 
 
 if __name__ == "__main__":

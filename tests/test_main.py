@@ -122,6 +122,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("message", UNREADABLE)
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
 def test_statistics_that_cannot_be_read_are_said_to_be(tmp_path, capsys, message):
     state = trained().state_dict()
     state["1.running_var"] = UNREADABLE[message](state["1.running_var"])

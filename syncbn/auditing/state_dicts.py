@@ -69,9 +69,9 @@ def misshapen(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         counter = own.get(_COUNTER)
         if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
             found = " and ".join(f"{kind} of shape {shape}" for kind, shape in shapes.items())
-            return f"{name or 'the model'} has {found}, expected a number per channel"
+            return f"{found}, expected a number per channel, in {name or 'the model'}"
         if counter is not None and counter.numel() != 1:
-            return f"{name or 'the model'} has {counter.numel()} batch counters, expected one"
+            return f"{counter.numel()} batch counters, expected one, in {name or 'the model'}"
     return None
 
 

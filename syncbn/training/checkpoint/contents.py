@@ -221,4 +221,4 @@ def _word(value: Any) -> str:
 def shown(name: object) -> str:
     """A name out of a file in an error: printable, and not longer than a line has room for."""
     text = printable(str(name))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 100 else f"{text[:97]}..."

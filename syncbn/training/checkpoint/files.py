@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import stat
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,9 @@ def _load(path: Path, size: int) -> Any:
             return load_file(path)
         if _unpacked_size(path) > contents.MAX_EXPANSION * size:
             raise MalformedError("is a compressed archive that would take far more memory than its size")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of kinds of tensors and pickles; what is no use is refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except MalformedError:
         raise
     except Exception as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.report.metric_names import DRIFT
-from syncbn.training.checkpoint.contents import MalformedError, require_usable
+from syncbn.training.checkpoint.contents import MalformedError, require_usable, shown
 from syncbn.training.checkpoint.files import read_model_weights
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
@@ -46,7 +46,7 @@ class LoadOutcome:
             "has besides": self.unexpected,
             "has in another shape": self.mismatched,
         }
-        return [f"{kind} {listed(keys, 3)}" for kind, keys in kinds.items() if keys]
+        return [f"{kind} {listed([*map(shown, keys)], 3)}" for kind, keys in kinds.items() if keys]
 
 
 def load_subnet(model: nn.Module, name: str, config: InitConfig) -> LoadOutcome:
@@ -111,7 +111,7 @@ def _below_prefix(
         return max(weights, below(f"{name}."), key=lambda state: len(state.keys() & set(own)))
     found = below(config.prefix if config.prefix.endswith(".") or not config.prefix else f"{config.prefix}.")
     if not found:
-        heads = sorted({k.split(".")[0] + "." for k in weights})
+        heads = sorted({shown(k.split(".")[0]) + "." for k in weights})
         raise ConfigError(
             f"{key}.prefix: no key of {config.path} begins with {config.prefix!r}; they begin with {listed(heads, 3)}"
         )

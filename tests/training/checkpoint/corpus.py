@@ -5,6 +5,7 @@ function may change. Everything is made anew, so nothing here has to be kept in 
 """
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -39,8 +40,8 @@ def write(path, content):
 
 PARTS = ("step", "config", "data", "model", "average", "optimizer", "schedule", "scaler", "counters", "totals", "drift",
          "tracker", "frozen")  # fmt: skip
-WRONG = {"null": None, "number": 5, "negative": -1, "true": True, "text": "x", "list": [1], "empty": {},
-         "other keys": {1: 2}, "tensor": torch.zeros(2), "bytes": b"x"}  # fmt: skip
+WRONG = {"null": None, "negative": -1, "text": "x", "list": [1], "empty": {}, "other keys": {1: 2},
+         "tensor": torch.zeros(2)}  # fmt: skip
 
 
 def without(part):
@@ -70,11 +71,11 @@ def changed(change):
 
 
 def entries(part, names):
-    """Each of these entries of a part: gone, null, a text, a list."""
+    """Each of these entries of a part: gone, null, a text."""
     made = {}
     for name in names:
         made[f"{part}.{name} gone"] = changed(lambda c, name=name: c[part].pop(name, None))
-        for kind in ("null", "text", "list", "tensor"):
+        for kind in ("null", "text"):
             made[f"{part}.{name} {kind}"] = changed(lambda c, name=name, kind=kind: c[part].update({name: WRONG[kind]}))
     return made
 
@@ -139,11 +140,11 @@ INSIDE = {
 # The stored configuration.
 
 VALUES = {"null": None, "list": [], "mapping": {"x": 1}, "text": "x"}
+KEYS = [field.name for field in fields(Config)]
 CONFIG = {
-    **{f"config.{field.name} gone": changed(lambda c, name=field.name: c["config"].pop(name))
-       for field in fields(Config)},
-    **{f"config.{field.name} {kind}": changed(lambda c, name=field.name, value=value: c["config"].update({name: value}))
-       for field in fields(Config) for kind, value in VALUES.items()},
+    **{f"config.{key} gone": changed(lambda c, key=key: c["config"].pop(key)) for key in KEYS},
+    **{f"config.{key} {kind}": changed(lambda c, key=key, value=VALUES[kind]: c["config"].update({key: value}))
+       for key, kind in zip(KEYS, itertools.cycle(VALUES))},
     "an unknown backend": changed(lambda c: c["config"].update(compile="luck")),
     "an unknown key": changed(lambda c: c["config"].update(luck=7)),
     "a numbered key": changed(lambda c: c["config"].update({7: 7})),
@@ -213,7 +214,7 @@ STATISTICS = {
     f"{name.rpartition('.')[2]} {kind}, {'bare' if bare else 'checkpoint'}": with_statistic(name, change, bare)
     for bare in (True, False)
     for kind, change in TENSORS.items()
-    for name in (MEAN, VAR)
+    for name in ((MEAN, VAR) if kind in ("too long", "NaN", "negative") else (MEAN,))
 } | {
     "two counters": changed(lambda c: c["model"].update({COUNTER: torch.zeros(2, dtype=torch.int64)})),
     "a complex counter": changed(lambda c: c["model"].update({COUNTER: torch.zeros((), dtype=torch.complex64)})),
@@ -351,7 +352,7 @@ BYTES = {
     "an endless text": archive(lambda: b"\x80\x04\x8d" + struct.pack("<Q", TERA) + b"x."),
     "an endless memo": archive(lambda: b"\x80\x04r" + struct.pack("<I", 2**31) + b"."),
     "200 levels": archive(deep(200)),
-    "100000 levels": archive(deep(100_000)),
+    "20000 levels": archive(deep(20_000)),
     "within itself": archive(within_itself),
     "60 times doubled": archive(lambda: doubling(60)),
     "a bomb": archive(lambda: b"\x80\x02X" + struct.pack("<I", 2**24) + bytes(2**24) + b".",
