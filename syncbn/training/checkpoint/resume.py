@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from syncbn.atomic_write import write_text
 from syncbn.training.checkpoint.files import Stored, newest
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.config.parsing import flatten, parse, to_dict
+from syncbn.training.config.parsing import flatten, of_command, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.distributed import world
@@ -94,7 +94,7 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
     container = OmegaConf.to_container(merged)
     assert isinstance(container, dict)
     require_secrets(container, path)
-    return parse({str(key): value for key, value in container.items()})
+    return parse({str(key): value for key, value in container.items()} | of_command(config))
 
 
 def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:

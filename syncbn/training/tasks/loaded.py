@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import require_secrets
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.parsing import apply_overrides, parse, to_dict
+from syncbn.training.config.parsing import apply_overrides, of_command, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
@@ -91,7 +91,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         mine = to_dict(config)
         stored = apply_overrides(checkpoint["config"], held_back()) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker",))
-        trained = parse(stored)
+        trained = parse(stored | of_command(config))
         trained.bn.virtual_ranks = None
         data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
     context = context_for(trained, context)
