@@ -14,6 +14,7 @@ from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.keys import require_readers
 from syncbn.training.config.output import make_directory, mask_of, output_root, short
+from syncbn.training.config.parsing import parse
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
@@ -32,8 +33,9 @@ class Guard(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the keys that are given, and makes the run directory, before Hydra writes to it."""
+        """Checks the configuration and the given keys, and makes the run directory, before Hydra writes to it."""
         with clear_errors():
+            parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
             require_readers(config.get("task", ""), [*config.hydra.overrides.task, *held_back()])
             _prepare_directory("hydra.run.dir", "run", config)
 
