@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class WriteError(OSError):
+    """An error of the disk while a file was written; `filename` is the file's own name, not that of a temporary one."""
 
 
 @contextmanager
@@ -17,6 +21,9 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     Args:
         durable: flush file and directory to disk (fsync) before returning, so that the file survives a power failure.
+
+    Raises:
+        WriteError: an OSError in the context, or behind an exception that a library raised in its place.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -24,8 +31,14 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             _flush(temporary)
         temporary.replace(path)
+    except Exception as error:
+        failure = _os_error(error)
+        if failure is None:
+            raise
+        raise WriteError(failure.errno, failure.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     if durable:
         _flush(path.parent)  # makes the rename durable too
 
@@ -34,6 +47,13 @@ def write_text(path: Path, text: str) -> None:
     """Atomic `path.write_text` in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The exception itself, or the first of those behind it, that is an OSError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _flush(path: Path) -> None:

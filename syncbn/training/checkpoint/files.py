@@ -56,9 +56,15 @@ def digest(value: Any) -> str:
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
     """Atomically writes a checkpoint together with a digest of its content, which `read` checks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # a run directory that has been deleted is not made again
     with replacing(path, durable=True) as temporary:
-        torch.save({**content, DIGEST: digest(content)}, temporary)
+        _save({**content, DIGEST: digest(content)}, temporary)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    # Into a file of Python's own: torch's writer does not say why the disk refuses.
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def read(path: Path, key: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from syncbn.atomic_write import write_text
 from syncbn.training.checkpoint.files import Stored, by_step, is_directory, newest
 from syncbn.training.config.errors import ConfigError, configured_by, listed
-from syncbn.training.config.parsing import flatten, parse, to_dict
+from syncbn.training.config.output import OF_COMMAND
+from syncbn.training.config.parsing import flatten, of_command, parse, to_dict
 from syncbn.training.config.redaction import is_redacted, redacted
 from syncbn.training.config.run_files import read_json
 from syncbn.training.config.schema import SCHEMAS, Config
@@ -91,7 +92,7 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
             the stored configuration is none, or names code that this command does not trust.
     """
     path, current = checkpoint.path, to_dict(config)
-    stored = {key: value for key, value in checkpoint.content["config"].items() if key != "trust"}
+    stored = {key: value for key, value in checkpoint.content["config"].items() if key not in OF_COMMAND}
     check_stored(stored, "resume", path, Command(current, config.trust))
     with configured_by(path):
         parse(stored)
@@ -114,7 +115,7 @@ def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[st
     container = OmegaConf.to_container(merged)
     assert isinstance(container, dict)
     require_secrets(container, path)
-    return parse({**{str(key): value for key, value in container.items()}, "trust": config.trust})
+    return parse({str(key): value for key, value in container.items()} | of_command(config))
 
 
 def require_secrets(config: Mapping[Any, Any], path: Path, unused: tuple[str, ...] = _UNUSED) -> None:

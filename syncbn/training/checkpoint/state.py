@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from syncbn.atomic_write import replacing
 from syncbn.training.checkpoint.files import BEST, Stored, by_step, read_whole, step_of, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
-from syncbn.training.config.errors import ConfigError, printable
+from syncbn.training.config.errors import ConfigError, RankError, printable
+from syncbn.training.config.output import short, unwritable
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +109,19 @@ class Checkpoints:
         """Waits for the pending write and ends the thread.
 
         Raises:
-            RuntimeError: a write has failed.
+            RankError: a write has failed.
         """
         self.wait()
         self._writer.shutdown()
-        if self._failed is not None:
-            raise RuntimeError(f"a checkpoint could not be written: {self._failed}") from self._failed
+        if self._failed is None or not self.directory.parent.is_dir():  # the trainer tells all ranks that it is gone
+            return
+        reason = unwritable(self._failed) if isinstance(self._failed, OSError) else repr(self._failed)
+        good = by_step(self.directory)
+        begins = f"{short(good[-1])}, the last good checkpoint" if good else "the beginning, as there is no checkpoint"
+        raise RankError(
+            f"a checkpoint could not be written: {reason}; then the same command, with this run's name, goes on from"
+            f" {begins}"
+        ) from None
 
     def load(self, stored: Stored, key: str) -> int:
         """Loads the state of a checkpoint into the parts; returns the number of steps done.

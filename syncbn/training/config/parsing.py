@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
 from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig
+from syncbn.training.config.output import OF_COMMAND
 from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
@@ -86,13 +87,15 @@ def apply_overrides(stored: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Converts the configuration to plain containers, for YAML, trackers and checkpoints.
-
-    Without `trust`, which is this command's alone: what a file says there counts for nothing.
-    """
+    """Converts the configuration to plain containers, for YAML, trackers and checkpoints, without OF_COMMAND."""
     container = OmegaConf.to_container(OmegaConf.create(_plain(config)))
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items() if key != "trust"}
+    return {str(key): value for key, value in container.items() if key not in OF_COMMAND}
+
+
+def of_command(config: Config) -> dict[str, Any]:
+    """The keys that `to_dict` leaves out, with their values."""
+    return {key: getattr(config, key) for key in OF_COMMAND}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from syncbn.training.config.data import (
     SyntheticConfig,
 )
 from syncbn.training.config.errors import parse_duration, require, require_choice
+from syncbn.training.config.keys import TASKS
 from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
 from syncbn.training.config.model import (
     BnConfig,
@@ -29,6 +30,7 @@ from syncbn.training.config.model import (
     UnetSmallConfig,
 )
 from syncbn.training.config.optim import ConstantConfig, CosineConfig, OptimizerConfig, ScheduleConfig, SgdConfig
+from syncbn.training.config.output import mask_of, output_root
 from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
@@ -83,11 +85,15 @@ class Config:
     freeze: dict[str, FreezeRuleConfig]
     init: dict[str, InitConfig]
     trust: list[str] = field(default_factory=list)
+    output_dir: str = "outputs"
+    share: str = "private"
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, ("train", "eval", "audit", "recalibrate", "export", "data"))
+        require_choice("task", self.task, TASKS)
         named = all(is_trust_entry(entry) for entry in self.trust)
         require(named, "trust", "dotted names such as mine.Net, or mine.* for a package", self.trust)
+        output_root(self.output_dir)
+        mask_of(self.share)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,41 @@ from omegaconf import DictConfig, OmegaConf
 from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.keys import require_readers
+from syncbn.training.config.output import make_directory, mask_of, output_root, short
+from syncbn.training.config.parsing import parse
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
+from syncbn.training.launch.overrides import held_back
 from syncbn.training.tracking.summary import SUMMARY, read_summary
+
+# Files and directories of which a run that has begun has at least one.
+_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 
 class Guard(Callback):
-    """Confines runs to `outputs/`, one job to a directory, and keeps secrets out of their files and logs.
+    """Confines runs to `output_dir`, one job to a directory, and keeps other users and secrets out of their files.
 
     Hydra turns exceptions of a callback into warnings, so the checks run in `clear_errors`, which prints the message
     and ends the process.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the run directory, and locks it before Hydra writes to it."""
+        """Checks configuration and given keys, makes and locks the run directory, before Hydra writes to it."""
         with clear_errors():
-            _check_directory("hydra.run.dir", config.hydra.run.dir, config)
+            parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+            require_readers(config.get("task", ""), [*config.hydra.overrides.task, *held_back()])
+            _prepare_directory("hydra.run.dir", "run", config)
             lock_directory(Path(config.hydra.run.dir), "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Checks the sweep directory and the names in it, and locks it before Hydra writes to it."""
+        """Checks the names in the sweep directory, makes it and locks it, before Hydra writes to it."""
         with clear_errors():
-            _check_directory("hydra.sweep.dir", config.hydra.sweep.dir, config)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
                 raise ConfigError(f"hydra.sweep.subdir: expected a directory below hydra.sweep.dir, got {subdir!r}")
+            _prepare_directory("hydra.sweep.dir", "sweep", config)
             lock_directory(Path(config.hydra.sweep.dir), "sweep", multirun=True)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -71,17 +81,51 @@ class Guard(Callback):
         world.wait_for_rank_0("table")
 
 
-def _check_directory(key: str, directory: str, config: DictConfig) -> None:
-    """Raises a ConfigError unless the directory lies below `outputs/` and Hydra leaves the working directory alone."""
+def _prepare_directory(key: str, mode: str, config: DictConfig) -> None:
+    """Makes the directory of a run or a sweep; from here on the process writes files as `share` says.
+
+    `output_dir` itself is made as the user's own umask says: it is a place and no run, and others may use it too.
+
+    Args:
+        key: the key that holds the directory, for error messages.
+        mode: "run" or "sweep".
+
+    Raises:
+        ConfigError: the directory is not below `output_dir`, cannot be made or written to, or holds a run that
+            `debug=...` must not change; Hydra would change the working directory.
+    """
     if config.hydra.job.chdir:
         raise ConfigError(
             "hydra.job.chdir: expected false, paths are those of the directory that you start in; got true"
         )
-    outputs = Path("outputs").resolve()
-    if outputs not in Path(directory).resolve().parents:
+    root, mask = output_root(config.get("output_dir")), mask_of(config.get("share"))
+    make_directory("output_dir", root)
+    os.umask(mask)
+    directory = Path(config.hydra[mode].dir)
+    if not _is_below(directory, root):
         raise ConfigError(
-            f"{key}: expected a directory below outputs/, no link out of it, as run=NAME makes it; got {directory}"
+            f"{key}: expected a directory below {short(root)}/, no link out of it, as run=NAME makes it;"
+            f" got {directory}"
         )
+    debug = config.hydra.runtime.choices.get("debug")
+    if debug is not None and world.attempt() == "0" and _holds_run(directory):
+        raise ConfigError(
+            f"run: {short(directory)} holds a run already, which debug={debug} would go on with and change; leave run"
+            " out, or choose another name"
+        )
+    make_directory("run", directory)
+
+
+def _is_below(directory: Path, root: Path) -> bool:
+    try:
+        return root.resolve() in directory.resolve().parents
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def _holds_run(directory: Path) -> bool:
+    """Whether the directory holds a run, or a multirun's directory one of a job."""
+    return any((directory / mark).exists() or any(directory.glob(f"*/{mark}")) for mark in _MARKS)
 
 
 def print_table(sweep_dir: Path) -> None:

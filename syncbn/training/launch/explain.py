@@ -16,10 +16,13 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from syncbn.atomic_write import WriteError
 from syncbn.training.checkpoint.lock import LOCK
 from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
+from syncbn.training.config.output import DISK_ERRORS, unwritable
 from syncbn.training.config.redaction import redact
-from syncbn.training.distributed.world import agreed, attempt, is_distributed, rank, store, wait_for_rank_0, world_size
+from syncbn.training.distributed.world import attempt, is_distributed, rank, store, wait_for_rank_0, world_size
+from syncbn.training.launch.resolvers import stamped_directories
 from syncbn.training.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -29,8 +32,9 @@ log = logging.getLogger(__name__)
 def clear_errors() -> Iterator[None]:
     """Turns a configuration or training error into one message, printed by the first rank that meets it.
 
-    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError. Any other
-    exception propagates; if its traceback contains a secret, the redacted traceback is printed and the exit code is 1.
+    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError or an error of
+    the disk. Any other exception propagates; if its traceback contains a secret, the redacted traceback is printed and
+    the exit code is 1.
     """
     try:
         yield
@@ -47,7 +51,7 @@ def clear_errors() -> Iterator[None]:
         if rank() == 0:
             _discard_run_directory()
         wait_for_rank_0("discarded")
-        sys.exit(1 if isinstance(error, TrainingError) else 2)
+        sys.exit(_exit_code(error))
 
 
 _failed_jobs: list[int] = []  # exit codes, in the order of the jobs
@@ -72,8 +76,9 @@ def failing_alone(run_dir: Path, number: int, overrides: Sequence[str]) -> Itera
         if _is_first_to_report(f"job{number}"):
             print(f"error in job {number}: {redact(message)}", file=sys.stderr, flush=True)
         if rank() == 0:
-            write_summary(run_dir, -1, {}, [redact(override) for override in overrides], failed=redact(message))
-        _failed_jobs.append(1 if isinstance(error, TrainingError) else 2)
+            with suppress(OSError):  # the disk may be full; the error has been printed
+                write_summary(run_dir, -1, {}, [redact(override) for override in overrides], failed=redact(message))
+        _failed_jobs.append(_exit_code(error))
 
 
 def exit_code_of_jobs() -> int:
@@ -83,8 +88,7 @@ def exit_code_of_jobs() -> int:
 
 def _discard_run_directory() -> None:
     """Removes the directory of a run that has not started, which contains only our lock and what Hydra wrote."""
-    if "run_name" in agreed:
-        directory = Path("outputs", agreed["run_name"])
+    for directory in stamped_directories():
         if directory.is_dir() and all(path.name in (".hydra", LOCK) for path in directory.iterdir()):
             shutil.rmtree(directory)
 
@@ -97,8 +101,9 @@ def report_failure(error: Exception) -> None:
     """
     if world_size() > 1:
         if _is_first_to_report():
-            if isinstance(error, RankError):
-                print(f"error: rank {rank()}: {redact(str(error))}", file=sys.stderr)
+            message = explain(error)
+            if message is not None:
+                print(f"error: rank {rank()}: {redact(message)}", file=sys.stderr)
             else:
                 print(f"rank {rank()} failed:", file=sys.stderr)
                 print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
@@ -115,13 +120,32 @@ def _is_first_to_report(what: str = "") -> bool:
     return True
 
 
-def explain(error: BaseException) -> str | None:
-    """The message for the user about a configuration or training error; None for any other exception."""
+def is_of_one_rank(error: BaseException) -> bool:
+    """Whether the other ranks do not raise this error too, so that it has to be reported before they notice."""
+    return explain(error) is None or isinstance(_root(error), RankError | OSError)
+
+
+def _root(error: BaseException) -> ConfigError | TrainingError | OSError | None:
+    """The configuration error, training error or error of the disk behind an exception; None if there is none."""
     cause: BaseException | None = error
     while cause is not None:  # OmegaConf wraps what a resolver raises
-        if isinstance(cause, ConfigError | TrainingError):
-            return str(cause)
+        if isinstance(cause, ConfigError | TrainingError | WriteError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return cause
         cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _exit_code(error: BaseException) -> int:
+    return 1 if isinstance(_root(error), TrainingError | OSError) else 2
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for the user about an error of configuration, training or disk; None for any other exception."""
+    root = _root(error)
+    if root is not None:
+        return unwritable(root) if isinstance(root, OSError) else str(root)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: no such choice; choose one of {', '.join(error.options)}"

@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.schema import SCHEMAS
 from syncbn.training.distributed.world import (
     check_variables,
@@ -23,18 +26,14 @@ log = logging.getLogger(__name__)
 
 # Overrides that a task with `load` applies to its own configuration; all others are for the stored configuration.
 _KEPT = re.compile(
-    r"(task|load|run|resume|trust|device|collective_timeout|tracker(\.\w+)?|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
+    r"(task|load|run|output_dir|share|trust|resume|device|collective_timeout|tracker(\.\w+)?"
+    r"|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
-# A config group that is given a number, a boolean or a dictionary instead of a name: Hydra's error lacks the key.
-_NO_CHOICE = re.compile(
-    rf"\+{{0,2}}({'|'.join([*SCHEMAS, 'freeze', 'metrics', 'tracker', 'experiment', 'debug'])})="
-    r"\s*((?i:[-+]?(?:[\d._]+(?:e[-+]?\d+)?|nan|inf)|true|false)|\{.*\})\s*",
-    re.DOTALL,
-)
+_GROUPS = (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug", "hydra", "")
 
 
 def prepare() -> None:
@@ -55,6 +54,9 @@ def prepare() -> None:
     sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
     register_resolvers()
 
+
+# Hydra's grammar has no value that begins with a tilde, unless it is quoted.
+_HOME = re.compile(r"(\+{0,2}output_dir=)(~[^'\"]*)")
 
 _held_back: list[str] = []
 
@@ -80,13 +82,43 @@ def held_back() -> list[str]:
 def open_override(argument: str) -> str:
     """Turns `freeze.mine.match=x` into `++freeze.mine.match=x`, since the schema does not declare the names of rules.
 
-    Other overrides are returned unchanged.
+    Quotes `output_dir=~/runs` for Hydra. Other overrides are returned unchanged.
 
     Raises:
-        ConfigError: a config group is given a number, a boolean or a dictionary.
+        ConfigError: a config group is given anything but the name of a choice.
     """
-    if found := _NO_CHOICE.fullmatch(argument):
-        raise ConfigError(
-            f"{found[1]}: expected the name of a choice, as python train.py --help lists them, got {found[2]}"
-        )
+    _require_choice(argument)
+    if found := _HOME.fullmatch(argument):
+        return f"{found[1]}'{found[2]}'"
     return f"++{argument}" if _OPEN_DICTS.fullmatch(argument) else argument
+
+
+def _require_choice(argument: str) -> None:
+    """Raises a ConfigError if a config group is given no name: Hydra ends with a traceback then."""
+    name, equals, text = argument.lstrip("+~").partition("=")
+    group = name.partition("@")[0]
+    if not equals or (group not in _GROUPS and "/" not in group):
+        return
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:  # says itself what it cannot read
+        return
+    if override.is_hydra_override() and group in ("hydra", ""):
+        values: Iterable[Any] = [False]
+    elif override.is_sweep_override():
+        values = [] if "glob(" in text else islice(override.sweep_iterator(), 1000)
+    else:
+        values = [override.value()]
+    for value in values:
+        if value is None and override.is_delete():
+            continue
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | QuotedString) and item != "???" for item in names):
+            raise ConfigError(
+                f"{group or name}: expected the name of a choice, as python train.py --help lists them,"
+                f" got {printable(text.strip())}"
+            )

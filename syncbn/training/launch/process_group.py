@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from syncbn.training.config.errors import RankError
 from syncbn.training.distributed.failures import explain_timeout
 from syncbn.training.distributed.network import choose_device
 from syncbn.training.distributed.world import (
@@ -22,7 +21,7 @@ from syncbn.training.distributed.world import (
     store,
     world_size,
 )
-from syncbn.training.launch.explain import explain, report_failure
+from syncbn.training.launch.explain import is_of_one_rank, report_failure
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def process_group(device: str, job: str, timeout: float) -> Iterator[None]:
             waited.__cause__ = error
             report_failure(waited)
         # Reported before the group is destroyed: then the other ranks fail too, with errors that are not the cause.
-        if explain(error) is None or isinstance(error, RankError):
+        if is_of_one_rank(error):
             report_failure(error)
         raise
     finally:

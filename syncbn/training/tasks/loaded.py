@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import is_below, require_secrets
 from syncbn.training.config.errors import ConfigError, configured_by
-from syncbn.training.config.parsing import apply_overrides, parse, to_dict
+from syncbn.training.config.parsing import apply_overrides, of_command, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
@@ -96,12 +96,11 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         mine, given = to_dict(config), held_back()
         command = Command(mine, config.trust, replaced=apply_overrides({}, given))
         check_stored(checkpoint["config"], "load", path, command)
-        own = {key: mine[key] for key in OWN_KEYS} | {"trust": config.trust}
         with configured_by(path):
-            parse(checkpoint["config"] | {"trust": config.trust})
-        stored = apply_overrides(checkpoint["config"], given) | own
+            parse(checkpoint["config"] | of_command(config))
+        stored = apply_overrides(checkpoint["config"], given) | {key: mine[key] for key in OWN_KEYS}
         require_secrets(stored, path, unused=("tracker",))
-        trained = parse(stored)
+        trained = parse(stored | of_command(config))
         trained.bn.virtual_ranks = None
         with configured_by(path):
             data = dataset.as_trained(registry.load_data(trained.data), checkpoint)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from syncbn.training.config.output import unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.launch.explain import explain
 from syncbn.training.tracking.summary import write_summary
@@ -30,16 +31,20 @@ class EndOfRun:
         """The exit callback, to be pushed on an `ExitStack`; it suppresses no exception of the run."""
         from syncbn.training.distributed.stopping import Stopped
 
-        if isinstance(error, Stopped | KeyboardInterrupt):
+        if isinstance(error, Stopped | KeyboardInterrupt) or not self.run_dir.is_dir():
             return
         if error is not None:
             cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ is not None else error
-            reason = explain(cause) or f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            why = explain(cause) or f"{type(cause).__name__}: {' '.join(str(cause).split())}"
             shown = [redact(override) for override in self.overrides]
-            write_summary(self.run_dir, -1, {}, shown, failed=redact(reason))
+            try:
+                write_summary(self.run_dir, -1, {}, shown, failed=redact(why))
+            except OSError as failure:  # the error of the run is the one to show
+                log.warning("no summary.json: %s", unwritable(failure))
         try:
             from syncbn.report.write import write_report
 
             write_report([self.run_dir], self.run_dir / "report.html")
         except Exception as error:  # a report that cannot be written must not fail the run
-            log.warning("no report.html: %s; python -m syncbn report %s writes it later", error, self.run_dir)
+            reason = unwritable(error) if isinstance(error, OSError) else str(error)
+            log.warning("no report.html: %s; python -m syncbn report %s writes it later", reason, self.run_dir)

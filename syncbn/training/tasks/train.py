@@ -146,7 +146,7 @@ def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
         other = next(rank for rank in range(len(found)) if found[rank] != found[0] or not visible[rank])
         raise ConfigError(
             f"run: rank {other} does not see the directory {shown(run_dir)} of rank 0 (checkpoint there: {found[0]},"
-            f" here: {found[other]}); outputs/ has to be on storage that all machines share"
+            f" here: {found[other]}); output_dir has to be on storage that all machines share"
         )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from syncbn.training.config.output import unwritable
 
 CONSOLE = Console(soft_wrap=True, highlight=False)
 
@@ -26,6 +29,34 @@ class Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one line."""
         CONSOLE.print(self.format(record), markup=False)
+
+
+class LogFile(logging.FileHandler):
+    """A logging handler that writes to a file; if that fails, it says so once, and the program goes on."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line; the first creates the file."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - a method of logging
+        """Prints a warning at the first error of the disk, in the place of logging's tracebacks."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            error.filename = self.baseFilename
+            print(f"warning: {unwritable(error)}; the console has every line", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Closes the file; what is still not written is left out."""
+        with suppress(OSError):
+            super().close()
 
 
 class ShowStep(Protocol):

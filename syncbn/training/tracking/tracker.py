@@ -8,18 +8,26 @@ import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
 from syncbn.report.metric_names import BN, LAYER_TABLE, of_layer
 from syncbn.stats.monitor import LayerSnapshot
+from syncbn.training.config.errors import RankError
+from syncbn.training.config.output import unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
+from syncbn.training.tracking.records import Records, jsonable
 from syncbn.training.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
+
+# wandb gets histograms again after a fiftieth of the steps done so far, and tables likewise. They are most of what it
+# stores, and their number so grows with the logarithm of the steps: a million steps at the defaults stay under 1 GB
+# (docs/tracking.md).
+DENSITY = 50
 
 # Layer metrics that are also recorded for the whole model, as the value of the worst layer: the largest or smallest.
 _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
@@ -38,12 +46,13 @@ class Tracker:
 
     def __init__(self, config: TrackerConfig, run_dir: Path, full_config: dict[str, Any], *, active: bool) -> None:
         self._config, self._run_dir, self._full_config, self._active = config, run_dir, full_config, active
-        self._file: TextIO | None = None
+        self._records: Records | None = None
         self._wandb: WandbRun | None = None
         self._id: str | None = None
+        self._warned = False
+        self._in_full: dict[str, int] = {}  # the latest step that wandb got histograms of, and a table
         if active:
-            # Line-buffered: a record reaches the file as soon as it is complete, so a kill loses none before it.
-            self._file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            self._records = Records(run_dir / "metrics.jsonl")
 
     def start(self) -> None:
         """Starts the wandb run; a state has to be loaded before, because it determines the run's id."""
@@ -73,8 +82,11 @@ class Tracker:
             self._id = state_dict["id"]
 
     def log(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, LayerSnapshot] | None = None) -> None:
-        """Records metrics, and scalars per layer under `bn/<layer>/`; wandb also gets histograms over channels."""
-        if self._file is None:
+        """Records metrics, and scalars per layer under `bn/<layer>/`.
+
+        wandb also gets histograms over channels, of fewer of the steps the longer a run is; see DENSITY.
+        """
+        if self._records is None:
             return
         record: dict[str, Any] = {"step": step, **metrics}
         of_layers = {name: layer.scalars() for name, layer in (layers or {}).items()}
@@ -84,21 +96,37 @@ class Tracker:
             values = [scalars[key] for scalars in of_layers.values() if key in scalars]
             if values:  # NaN is the worst value; max and min may miss it, since it compares as false
                 record[f"{BN}/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
-        self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
+        self._records.append(record)
         if self._wandb is not None:
-            self._wandb.do(lambda run: run.log({**record, **_histograms(layers or {})}))
+            in_full = layers if layers and self._is_chosen("histograms", step) else {}
+            self._wandb.do(lambda run: run.log({**record, **_histograms(in_full)}))
 
     def show_layers(self, step: int, layers: Mapping[str, LayerSnapshot]) -> None:
-        """Records all layers: values per channel in `layers.json` (of the latest step only), and a table in wandb."""
-        if self._file is None:
+        """Records all layers: values per channel in `layers.json` (of the latest step only), and a table in wandb.
+
+        The longer a run is, the fewer of the steps have a table; see DENSITY.
+        """
+        if self._records is None:
             return
         vectors = {
-            name: {kind: [_jsonable(value) for value in vector.tolist()] for kind, vector in layer.vectors().items()}
+            name: {kind: [jsonable(value) for value in vector.tolist()] for kind, vector in layer.vectors().items()}
             for name, layer in layers.items()
         }
-        write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
-        if self._wandb is not None:
+        try:
+            write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
+        except OSError as error:  # a view of the state, and not the state
+            if not self._warned:
+                log.warning("%s; training goes on", unwritable(error))
+            self._warned = True
+        if self._wandb is not None and self._is_chosen("table", step):
             self._wandb.do(lambda run: run.log({"step": step, LAYER_TABLE: _table(layers)}))
+
+    def _is_chosen(self, what: str, step: int) -> bool:
+        """Whether wandb gets this step's layers in full: a fiftieth of the steps has passed since the last time."""
+        chosen = what not in self._in_full or (step - self._in_full[what]) * DENSITY >= step
+        if chosen:
+            self._in_full[what] = step
+        return chosen
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Writes the final values to wandb's summary."""
@@ -112,11 +140,20 @@ class Tracker:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes the file and ends the wandb run."""
-        if self._file is not None:
-            self._file.close()
+        """Closes the file and ends the wandb run.
+
+        Raises:
+            RankError: records could not be written; if the run has failed anyway, that is a warning.
+        """
         if self._wandb is not None:
             self._wandb.finish(failed=failed)
+        if self._records is not None:
+            try:
+                self._records.close()
+            except RankError as error:
+                if not failed:
+                    raise
+                log.warning("%s", error)
 
 
 def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
@@ -148,11 +185,6 @@ def _histogram(vector: Tensor) -> Any:
     if high - low <= max(1e-9 * scale, 1e-300):  # equal up to rounding: numpy rejects bins this narrow
         low, high = low - max(0.5, 1e-9 * scale), high + max(0.5, 1e-9 * scale)
     return wandb.Histogram(np_histogram=np.histogram(vector.numpy(), bins=64, range=(low, high)))
-
-
-def _jsonable(value: float) -> float | str:
-    """The value, or its string if it is NaN or infinite, which JSON does not have."""
-    return value if math.isfinite(value) else str(value)
 
 
 def cut_back(metrics: Path, step: int | None) -> None:

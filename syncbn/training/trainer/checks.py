@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from syncbn.nn.modes import evaluating
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.output import short
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
+from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.losses.losses import CrossEntropy, Loss, check_loss
 
@@ -90,6 +93,20 @@ def check_model(
                 " without samples"
             )
     return outputs, targets
+
+
+def check_run_directory(run_dir: Path, step: int) -> None:
+    """Checks that the run directory has not been deleted since the run began; every rank has to call it.
+
+    Raises:
+        TrainingError: on every rank: it has, and what it held is lost.
+    """
+    if not world.on_all_ranks((run_dir / "config.yaml").exists())[0]:  # rank 0 wrote it
+        raise TrainingError(
+            f"run: {short(run_dir)} has been deleted or moved while the run trained: its metrics up to step {step} and"
+            " its checkpoints are lost, or where they were moved to, and nothing more can be saved; put it back and"
+            " give the same command again, or start anew"
+        )
 
 
 def warn_of_dropout(model: nn.Module) -> None:

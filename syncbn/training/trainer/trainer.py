@@ -52,6 +52,7 @@ from syncbn.training.tracking.progress import Progress
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import execution, profiler
 from syncbn.training.trainer.build import RunComponents
+from syncbn.training.trainer.checks import check_run_directory
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.faults import find_fault
@@ -71,6 +72,7 @@ class Trainer:
         config, model, sampler, context = components.config, components.model, components.sampler, components.context
         # what is trained, and where
         self.config, self.context, self.data, self.sampler = config, context, components.data, sampler
+        self.run_dir = run_dir
         self.model, self.loss, self.plan, self.best = model, components.loss, components.plan, components.best
         self.loader = Loader(self.data, context, workers=config.data.workers, prefetch=config.data.prefetch)
         self.wrapped: WrappedModel | None = None  # the model, in DDP where there are several ranks; see _apply_plan
@@ -215,6 +217,7 @@ class Trainer:
         return True
 
     def _save(self) -> None:
+        check_run_directory(self.run_dir, self.counters.step)
         with self.local_statistics.pooled(self.counters.step):
             if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
@@ -330,6 +333,7 @@ class Trainer:
 
     def _validate(self) -> None:
         step = self.counters.step
+        check_run_directory(self.run_dir, step)
         with self.clock.paused():
             with self.local_statistics.pooled(self.counters.step):
                 metrics = self.validation.validate()
@@ -355,6 +359,7 @@ class Trainer:
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         final = {**self.validation.test(), THROUGHPUT: self.clock.overall()}
+        check_run_directory(self.run_dir, self.counters.step)
         self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
         self.tracker.summarize(final)
         return final

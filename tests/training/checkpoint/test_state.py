@@ -11,7 +11,7 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.training.checkpoint import files, frozen, state
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, RankError
 from syncbn.training.config.model import InitConfig
 from syncbn.training.models.pretrained import Drift, load_subnet
 
@@ -134,7 +134,8 @@ def test_a_full_disk_is_reported_at_once_fails_the_job_at_its_end_and_keeps_the_
     checkpoints.save(2)
     checkpoints.wait()
     assert "step_00000002.pt failed, the last good checkpoint stays: [Errno 28] No space left" in caplog.text
-    with pytest.raises(RuntimeError, match=r"a checkpoint could not be written: .*No space left"):
+    with pytest.raises(RankError, match=r"^a checkpoint could not be written: \S+step_00000002.pt: .*No space left.*"
+                                        r" goes on from \S+step_00000001.pt, the last good checkpoint$"):  # fmt: skip
         checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001.pt"]
 

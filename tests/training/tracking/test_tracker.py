@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
+from syncbn.report.metric_names import LAYER_TABLE
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.optim import CosineConfig
 from syncbn.training.config.run import TrackerConfig
 from syncbn.training.optim import schedules
+from syncbn.training.tracking import tracker as tracking
 from syncbn.training.tracking.tracker import Tracker, _histograms
 from tests.training import wandb_servers
 from tests.training.checkpoint.test_resume import SMALL
@@ -68,6 +71,50 @@ def test_a_histogram_of_channels_that_differ_by_rounding_alone_does_not_end_the_
     [histogram] = _histograms({"a": snapshot_of(running_mean=vector)}).values()
     assert sum(histogram.histogram) == vector.isfinite().sum()
     assert histogram.bins == sorted(set(histogram.bins))
+
+
+class Wandb:
+    """In the place of wandb's run: how often it got what."""
+
+    def __init__(self, *_, **__):
+        self.got = Counter()
+
+    def do(self, action):
+        action(self)
+
+    def log(self, record):
+        self.got.update({"records": 1, "tables": LAYER_TABLE in record, "scalars": "bn/a/drift" in record,
+                         "histograms": sum("/hist/" in key for key in record)})  # fmt: skip
+
+    def finish(self, **_): ...
+
+
+def logged(monkeypatch, directory, steps, layers):
+    """What wandb gets of a run that logs and shows its layers at these steps."""
+    wandb = Wandb()
+    monkeypatch.setattr(tracking, "WandbRun", lambda *_, **__: wandb)
+    monkeypatch.setattr(tracking, "_table", lambda _: "a table")
+    with Tracker(TrackerConfig("offline", "syncbn", None, 30.0), directory, {}, active=True) as tracker:
+        tracker.start()
+        for step in steps:
+            tracker.log(step, {"train/loss": 0.5}, layers)
+            tracker.show_layers(step, layers)
+    return wandb.got
+
+
+def test_wandb_gets_every_scalar_but_histograms_and_tables_ever_more_rarely(tmp_path, monkeypatch):
+    layers = {"a": snapshot_of(running_mean=torch.tensor([1.0, 2.0]), drift=torch.tensor([0.5, 0.5]))}
+    num_vectors = len(layers["a"].vectors())
+    short = logged(monkeypatch, tmp_path, range(50, 2501, 50), layers)
+    assert short["histograms"] == short["scalars"] * num_vectors == 50 * num_vectors
+    long = logged(monkeypatch, tmp_path, range(50, 100_001, 50), layers)
+    assert long["scalars"] == 2000
+    assert 200 * num_vectors <= long["histograms"] <= 250 * num_vectors
+    assert 200 <= long["tables"] <= 250
+    # each tenfold adds the same number, so that a million steps have fewer than four hundred
+    tenfold = long["tables"] - logged(monkeypatch, tmp_path, range(50, 10_001, 50), layers)["tables"]
+    assert long["tables"] + tenfold < 400
+    assert len(read_metrics(tmp_path)) == short["scalars"] + 2000 + 200
 
 
 @pytest.mark.parametrize("at", range(3))

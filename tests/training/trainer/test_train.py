@@ -51,6 +51,12 @@ def test_two_ranks_make_exactly_one_run_directory(default_job):
     assert len(list((default_job[0] / "outputs").iterdir())) == 1
 
 
+def test_nobody_else_can_read_what_a_run_has_written(default_run):
+    written = [default_run, *default_run.rglob("*")]
+    assert len(written) > 20  # wandb's files too
+    assert [path for path in written if not path.is_symlink() and path.stat().st_mode & 0o077] == []
+
+
 def test_the_run_directory_holds_config_metrics_checkpoints_and_one_wandb_run(default_run):
     config = yaml.safe_load((default_run / ".hydra/config.yaml").read_text())
     assert config["batch_size"] == 64

@@ -1,0 +1,120 @@
+"""Which task reads which key. A key on the command line that the chosen task does not read is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from syncbn.training.config.errors import ConfigError
+
+TASKS = ("train", "eval", "audit", "recalibrate", "export", "data")
+
+_EVERY = TASKS
+_WITH_LOAD = ("eval", "audit", "recalibrate", "export")
+_WITH_MODEL = ("train", *_WITH_LOAD)
+_TRAIN = ("train",)
+
+# The tasks that read a key, for every root key. A key below it has an entry where fewer tasks read it.
+READERS: dict[str, tuple[str, ...]] = {
+    "task": _EVERY,
+    "run": _EVERY,
+    "output_dir": _EVERY,
+    "share": _EVERY,
+    "resume": _TRAIN,
+    "load": _WITH_LOAD,
+    "trust": _WITH_MODEL,
+    "seed": _EVERY,
+    "device": ("train", "eval", "audit", "recalibrate", "data"),  # an export is made on the CPU
+    "precision": _EVERY,
+    "compile": _TRAIN,
+    "channels_last": _EVERY,
+    "tf32": _TRAIN,
+    "deterministic": _TRAIN,
+    "batch_size": ("train", "eval", "audit", "recalibrate", "data"),  # eval: of eval.precise_bn
+    "accumulate": ("train", "eval", "audit", "recalibrate", "data"),
+    "clip_norm": _TRAIN,
+    "ema": _TRAIN,
+    "on_nonfinite": _TRAIN,
+    "collective_timeout": _EVERY,
+    "best": _TRAIN,
+    "duration": ("train", "data"),
+    "eval_every": _TRAIN,
+    "log_every": _TRAIN,
+    "overfit": _TRAIN,
+    "profile": _TRAIN,
+    "save": _TRAIN,
+    "bn": _WITH_MODEL,
+    "bn.group": ("train", "audit"),
+    "bn.own_group": _TRAIN,
+    "bn.buffers": _TRAIN,
+    "bn.virtual_ranks": _TRAIN,
+    "bn.momentum": ("train", "audit"),
+    "bn.debug": _TRAIN,
+    "audit": ("train", "audit"),
+    "eval": _WITH_LOAD,
+    "eval.precise_bn": ("eval",),
+    "recalibrate": ("recalibrate",),
+    "export": ("export",),
+    "tracker": _TRAIN,
+    "data": _EVERY,
+    "data.shift": ("train", "audit", "data"),
+    "data.flip": ("train", "audit", "data"),
+    "data.workers": ("train", "eval", "recalibrate", "data"),
+    "data.prefetch": ("train", "eval", "recalibrate", "data"),
+    "model": _WITH_MODEL,
+    "loss": ("train", "eval", "recalibrate"),
+    "metrics": ("train", "eval", "recalibrate"),
+    "optimizer": _TRAIN,
+    "schedule": _TRAIN,
+    "freeze": ("train", "audit", "recalibrate"),
+    "init": _WITH_MODEL,
+}
+
+# What a task without a tracker does anyway may stand on every command line.
+_HARMLESS = ("tracker=none", "tracker.mode=disabled")
+_REMEDIES = {"load": "to go on with a run use resume=..., to begin with its weights init.<subnet>.path=..."}
+
+
+def readers(key: str) -> tuple[str, ...] | None:
+    """The tasks that read a dotted key; None for a key that no root key of the configuration begins."""
+    parts = key.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((READERS[prefix] for prefix in prefixes if prefix in READERS), None)
+
+
+def require_readers(task: str, overrides: Sequence[str]) -> None:
+    """Checks that the task reads every key that the command line gives.
+
+    Keys that a choice of `experiment` or `debug` sets are not given, and Hydra's own keys are not looked at.
+
+    Args:
+        task: the chosen task; of an unknown one nothing is checked.
+        overrides: those of the command line, also those for a stored configuration.
+
+    Raises:
+        ConfigError: a key that the task does not read; the message names the tasks that do.
+    """
+    for key in _given(overrides) if task in TASKS else ():
+        tasks = readers(key)
+        if tasks is not None and task not in tasks:
+            remedy = _REMEDIES.get(key, "leave it out")
+            raise ConfigError(f"{key}: task={task} does not read it, only task={', '.join(tasks)}; {remedy}")
+
+
+def _given(overrides: Sequence[str]) -> Iterator[str]:
+    """The dotted keys that overrides give; those of a dictionary one by one, without those that ask for nothing."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    asking = [override for override in overrides if override.lstrip("+") not in _HARMLESS]
+    for override in OverridesParser.create().parse_overrides(asking):
+        yield override.key_or_group
+        value = None if override.is_delete() or override.is_sweep_override() else override.value()
+        if isinstance(value, Mapping):
+            yield from _below(override.key_or_group, value)
+
+
+def _below(prefix: str, node: Mapping[Any, Any]) -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}.{key}"
+        if isinstance(value, Mapping):
+            yield from _below(f"{prefix}.{key}", value)
