@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.output import unwritable
 from syncbn.training.distributed import world
 
 LOCK = "run.lock"
@@ -105,7 +106,7 @@ def _lock(directory: Path, multirun: bool) -> str | None:
         holder = _take(directory, us)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            return f"run: cannot write to {directory} ({error.strerror}); make room there, or choose another run=..."
+            return f"run: {unwritable(error)}"
         print(
             f"warning: {directory} is on a file system without locks ({error.strerror}); see to it that no other job"
             " writes there",
