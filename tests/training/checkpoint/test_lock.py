@@ -194,7 +194,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
 
 def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "outputs").write_text("a file")
-    with pytest.raises(ConfigError, match=r"^run: cannot write to \S+/outputs/a \(.*\); make room there, or choose"):
+    with pytest.raises(ConfigError, match=r"^run: \S+/outputs/a: cannot be written \(.*\); a file has the name"):
         lock_directory(tmp_path / "outputs/a", "run")
 
 
