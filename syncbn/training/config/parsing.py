@@ -41,8 +41,8 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, a missing value.
     """
-    node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
     try:
+        node = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from None

@@ -26,7 +26,7 @@ from syncbn.training.tasks.train import train
 from syncbn.training.trainer.build import build_model
 from tests.once import made_once
 from tests.training.checkpoint.corpus import FAMILIES
-from tests.training.jobs import compose_config, run_rank
+from tests.training.jobs import compose_config, run_rank, start
 
 RUN = ("data=synthetic", "data.num_samples=30", "data.size=6", "data.channels=1", "model.width=2", "model.stages=1",
        "batch_size=12", "tracker=none", "tracker.report=false", "duration=2", "eval_every=1", "save.every=1",
@@ -245,3 +245,21 @@ def test_the_real_checkpoint_is_taken_by_every_entry_point(run, configs, entry, 
     content = files.read(run / "checkpoints/step_00000001.pt", "resume")
     monkeypatch.chdir(tmp_path)
     made(entry, lambda path, content: files.write_atomically(path, content), content, run, configs, capsys)()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("resume=file.pt", "run=x"),
+        pytest.param(("task=eval", "load=file.pt"), marks=pytest.mark.slow),
+        pytest.param(("init.backbone.path=file.pt", "run=x"), marks=pytest.mark.slow),
+    ],
+)
+def test_on_the_command_line_it_is_one_line_too(run, tmp_path, given):
+    content = files.read(run / "checkpoints/step_00000001.pt", "resume")
+    FAMILIES["inside of parts"]["weights by number"](tmp_path / "file.pt", content)
+    done = start(tmp_path, *RUN, *given)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.endswith("'file.pt' is malformed: model has the key 0, expected a string")
+    assert not (tmp_path / "outputs/x").exists()
