@@ -1,7 +1,7 @@
 """Every use of torch's private API, and of API that differs between torch versions, is in this module.
 
-Tested with torch 2.13. Each docstring says which public API is missing; tests/test_torch_compat.py checks that the
-private one behaves as described. (Not counted as private: `_BatchNorm`, the base class that torch's own documentation
+Tested with the versions in docs/compatibility.md. Each docstring says which public API is missing, or in which version;
+tests/test_torch_compat.py checks that the private one behaves as described. (Not counted as private: `_BatchNorm`, the base class that torch's own documentation
 names, and base classes of other layers beside it; the operators `torch._foreach_*`, which torch documents.)
 """
 
@@ -16,8 +16,43 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
+
+
+_HAS_BIAS_ARGUMENT = "bias" in inspect.signature(_BatchNorm.__init__).parameters
+_HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+
+
+def init_batch_norm(layer: _BatchNorm, *args: Any, bias: bool, **options: Any) -> None:
+    """`_BatchNorm.__init__`, whose argument `bias` is missing before torch 2.13."""
+    if _HAS_BIAS_ARGUMENT:
+        _BatchNorm.__init__(layer, *args, bias=bias, **options)
+        return
+    _BatchNorm.__init__(layer, *args, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+
+
+def reset_batch_norm(layer: _BatchNorm) -> None:
+    """`_BatchNorm.reset_parameters`, which fails on a weight without a bias before torch 2.13."""
+    layer.reset_running_stats()
+    for parameter, value in ((layer.weight, 1.0), (layer.bias, 0.0)):
+        if layer.affine and parameter is not None:
+            nn.init.constant_(parameter, value)
+
+
+def ddp_without_buffer_sync(module: nn.Module, **options: Any) -> DistributedDataParallel:
+    """DDP that broadcasts buffers when it wraps a module (with `init_sync`), and never again.
+
+    Before torch 2.13 its argument `forward_sync_buffers` is missing, and `broadcast_buffers=False` leaves out both.
+    """
+    if _HAS_FORWARD_SYNC_BUFFERS:
+        return DistributedDataParallel(module, forward_sync_buffers=False, **options)
+    wrapped = DistributedDataParallel(module, **options)
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def hidden_from_modes() -> AbstractContextManager[object]:

@@ -22,6 +22,7 @@ from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
+from syncbn.torch_compat import init_batch_norm, reset_batch_norm
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +36,14 @@ def width_of(layer: nn.Module) -> int:
     """C of a batch normalization of any class; 0 for a lazy one before its first input. (`num_features` may raise.)"""
     width: int = layer.__dict__.get("num_features", 0)
     return width
+
+
+def _width_of_vectors(layer: _BatchNorm) -> int | None:
+    """C by the length of a layer's vectors; None if it has none."""
+    for vector in (layer.running_mean, layer.weight):
+        if vector is not None:
+            return vector.numel()
+    return None
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -127,12 +136,16 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"memory: expected default or lean, got {memory!r}")
         if memory == "lean":
             check_lean(activation)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        init_batch_norm(
+            self, num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
         )
         self.process_group = process_group
         self.activation = activation
         self.memory = memory
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to 1 and 0, and running statistics and counter to those of a new layer."""
+        reset_batch_norm(self)
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -219,7 +232,7 @@ class SyncBatchNorm(_BatchNorm):
     ) -> Tensor:
         """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
         num_features = width_of(self)
-        if input.dim() >= 2 and input.size(1) != num_features:
+        if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(
                 f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
                 f" (input shape {tuple(input.shape)})"
@@ -268,15 +281,17 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             TypeError: read by another library's converter, which would replace this layer by a layer of its own class.
         """
-        if not torch.compiler.is_compiling():
-            converter = foreign_converter()
-            if converter is not None:
-                raise TypeError(
-                    f"{converter} would replace a {type(self).__name__} of syncbn, which is synchronized already, by"
-                    " another class, and lose its frozen switches and process group; leave the conversion out (in"
-                    " Lightning: sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before"
-                    " it. Layers of other classes in front of this one may have been replaced already"
-                )
+        if torch.compiler.is_dynamo_compiling():
+            # Dynamo before torch 2.13 takes `self.__dict__["num_features"]` for this property, which must not read it.
+            return _width_of_vectors(self)  # type: ignore[return-value]
+        converter = None if torch.compiler.is_compiling() else foreign_converter()
+        if converter is not None:
+            raise TypeError(
+                f"{converter} would replace a {type(self).__name__} of syncbn, which is synchronized already, by"
+                " another class, and lose its frozen switches and process group; leave the conversion out (in"
+                " Lightning: sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before"
+                " it. Layers of other classes in front of this one may have been replaced already"
+            )
         return width_of(self)
 
     @num_features.setter
