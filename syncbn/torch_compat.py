@@ -95,6 +95,12 @@ def checkpoint_frame(pack: Any) -> Any:
     return None
 
 
+# Index of the current device, and handle of a device's current stream, as in `torch.cuda.current_device()` and
+# `torch.cuda.current_stream(index).cuda_stream`, which take ten times as long. Missing in builds without CUDA.
+current_cuda_device = getattr(torch._C, "_cuda_getDevice", None)
+current_cuda_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Asserts that `condition`, a bool tensor without dimensions, is True, without waiting for the device.
 

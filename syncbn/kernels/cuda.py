@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import reference
-from syncbn.kernels.triton.launch_plan import COMBINED_CHANNELS, WARPS, Layout, ceil_div, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import WARPS, Layout, ceil_div, plan_passes, plan_sums
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FINISH_BLOCK = 256
+# Of `finish`, by whether the statistics are a cumulative average.
+_FINISH = [
+    {"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
+    for cumulative in (False, True)
+]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,12 +43,11 @@ def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     packed = input.new_empty(4 * num_channels + 1, dtype=torch.float64)
     splits = plan.grid[1]
     partial = input.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else packed
-    with torch.cuda.device_of(input):
-        programs.moments[plan.grid](input, partial, packed, count, *plan.sizes, **plan.blocks)
-        if splits > 1:
-            stride = 1 if layout.last else layout.size
-            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
-            programs.combine_moments[grid](input, partial, packed, count, num_channels, splits, stride, **plan.combine)
+    programs.launch(programs.moments, plan.grid, (input, partial, packed), (count, *plan.sizes), plan.blocks)
+    if splits > 1:
+        scalars = (count, num_channels, splits, 1 if layout.last else layout.size)
+        tensors = (input, partial, packed)
+        programs.launch(programs.combine_moments, plan.combine_grid, tensors, scalars, plan.combine)
     return packed
 
 
@@ -67,12 +71,9 @@ def finish(
     count = packed.new_empty(())
     is_cumulative = momentum is None and num_batches_tracked is not None
     num_programs = 1 if is_cumulative else max(1, ceil_div(num_channels, _FINISH_BLOCK))
-    with torch.cuda.device_of(packed):
-        programs.finish[(num_programs,)](
-            packed, running_mean, running_var, num_batches_tracked, mean, invstd, count,
-            0.0 if momentum is None else float(momentum), float(eps), num_channels,
-            CUMULATIVE=is_cumulative, BLOCK_CHANNELS=_FINISH_BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    tensors = (packed, running_mean, running_var, num_batches_tracked, mean, invstd, count)
+    scalars = (0.0 if momentum is None else float(momentum), float(eps), num_channels)
+    programs.launch(programs.finish, (num_programs, 1, 1), tensors, scalars, _FINISH[is_cumulative])
     return mean, invstd, count
 
 
@@ -97,10 +98,8 @@ def normalize(
     plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     added = None if residual is None else _like(residual, dense)
-    with torch.cuda.device_of(input):
-        programs.normalize[plan.grid](
-            dense, target, *vectors, added, *plan.sizes, ACTIVATION=activation, **plan.blocks
-        )  # fmt: skip
+    tensors = (dense, target, *vectors, added)
+    programs.launch(programs.normalize, plan.grid, tensors, plan.sizes, plan.activated[activation])
     return output if target is output else output.copy_(target)
 
 
@@ -161,16 +160,13 @@ def _reduce(
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     kept = None if kept is None else _like(kept, dense)
     written = None if activation is None else through
-    with torch.cuda.device_of(dense):
-        programs.backward_sums[plan.grid](
-            grad, dense, *vectors, kept, written, partial, sums, affine, *plan.sizes, ACTIVATION=activation,
-            **plan.blocks,
-        )  # fmt: skip
-        if splits > 1:
-            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
-            programs.combine_backward_sums[grid](
-                partial, vectors[1], sums, affine, num_channels, splits, **plan.combine
-            )  # fmt: skip
+    tensors = (grad, dense, *vectors, kept, written, partial, sums, affine)
+    programs.launch(programs.backward_sums, plan.grid, tensors, plan.sizes, plan.activated[activation])
+    if splits > 1:
+        tensors = (partial, vectors[1], sums, affine)
+        programs.launch(
+            programs.combine_backward_sums, plan.combine_grid, tensors, (num_channels, splits), plan.combine
+        )
     if activation is not None and dense is not input:
         through = torch.empty_like(input).copy_(through)
     return sums, affine, through
@@ -213,10 +209,8 @@ def _write_gradient(
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
     plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), sums.contiguous(), count)
-    with torch.cuda.device_of(input):
-        programs.backward_elementwise[plan.grid](
-            _like(grad, dense), dense, target, *vectors, *plan.sizes, **plan.blocks
-        )  # fmt: skip
+    tensors = (_like(grad, dense), dense, target, *vectors)
+    programs.launch(programs.backward_elementwise, plan.grid, tensors, plan.sizes, plan.blocks)
     if target is not output:
         output.copy_(target)
 

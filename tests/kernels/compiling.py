@@ -57,6 +57,10 @@ class Recorders:
     def __getattr__(self, name: str) -> Recorder:
         return Recorder(self.launches, name)
 
+    def launch(self, program: Recorder, grid: tuple, tensors: tuple, scalars: tuple, blocks: dict) -> None:
+        """Stands for `launch.launch`."""
+        program[grid](*tensors, *scalars, **blocks)
+
 
 def record(dtypes: list[torch.dtype]) -> list[tuple]:
     """What all operators would launch for these types, shapes and both layouts."""

@@ -1,8 +1,12 @@
 """Launch plans of the Triton kernels: tile sizes, launch grids, and over how many programs a channel is split."""
 
+from __future__ import annotations
+
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from syncbn.kernels.activations import ACTIVATIONS
 
 # Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
 # which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers; not
@@ -18,7 +22,12 @@ _MOST_PLANES = 16
 # Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program.
 _PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
 # Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
-COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
+_COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
+
+
+# Constexprs and compile options of a launch, by name. Equal ones are one object (`shared`).
+Blocks = dict[str, Any]
+_shared: dict[tuple[tuple[str, Any], ...], Blocks] = {}
 
 
 class Layout(NamedTuple):
@@ -37,18 +46,21 @@ class Layout(NamedTuple):
 class _Sums(NamedTuple):
     """Launch plan of a reduction, and of the kernel that combines its partial sums (`combine`)."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across, tiles_per_split
-    blocks: dict[str, int | bool]
-    combine: dict[str, int]
+    blocks: Blocks
+    activated: dict[str | None, Blocks]  # with an activation, by its name
+    combine_grid: tuple[int, int, int]
+    combine: Blocks
 
 
 class _Passes(NamedTuple):
     """Launch plan of an elementwise kernel."""
 
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, rows, units, tiles_across
-    blocks: dict[str, int | bool]
+    blocks: Blocks
+    activated: dict[str | None, Blocks]  # with an activation, by its name
 
 
 @lru_cache(maxsize=4096)
@@ -65,12 +77,15 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
     splits = ceil_div(tiles, per_split)
     unit = _unit(layout.size, itemsize)
     options = {"num_warps": _SUM_WARPS, "enable_fp_fusion": False}
-    at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // COMBINED_CHANNELS)
+    at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
+    blocks = {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options}
     return _Sums(
-        (programs, splits),
+        (programs, splits, 1),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options},
-        {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": COMBINED_CHANNELS, **options},
+        shared(blocks),
+        _with_activations(blocks),
+        (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
+        shared({"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, **options}),
     )
 
 
@@ -84,11 +99,22 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> _Passes:
         height = min(height, max(_MOST_PLANES, _SMALL_TILE // width))
     tiles_across = ceil_div(layout.size, width)
     unit = _unit(layout.size, itemsize)
+    blocks = {**_common(layout, unit, height, width), "num_warps": WARPS, "enable_fp_fusion": False}
     return _Passes(
-        (ceil_div(rows, height) * tiles_across,),
+        (ceil_div(rows, height) * tiles_across, 1, 1),
         (layout.channels, rows, layout.size // unit, tiles_across),
-        {**_common(layout, unit, height, width), "num_warps": WARPS, "enable_fp_fusion": False},
+        shared(blocks),
+        _with_activations(blocks),
     )
+
+
+def shared(blocks: Blocks) -> Blocks:
+    """The one object that stands for all equal `blocks`."""
+    return _shared.setdefault(tuple(blocks.items()), blocks)
+
+
+def _with_activations(blocks: Blocks) -> dict[str | None, Blocks]:
+    return {activation: shared({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
 
 
 def _block(layout: Layout, tile: int) -> tuple[int, int]:
