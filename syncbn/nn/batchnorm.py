@@ -14,15 +14,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
+from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn.call_stack import foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
-from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
+from syncbn.nn.functional import (
+    Call,
+    NormalizeByBatch,
+    as_mask,
+    check_arguments,
+    normalize_by_batch,
+    normalize_by_running,
+)
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
-from syncbn.torch_compat import init_batch_norm, reset_batch_norm
+from syncbn.torch_compat import (
+    backward_pass,
+    ddp_around,
+    init_batch_norm,
+    reset_batch_norm,
+    saved_tensor_hooks,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,6 +44,8 @@ if TYPE_CHECKING:
     from syncbn.nn.pool import Pool
 
 _OF_A_CONTEXT = ("_pool", "_record")  # attributes set by context managers; copies and pickles leave them out
+# Names of the vectors that may be looked up in the dictionaries of a module.
+_PARAMETERS, _BUFFERS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def width_of(layer: nn.Module) -> int:
@@ -159,6 +175,10 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
+        if mask is None and type(self) is SyncBatchNorm and not torch.compiler.is_compiling():
+            output = self._plain_step(input, residual)
+            if output is not None:
+                return output
         activation = self._activation_name()
         if self._is_lean():
             check_lean(activation, mask, residual)
@@ -179,6 +199,56 @@ class SyncBatchNorm(_BatchNorm):
         if residual is not None:
             output = output + residual
         return output if activation is None else ACTIVATIONS[activation](output)
+
+    def _plain_step(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """A training forward where nothing is special about the layer, its arguments, or what surrounds the call.
+
+        It does what `_normalize` does, in fewer steps. None in all other cases, those with errors included, which are
+        left to `_normalize`.
+        """
+        state = self.__dict__
+        if (
+            not (state["training"] and torch.is_grad_enabled())
+            or state.get("_stats_frozen", False)
+            or "_pool" in state
+            or "_record" in state
+            or state.get("memory") == "lean"
+            or backward_pass() != -1
+            or saved_tensor_hooks() is not None
+        ):
+            return None
+        parameters, buffers = state["_parameters"], state["_buffers"]
+        if not (parameters.keys() >= _PARAMETERS and buffers.keys() >= _BUFFERS):
+            return None  # parametrized, or sharded by replacing attributes
+        weight, bias = parameters["weight"], parameters["bias"]
+        running_mean = running_var = counter = None
+        if state["track_running_stats"] and buffers["running_mean"] is not None:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            counter = buffers["num_batches_tracked"]
+        num_features, eps = state["num_features"], state["eps"]
+        size = (num_features,)
+        if (
+            input.dim() < 2
+            or input.size(1) != num_features
+            or not input.is_floating_point()
+            or input.numel() == num_features
+            or not eps > 0
+            or (weight is not None and weight.shape != size)
+            or (bias is not None and bias.shape != size)
+            or (running_mean is not None and (running_mean.shape != size or running_var is None))
+            or (running_var is not None and running_var.shape != size)
+            or (
+                residual is not None
+                and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device)
+            )
+        ):
+            return None
+        if ddp_around() is not None:
+            check_wrapper()
+        statistics = Statistics(running_mean, running_var, counter, state["momentum"], eps)
+        group = collective_group(state.get("process_group"))
+        call = Call(statistics, group, None, None, self, None, None, state.get("activation"), False, True)
+        return NormalizeByBatch.apply(input, weight, bias, residual, call)
 
     def _counter(self) -> Tensor | None:
         return self.num_batches_tracked

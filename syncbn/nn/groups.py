@@ -79,7 +79,7 @@ def collective_group(process_group: dist.ProcessGroup | DeviceMesh | LostGroup |
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if process_group is None else as_group(process_group)
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if process_group is not None and (group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0):
         raise RuntimeError(
             f"rank {dist.get_rank()} is not a member of the process group of this layer; give each rank the group that"
             " it belongs to (dist.new_group returns a placeholder to ranks outside the group)"

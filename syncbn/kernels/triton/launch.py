@@ -14,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
+from syncbn.kernels.triton.launch_plan import Blocks
 from syncbn.torch_compat import current_cuda_device, current_cuda_stream
 
 _TRIED = ("3.6.",)
 _ALIGNMENT = 16  # bytes; Triton compiles wide loads for pointers that are multiples of it
-_WIDE = 2**31  # integers from here on are passed in 64 bits
 
 
 class _Kernel(NamedTuple):
@@ -27,16 +27,18 @@ class _Kernel(NamedTuple):
     start: Callable[..., None]
     options: tuple[Any, ...]
     constants: tuple[Any, ...]
-    blocks: dict[str, Any]  # its identity is part of the key, so it must not be freed
 
 
-_kernels: dict[tuple[Any, ...], _Kernel] = {}
-_hooks = triton.knobs.runtime if hasattr(triton, "knobs") else None
+_knobs: Any = triton.knobs.runtime if hasattr(triton, "knobs") else None
 _is_direct = triton.__version__.startswith(_TRIED) and torch.version.hip is None
 
 
 def launch(
-    program: Any, grid: Sequence[int], tensors: Sequence[Tensor | None], scalars: Sequence[float], blocks: dict[str, Any]
+    program: Any,
+    grid: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    scalars: Sequence[float],
+    blocks: Blocks,
 ) -> None:
     """Starts a kernel on the current stream of the tensors' device.
 
@@ -45,7 +47,7 @@ def launch(
         grid: three sizes.
         tensors: the first one is not None.
         scalars: integers that the program does not specialize on, and floats of annotated types.
-        blocks: constexprs and compile options by name; must not be changed afterwards.
+        blocks: its constexprs and compile options.
     """
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != current_cuda_device():
@@ -55,31 +57,44 @@ def launch(
     if not _is_direct:
         program[grid](*tensors, *scalars, **blocks)
         return
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    key = (
-        program, id(blocks), device, max(scalars) < _WIDE or tuple(scalar < _WIDE for scalar in scalars),
-        *[None if tensor is None else tensor.dtype for tensor in tensors],
-        *[pointer is None or pointer % _ALIGNMENT == 0 for pointer in pointers],
-    )  # fmt: skip
-    kernel = _kernels.get(key)
-    if kernel is None or _is_observed(program):
+    # What Triton compiles for, besides `blocks` and the width of its sizes: device, types, which arguments are None,
+    # and which pointers are aligned.
+    kind: list[Any] = [device]
+    pointers: list[int | None] = []
+    bits = 0
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+            pointers.append(None)
+        else:
+            kind.append(tensor.dtype)
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer
+    if bits % _ALIGNMENT:
+        for address in pointers:
+            kind.append(address is None or address % _ALIGNMENT == 0)
+    key = tuple(kind)
+    kernel = blocks.kernels.get(key)
+    if (
+        kernel is None
+        or program.pre_run_hooks
+        or getattr(_knobs.launch_enter_hook, "calls", True)
+        or getattr(_knobs.launch_exit_hook, "calls", True)
+    ):
         compiled = program[grid](*tensors, *scalars, **blocks)
-        _keep(key, compiled, [blocks[name] for name in program.arg_names[len(tensors) + len(scalars) :]], blocks)
+        constants = [blocks[name] for name in program.arg_names[len(tensors) + len(scalars) :]]
+        _keep(blocks.kernels, key, compiled, constants)
     else:
         kernel.start(*grid, current_cuda_stream(device), *kernel.options, *pointers, *scalars, *kernel.constants)
 
 
-def _is_observed(program: Any) -> bool:
-    """Whether somebody's hook has to see the launch, which then takes the public way."""
-    launches = (_hooks.launch_enter_hook, _hooks.launch_exit_hook)
-    return bool(program.pre_run_hooks) or any(getattr(hook, "calls", True) for hook in launches)
-
-
-def _keep(key: tuple[Any, ...], compiled: Any, constants: list[Any], blocks: dict[str, Any]) -> None:
+def _keep(kernels: dict[tuple[Any, ...], _Kernel], key: tuple[Any, ...], compiled: Any, constants: list[Any]) -> None:
+    """Keeps a kernel that `program[grid](...)` has compiled and started."""
     launcher = compiled.run
     if launcher.global_scratch_size or launcher.profile_scratch_size:
-        return  # memory that Triton allocates for each launch
+        return  # Triton allocates memory for each launch
     no_scratch, no_hooks = (None, None), (None, None, None)
     options = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch,
                compiled.packed_metadata, *no_hooks)  # fmt: skip
-    _kernels[key] = _Kernel(launcher.launch, options, tuple(constants), blocks)
+    kernels[key] = _Kernel(launcher.launch, options, tuple(constants))
