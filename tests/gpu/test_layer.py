@@ -265,3 +265,12 @@ def test_an_input_on_another_device_than_the_current_one():
     output = layer(torch.randn(8, 4, 5, device="cuda:1"))
     assert output.device.index == 1
     assert output.isfinite().all()
+
+
+def test_a_layer_left_on_the_cpu_is_an_error_and_no_crash():
+    input = torch.randn(8, 4, 5, 5, device="cuda")
+    for _ in range(2):
+        SyncBatchNorm(4, device="cuda")(input)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        SyncBatchNorm(4)(input)
+    assert SyncBatchNorm(4, device="cuda")(input).isfinite().all()

@@ -79,6 +79,14 @@ def test_launches_that_a_hook_observes_take_the_public_way(program, monkeypatch)
     assert (len(program.compiled), program.started) == (3, [])
 
 
+def test_a_tensor_on_another_device_is_left_to_triton_which_says_so(program):
+    a, b, blocks = torch.ones(4), torch.ones(4), Blocks({"BLOCK": 8})
+    launching.launch(program, (1, 1, 1), (a, b), (4,), blocks)
+    elsewhere = SimpleNamespace(dtype=b.dtype, data_ptr=b.data_ptr, get_device=lambda: 0)
+    launching.launch(program, (1, 1, 1), (a, elsewhere), (4,), blocks)
+    assert (len(program.compiled), program.started) == (2, [])
+
+
 def test_versions_of_triton_that_were_not_tried_take_the_public_way(program, monkeypatch):
     monkeypatch.setattr(launching, "_is_direct", False)
     for _ in range(2):

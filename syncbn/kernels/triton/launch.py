@@ -61,7 +61,7 @@ def launch(
     # and which pointers are aligned.
     kind: list[Any] = [device]
     pointers: list[int | None] = []
-    bits = 0
+    bits, is_elsewhere = 0, False
     for tensor in tensors:
         if tensor is None:
             kind.append(None)
@@ -71,6 +71,7 @@ def launch(
             pointer = tensor.data_ptr()
             pointers.append(pointer)
             bits |= pointer
+            is_elsewhere |= tensor.get_device() != device
     if bits % _ALIGNMENT:
         for address in pointers:
             kind.append(address is None or address % _ALIGNMENT == 0)
@@ -78,6 +79,7 @@ def launch(
     kernel = blocks.kernels.get(key)
     if (
         kernel is None
+        or is_elsewhere  # Triton then says what is wrong; a wrong pointer would crash the process
         or program.pre_run_hooks
         or getattr(_knobs.launch_enter_hook, "calls", True)
         or getattr(_knobs.launch_exit_hook, "calls", True)
