@@ -8,10 +8,10 @@ One process. "Collective forced" is our layer with an NCCL all-reduce in forward
 again" repeats "local" with the same code and shows the noise. The copy moves as many bytes as a step has to (eight
 times the activation), so 1.00 is the bandwidth of the device.
 
-Device times of layers are measured by events around several steps in a row. The host launches them all before the
-device begins with the first, so launch overhead does not count. Host times last until the calls return. Whole training
-steps are not launched ahead: where the host is slower than the device, its time counts, as it does for a user. The rows
-take turns in random order; printed are medians of the runs, with minimum and maximum.
+Device times of layers are the sums of their kernels in the profiler, so launch overhead does not count. Host times last
+until the calls return. Whole training steps are timed as they run: where the host is slower than the device, its time
+counts, as it does for a user. The rows take turns in random order; printed are medians of the runs, with minimum and
+maximum.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncFunction
+from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.nn import groups
@@ -97,20 +99,16 @@ def layer_rows(input: Tensor, grad: Tensor) -> dict[str, Step]:
 
 
 def device_time(step: Step, repeats: int) -> float:
-    """Milliseconds per step on the device, of several that the host has launched before the device begins with them."""
-    for cycles in (2e7, 2e8, 2e9):  # about 10 ms, 100 ms, 1 s
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(cycles))
-        start.record()
+    """Milliseconds per step on the device: the sum of its kernels, copies and fills, by the profiler.
+
+    Steps cannot be launched ahead of the device and timed by events: torch's synchronized path waits for it inside.
+    """
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(repeats):
             step()
-        end.record()
-        host_was_ahead = not start.query()
         torch.cuda.synchronize()
-        if host_was_ahead:
-            return start.elapsed_time(end) / repeats
-    raise RuntimeError(f"{repeats} steps cannot be launched ahead of the device")
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in events if not event.is_user_annotation) / repeats / 1e3
 
 
 def step_time(step: Step, repeats: int) -> float:
@@ -187,7 +185,7 @@ def show_layer(entry: dict[str, Any]) -> None:
 
 
 def show_goals(entries: list[dict[str, Any]]) -> None:
-    """Prints the lines of benchmarks/gpu.md that have a goal for a layer: ours, over all layers of a size."""
+    """Prints the lines of benchmarks/gpu.md about a layer, over all layers of a size; of the host, over all."""
     classes = {"under 4 MB": lambda size: size < 4e6, "above 64 MB": lambda size: size > 64e6}
     print("\n| layers | how many | ours to torch sync: median (worst) | bandwidth next to the copy: median (worst) |\n"
           + "|---" * 4 + "|")  # fmt: skip
@@ -199,6 +197,14 @@ def show_goals(entries: list[dict[str, Any]]) -> None:
         to_copy = [median(found["copy"]) / median(found["ours"]) for found in times]
         print(f"| {name} | {len(times)} | {median(to_torch):.2f} ({max(to_torch):.2f})"
               f" | {median(to_copy):.2f} ({min(to_copy):.2f}) |")  # fmt: skip
+    print("\n| host time | median (worst) |\n|---|---|")
+    for name, base in (
+        ("ours", "local"),
+        ("ours, collective forced", "local"),
+        ("ours, collective forced", "torch sync"),
+    ):
+        ratios = [median(entry["host"][name]) / median(entry["host"][base]) for entry in entries]
+        print(f"| {name}, to {base} | {median(ratios):.2f} ({max(ratios):.2f}) |")
 
 
 class Bottleneck(nn.Module):
@@ -349,7 +355,7 @@ def show_model(entry: dict[str, Any]) -> None:
 
 
 def median(values: list[float]) -> float:
-    """The median of an odd number of values."""
+    """The median, the upper one of an even number of values."""
     return sorted(values)[len(values) // 2]
 
 

@@ -1,23 +1,61 @@
 """Every use of torch's private API, and of API that differs between torch versions, is in this module.
 
-Tested with torch 2.13. Each docstring says which public API is missing; tests/test_torch_compat.py checks that the
-private one behaves as described. (Not counted as private: `_BatchNorm`, the base class that torch's own documentation
-names, and base classes of other layers beside it; the operators `torch._foreach_*`, which torch documents.)
+Tested with the versions in docs/compatibility.md. Each docstring says which public API is missing, or in which version;
+tests/test_torch_compat.py checks that the private one behaves as described. (Not counted as private: `_BatchNorm`, the
+base class that torch's own documentation names, and base classes of other layers beside it; the operators
+`torch._foreach_*`, which torch documents.)
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
+
+_HAS_BIAS_ARGUMENT = "bias" in inspect.signature(_BatchNorm.__init__).parameters
+_HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+
+
+def init_batch_norm(layer: _BatchNorm, *args: Any, bias: bool, **options: Any) -> None:
+    """`_BatchNorm.__init__`, whose argument `bias` is missing before torch 2.13."""
+    if _HAS_BIAS_ARGUMENT:
+        _BatchNorm.__init__(layer, *args, bias=bias, **options)
+        return
+    _BatchNorm.__init__(layer, *args, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+
+
+def reset_batch_norm(layer: _BatchNorm) -> None:
+    """`_BatchNorm.reset_parameters`, which fails on a weight without a bias before torch 2.13."""
+    layer.reset_running_stats()
+    for parameter, value in ((layer.weight, 1.0), (layer.bias, 0.0)):
+        if layer.affine and parameter is not None:
+            nn.init.constant_(parameter, value)
+
+
+def ddp_without_buffer_sync(module: nn.Module, **options: Any) -> DistributedDataParallel:
+    """DDP that broadcasts buffers when it wraps a module (with `init_sync`), and never again.
+
+    Before torch 2.13 its argument `forward_sync_buffers` is missing, and `broadcast_buffers=False` leaves out both.
+    """
+    if _HAS_FORWARD_SYNC_BUFFERS:
+        return DistributedDataParallel(module, forward_sync_buffers=False, **options)
+    wrapped = DistributedDataParallel(module, **options)
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def hidden_from_modes() -> AbstractContextManager[object]:
@@ -28,21 +66,26 @@ def hidden_from_modes() -> AbstractContextManager[object]:
     return _disable_current_modes()
 
 
-def backward_pass() -> int:
-    """Autograd's id of the backward pass that is running (graph task id); -1 outside of a backward pass.
+# What can come between a call of an operator and its implementation: dispatch modes, function modes, transforms of
+# `torch.func`, the profiler, and tracing by `torch.jit.trace`. Each returns something true while it is active. No
+# public API tells of them. (Built-in functions, because a layer calls them in every pass.)
+INTERCEPTORS: tuple[Callable[[], object], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._are_functorch_transforms_active,
+    torch.autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+)
 
-    torch has no public way to tell whether code runs inside of a backward pass.
-    """
-    return torch._C._current_graph_task_id()
+# Autograd's id of the backward pass that is running (graph task id); -1 outside of a backward pass. torch has no public
+# way to tell whether code runs inside of a backward pass.
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
-
-def saved_tensor_hooks() -> tuple[Any, Any] | None:
-    """The innermost active pair (pack, unpack) of saved-tensor hooks; None if there is none.
-
-    `torch.autograd.graph.saved_tensors_hooks` sets them; no public API reads them.
-    """
-    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
+# The innermost active pair (pack, unpack) of saved-tensor hooks; None if there is none.
+# `torch.autograd.graph.saved_tensors_hooks` sets them; no public API reads them.
+saved_tensor_hooks: Callable[[], tuple[Any, Any] | None] = partial(
+    torch._C._autograd._top_saved_tensors_default_hooks, True
+)
 
 
 def checkpoint_frame(pack: Any) -> Any:
@@ -60,6 +103,12 @@ def checkpoint_frame(pack: Any) -> Any:
     return None
 
 
+# Index of the current device, and handle of a device's current stream, as in `torch.cuda.current_device()` and
+# `torch.cuda.current_stream(index).cuda_stream`, which take ten times as long. Missing in builds without CUDA.
+current_cuda_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_cuda_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Asserts that `condition`, a bool tensor without dimensions, is True, without waiting for the device.
 
@@ -68,15 +117,34 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
-def ddp_around() -> DistributedDataParallel | None:
-    """The DDP wrapper whose forward pass is running; None outside of one."""
-    return DistributedDataParallel._active_ddp_module
+# The DDP wrapper whose forward pass is running; None outside of one.
+ddp_around: Callable[[], DistributedDataParallel | None] = partial(
+    getattr, DistributedDataParallel, "_active_ddp_module"
+)
 
 
 def num_parameters_reduced_by(wrapper: DistributedDataParallel) -> int | None:
     """Number of parameters whose gradients a DDP wrapper reduces, fixed at its construction; None if not reported."""
     number: int | None = wrapper._get_ddp_logging_data().get("num_parameter_tensors")
     return number
+
+
+# The groups for which a context is open that collects collectives to send them at its end. Only the functions of
+# `torch.distributed` look at them.
+coalescing_groups: Callable[[], dict[Any, Any]] = dict
+if dist.is_available():
+    coalescing_groups = partial(attrgetter("_world.pg_coalesce_state"), dist.distributed_c10d)
+
+
+def all_reduce_options() -> Any:
+    """Options of `ProcessGroup.allreduce` for a sum that is complete, for the current stream, after `wait`.
+
+    `dist.all_reduce` makes them anew at every call, between checks and wrappers that take longer than the call itself.
+    """
+    options = dist.AllreduceOptions()
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device | str | None = None) -> timedelta | None:

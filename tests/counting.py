@@ -15,18 +15,20 @@ from torch import Tensor
 def collectives() -> Iterator[list[tuple[int, torch.dtype]]]:
     """A list that grows by (numbers, type) of what this rank gives to each collective."""
     sent: list[tuple[int, torch.dtype]] = []
-    all_reduce, all_gather = dist.all_reduce, dist.all_gather
+    all_reduce, all_gather = dist.ProcessGroup.allreduce, dist.ProcessGroup.allgather
 
-    def counting_all_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_reduce(tensor, *args, **kwargs)
+    def counting_all_reduce(group: dist.ProcessGroup, tensors: list[Tensor], *args: object, **kwargs: object) -> object:
+        sent.extend((tensor.numel(), tensor.dtype) for tensor in tensors)
+        return all_reduce(group, tensors, *args, **kwargs)
 
-    def counting_all_gather(outputs: list[Tensor], tensor: Tensor, *args: object, **kwargs: object) -> object:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_gather(outputs, tensor, *args, **kwargs)
+    def counting_all_gather(
+        group: dist.ProcessGroup, outputs: list[list[Tensor]], tensors: list[Tensor], *args: object, **kwargs: object
+    ) -> object:
+        sent.extend((tensor.numel(), tensor.dtype) for tensor in tensors)
+        return all_gather(group, outputs, tensors, *args, **kwargs)
 
     with (
-        mock.patch.object(dist, "all_reduce", counting_all_reduce),
-        mock.patch.object(dist, "all_gather", counting_all_gather),
+        mock.patch.object(dist.ProcessGroup, "allreduce", counting_all_reduce),
+        mock.patch.object(dist.ProcessGroup, "allgather", counting_all_gather),
     ):
         yield sent

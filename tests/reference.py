@@ -58,9 +58,17 @@ def run_step(layer: nn.Module, input: Tensor, grad: Tensor) -> Step:
     )
 
 
+def build(layer_class: type[nn.Module], num_features: int, bias: bool = True, **options: object) -> nn.Module:
+    """One of torch's batch normalizations, which have no argument `bias` before 2.13."""
+    layer = layer_class(num_features, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return layer
+
+
 def expected_step(input: Tensor, grad: Tensor, **options: object) -> Step:
     """The reference: float64 `nn.BatchNorm` on the whole batch."""
-    layer = PLAIN[input.dim()](input.size(1), dtype=torch.float64, **options)
+    layer = build(PLAIN[input.dim()], input.size(1), dtype=torch.float64, **options)
     if layer.weight is not None:
         set_affine(layer)
     return run_step(layer, input.to(torch.float64), grad.to(torch.float64))

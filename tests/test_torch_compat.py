@@ -5,10 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import torch_compat
+from syncbn import SyncBatchNorm, torch_compat
 
 
 class Counting(TorchDispatchMode):
@@ -19,6 +21,91 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.num_seen += 1
         return func(*args, **(kwargs or {}))
+
+
+class Passing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def intercepted(_=None):
+    return any(active() for active in torch_compat.INTERCEPTORS)
+
+
+def inside(context):
+    with context:
+        return intercepted()
+
+
+def inside_vmap():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(intercepted()) or x)(torch.ones(2))
+    return seen[0]
+
+
+def inside_trace():
+    seen = []
+    torch.jit.trace(lambda x: seen.append(intercepted()) or x + 1, torch.ones(2), check_trace=False)
+    return seen[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11, of its only cycle
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: inside(Counting()),
+        lambda: inside(Passing()),
+        lambda: inside(profile(activities=[ProfilerActivity.CPU])),
+        inside_vmap,
+        inside_trace,
+    ],
+    ids=["dispatch mode", "function mode", "profiler", "vmap", "jit.trace"],
+)
+def test_what_comes_between_an_operator_and_its_implementation_is_known(look):
+    assert not intercepted()
+    assert look()
+    assert not intercepted()
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_a_layer_without_a_bias_is_built_by_every_version(monkeypatch, has_argument):
+    monkeypatch.setattr(torch_compat, "_HAS_BIAS_ARGUMENT", has_argument and torch_compat._HAS_BIAS_ARGUMENT)
+    layer = SyncBatchNorm(3, bias=False)
+    assert (next(iter(layer.state_dict())), layer.bias) == ("weight", None)
+    layer.weight.data.fill_(2.0)
+    layer.reset_parameters()
+    assert layer.weight.tolist() == [1.0, 1.0, 1.0]
+
+
+class Buffered(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("value", torch.tensor(value))
+
+    def forward(self, x):
+        return x * self.weight + self.value
+
+
+def check_buffers(has_argument):
+    before = torch_compat._HAS_FORWARD_SYNC_BUFFERS
+    torch_compat._HAS_FORWARD_SYNC_BUFFERS = before and has_argument
+    rank = float(dist.get_rank())
+    model = Buffered(rank)
+    try:
+        wrapped = torch_compat.ddp_without_buffer_sync(model)
+    finally:
+        torch_compat._HAS_FORWARD_SYNC_BUFFERS = before  # ranks are used again
+    assert model.value == 0.0  # broadcast at construction
+    model.value.fill_(rank)
+    wrapped(torch.ones(1)).sum().backward()
+    assert model.value == rank
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_buffers_are_broadcast_when_a_model_is_wrapped_and_not_again(ranks, has_argument):
+    ranks(2, check_buffers, has_argument)
 
 
 def test_modes_do_not_see_what_is_hidden_from_them():

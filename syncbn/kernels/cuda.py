@@ -17,33 +17,38 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from syncbn.kernels import reference
-from syncbn.kernels.triton.launch_plan import COMBINED_CHANNELS, WARPS, Layout, ceil_div, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import WARPS, Blocks, Layout, ceil_div, plan_passes, plan_sums
 
-_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FINISH_BLOCK = 256
+# Of `finish`, by whether the statistics are a cumulative average.
+FINISH = [
+    Blocks({"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False})
+    for cumulative in (False, True)
+]
 
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     """See `reference.moments`; inputs with a mask are handled by the reference."""
-    programs = _programs(input)
+    programs = programs_for(input)
     if mask is not None or programs is None or input.numel() == 0:
         return reference.moments(input, mask)
-    input, layout = _dense(input)
-    plan = plan_sums(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    input, layout = as_dense(input)
+    plan = plan_sums(layout, input.dtype.itemsize, multiprocessors(input.device))
     num_channels = layout.channels
     count = input.numel() // num_channels
     packed = input.new_empty(4 * num_channels + 1, dtype=torch.float64)
     splits = plan.grid[1]
     partial = input.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else packed
-    with torch.cuda.device_of(input):
-        programs.moments[plan.grid](input, partial, packed, count, *plan.sizes, **plan.blocks)
-        if splits > 1:
-            stride = 1 if layout.last else layout.size
-            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
-            programs.combine_moments[grid](input, partial, packed, count, num_channels, splits, stride, **plan.combine)
+    programs.launch(programs.moments, plan.grid, (input, partial, packed), (count, *plan.sizes), plan.moments)
+    if splits > 1:
+        scalars = (count, num_channels, splits, 1 if layout.last else layout.size)
+        tensors = (input, partial, packed)
+        programs.launch(programs.combine_moments, plan.combine_grid, tensors, scalars, plan.combine_moments)
     return packed
 
 
@@ -57,23 +62,35 @@ def finish(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.finish`."""
-    programs = _programs(packed)
+    programs = programs_for(packed)
     buffers = [buffer for buffer in (running_mean, running_var) if buffer is not None]
-    if programs is None or not all(buffer.is_contiguous() and buffer.dtype in _TYPES for buffer in buffers):
+    if programs is None or not all(buffer.is_contiguous() and buffer.dtype in TYPES for buffer in buffers):
         return reference.finish(packed, running_mean, running_var, num_batches_tracked, momentum, eps, dtype)
     num_channels = (packed.numel() - 1) // 4
     mean = packed.new_empty((2, num_channels), dtype=dtype)
     invstd = packed.new_empty(num_channels, dtype=dtype)
     count = packed.new_empty(())
     is_cumulative = momentum is None and num_batches_tracked is not None
-    num_programs = 1 if is_cumulative else max(1, ceil_div(num_channels, _FINISH_BLOCK))
-    with torch.cuda.device_of(packed):
-        programs.finish[(num_programs,)](
-            packed, running_mean, running_var, num_batches_tracked, mean, invstd, count,
-            0.0 if momentum is None else float(momentum), float(eps), num_channels,
-            CUMULATIVE=is_cumulative, BLOCK_CHANNELS=_FINISH_BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    grid = (1, 1, 1) if is_cumulative else finish_grid(num_channels)
+    tensors = (packed, running_mean, running_var, num_batches_tracked, mean, invstd, count)
+    scalars = (0.0 if momentum is None else float(momentum), float(eps), num_channels)
+    programs.launch(programs.finish, grid, tensors, scalars, FINISH[is_cumulative])
+    mark_as_written(running_mean, running_var, num_batches_tracked)
     return mean, invstd, count
+
+
+def finish_grid(num_channels: int) -> tuple[int, int, int]:
+    """Launch grid of the program `finish`, unless the statistics are a cumulative average."""
+    return max(1, ceil_div(num_channels, _FINISH_BLOCK)), 1, 1
+
+
+def mark_as_written(
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+) -> None:
+    """Tells autograd that a kernel has written running statistics, so that a graph that has saved them raises."""
+    for buffer in (running_mean, running_var, num_batches_tracked):
+        if buffer is not None and not buffer.is_inference():
+            increment_version(buffer)
 
 
 def normalize(
@@ -86,21 +103,19 @@ def normalize(
     activation: str | None = None,
 ) -> Tensor:
     """See `reference.normalize`."""
-    programs = _programs(input)
+    programs = programs_for(input)
     if programs is None:
         return reference.normalize(input, mean, invstd, weight, bias, residual, activation)
     output = torch.empty_like(input)
     if input.numel() == 0:
         return output
-    dense, layout = _dense(input)
+    dense, layout = as_dense(input)
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
-    plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    plan = plan_passes(layout, input.dtype.itemsize, multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     added = None if residual is None else _like(residual, dense)
-    with torch.cuda.device_of(input):
-        programs.normalize[plan.grid](
-            dense, target, *vectors, added, *plan.sizes, ACTIVATION=activation, **plan.blocks
-        )  # fmt: skip
+    tensors = (dense, target, *vectors, added)
+    programs.launch(programs.normalize, plan.grid, tensors, plan.sizes, plan.normalize[activation])
     return output if target is output else output.copy_(target)
 
 
@@ -108,8 +123,8 @@ def backward_reduce(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_reduce`."""
-    programs = _programs(input)
-    if programs is None or dtype not in _TYPES or grad.dtype not in _TYPES:
+    programs = programs_for(input)
+    if programs is None or dtype not in TYPES or grad.dtype not in TYPES:
         return reference.backward_reduce(grad, input, mean, invstd, dtype)
     sums, affine, _ = _reduce(programs, grad, input, mean, invstd, None, None, None, None, dtype)
     return sums, affine
@@ -127,8 +142,8 @@ def activated_reduce(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.activated_reduce`."""
-    programs = _programs(input)
-    if programs is None or dtype not in _TYPES or grad.dtype not in _TYPES:
+    programs = programs_for(input)
+    if programs is None or dtype not in TYPES or grad.dtype not in TYPES:
         return reference.activated_reduce(grad, input, mean, invstd, weight, bias, kept, activation, dtype)
     return _reduce(programs, grad, input, mean, invstd, weight, bias, kept, activation, dtype)
 
@@ -150,9 +165,9 @@ def _reduce(
     if input.numel() == 0:
         sums = input.new_zeros(2 * num_channels, dtype=torch.float64)
         return sums, input.new_zeros((2, num_channels), dtype=dtype), torch.empty_like(input)
-    dense, layout = _dense(input)
+    dense, layout = as_dense(input)
     grad = _like(grad, dense)
-    plan = plan_sums(layout, dense.dtype.itemsize, _multiprocessors(dense.device))
+    plan = plan_sums(layout, dense.dtype.itemsize, multiprocessors(dense.device))
     sums = dense.new_empty(2 * num_channels, dtype=torch.float64)
     affine = dense.new_empty((2, num_channels), dtype=dtype)
     splits = plan.grid[1]
@@ -161,16 +176,17 @@ def _reduce(
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     kept = None if kept is None else _like(kept, dense)
     written = None if activation is None else through
-    with torch.cuda.device_of(dense):
-        programs.backward_sums[plan.grid](
-            grad, dense, *vectors, kept, written, partial, sums, affine, *plan.sizes, ACTIVATION=activation,
-            **plan.blocks,
-        )  # fmt: skip
-        if splits > 1:
-            grid = (ceil_div(num_channels, COMBINED_CHANNELS),)
-            programs.combine_backward_sums[grid](
-                partial, vectors[1], sums, affine, num_channels, splits, **plan.combine
-            )  # fmt: skip
+    tensors: tuple[Tensor | None, ...] = (grad, dense, *vectors, kept, written, partial, sums, affine)
+    programs.launch(programs.backward_sums, plan.grid, tensors, plan.sizes, plan.backward_sums[activation])
+    if splits > 1:
+        tensors = (partial, vectors[1], sums, affine)
+        programs.launch(
+            programs.combine_backward_sums,
+            plan.combine_grid,
+            tensors,
+            (num_channels, splits),
+            plan.combine_backward_sums,
+        )
     if activation is not None and dense is not input:
         through = torch.empty_like(input).copy_(through)
     return sums, affine, through
@@ -203,20 +219,18 @@ def _write_gradient(
     count: Tensor,
 ) -> None:
     """Writes the input's gradient to `output`, which may be `grad` itself: each value is read before it is written."""
-    programs = _programs(input)
-    if programs is None or grad.dtype not in _TYPES:
+    programs = programs_for(input)
+    if programs is None or grad.dtype not in TYPES:
         output.copy_(reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count))
         return
     if input.numel() == 0:
         return
-    dense, layout = _dense(input)
+    dense, layout = as_dense(input)
     target = output if _same_layout(output, dense) else torch.empty_like(dense)
-    plan = plan_passes(layout, input.dtype.itemsize, _multiprocessors(input.device))
+    plan = plan_passes(layout, input.dtype.itemsize, multiprocessors(input.device))
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), sums.contiguous(), count)
-    with torch.cuda.device_of(input):
-        programs.backward_elementwise[plan.grid](
-            _like(grad, dense), dense, target, *vectors, *plan.sizes, **plan.blocks
-        )  # fmt: skip
+    tensors = (_like(grad, dense), dense, target, *vectors)
+    programs.launch(programs.backward_elementwise, plan.grid, tensors, plan.sizes, plan.backward_elementwise)
     if target is not output:
         output.copy_(target)
 
@@ -229,9 +243,9 @@ def backward_local(
     return backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine
 
 
-def _programs(tensor: Tensor) -> ModuleType | None:
+def programs_for(tensor: Tensor) -> ModuleType | None:
     """The module of Triton kernels, or None if they cannot run on this tensor."""
-    if tensor.dtype not in _TYPES or not _device_is_new_enough(tensor.device):
+    if tensor.dtype not in TYPES or not _device_is_new_enough(tensor.device):
         return None
     return _import_programs()
 
@@ -266,11 +280,11 @@ def _device_is_new_enough(device: torch.device) -> bool:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _dense(input: Tensor) -> tuple[Tensor, Layout]:
+def as_dense(input: Tensor) -> tuple[Tensor, Layout]:
     """The input in one of the two layouts of the kernels, and the description of that layout.
 
     An input in neither layout, such as a slice of channels of a channels_last tensor, is copied.

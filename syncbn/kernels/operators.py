@@ -6,9 +6,15 @@ with `torch.library.Library` rather than `custom_op`, because a call costs less 
 device is registered under that device's dispatch key and nothing else changes: only the dispatcher selects kernels.
 """
 
+from operator import call
+from types import ModuleType
+
 import torch
+from torch import Tensor
 
 from syncbn.kernels import cpu, cuda, reference
+from syncbn.kernels.cuda_step import PLAIN
+from syncbn.torch_compat import INTERCEPTORS
 
 # Arguments that an operator mutates, by operator; operators not listed return new tensors only.
 _MUTATED = {
@@ -33,3 +39,14 @@ backward_elementwise = torch.ops.syncbn.backward_elementwise.default
 backward_elementwise_ = torch.ops.syncbn.backward_elementwise_.default
 backward_local = torch.ops.syncbn.backward_local.default
 activated_reduce = torch.ops.syncbn.activated_reduce.default
+
+# The modules of implementations by device type.
+IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
+
+
+def are_observed(*tensors: Tensor | None) -> bool:
+    """Whether anything that is active, or the type of a tensor, can come between an operator and its implementation.
+
+    Otherwise a step calls the implementation itself, which saves the way into the dispatcher and back into Python.
+    """
+    return any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, tensors))

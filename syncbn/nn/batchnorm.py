@@ -14,14 +14,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
+from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn.call_stack import foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
-from syncbn.nn.functional import as_mask, check_arguments, normalize_by_batch, normalize_by_running
+from syncbn.nn.functional import (
+    Call,
+    NormalizeByBatch,
+    as_mask,
+    check_arguments,
+    normalize_by_batch,
+    normalize_by_running,
+)
 from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
+from syncbn.torch_compat import (
+    backward_pass,
+    ddp_around,
+    init_batch_norm,
+    reset_batch_norm,
+    saved_tensor_hooks,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,12 +44,22 @@ if TYPE_CHECKING:
     from syncbn.nn.pool import Pool
 
 _OF_A_CONTEXT = ("_pool", "_record")  # attributes set by context managers; copies and pickles leave them out
+# Names of the vectors that may be looked up in the dictionaries of a module.
+_PARAMETERS, _BUFFERS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def width_of(layer: nn.Module) -> int:
     """C of a batch normalization of any class; 0 for a lazy one before its first input. (`num_features` may raise.)"""
     width: int = layer.__dict__.get("num_features", 0)
     return width
+
+
+def _width_of_vectors(layer: _BatchNorm) -> int | None:
+    """C by the length of a layer's vectors; None if it has none."""
+    for vector in (layer.running_mean, layer.weight):
+        if vector is not None:
+            return vector.numel()
+    return None
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -127,12 +152,16 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"memory: expected default or lean, got {memory!r}")
         if memory == "lean":
             check_lean(activation)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        init_batch_norm(
+            self, num_features, eps, momentum, affine, track_running_stats, bias=bias, device=device, dtype=dtype
         )
         self.process_group = process_group
         self.activation = activation
         self.memory = memory
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to 1 and 0, and running statistics and counter to those of a new layer."""
+        reset_batch_norm(self)
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -146,6 +175,10 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
+        if mask is None and type(self) is SyncBatchNorm and not torch.compiler.is_compiling():
+            output = self._plain_step(input, residual)
+            if output is not None:
+                return output
         activation = self._activation_name()
         if self._is_lean():
             check_lean(activation, mask, residual)
@@ -166,6 +199,56 @@ class SyncBatchNorm(_BatchNorm):
         if residual is not None:
             output = output + residual
         return output if activation is None else ACTIVATIONS[activation](output)
+
+    def _plain_step(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """A training forward where nothing is special about the layer, its arguments, or what surrounds the call.
+
+        It does what `_normalize` does, in fewer steps. None in all other cases, those with errors included, which are
+        left to `_normalize`.
+        """
+        state = self.__dict__
+        if (
+            not (state["training"] and torch.is_grad_enabled())
+            or state.get("_stats_frozen", False)
+            or "_pool" in state
+            or "_record" in state
+            or state.get("memory") == "lean"
+            or backward_pass() != -1
+            or saved_tensor_hooks() is not None
+        ):
+            return None
+        parameters, buffers = state["_parameters"], state["_buffers"]
+        if not (parameters.keys() >= _PARAMETERS and buffers.keys() >= _BUFFERS):
+            return None  # parametrized, or sharded by replacing attributes
+        weight, bias = parameters["weight"], parameters["bias"]
+        running_mean = running_var = counter = None
+        if state["track_running_stats"] and buffers["running_mean"] is not None:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            counter = buffers["num_batches_tracked"]
+        num_features, eps = state["num_features"], state["eps"]
+        size = (num_features,)
+        if (
+            input.dim() < 2
+            or input.size(1) != num_features
+            or not input.is_floating_point()
+            or input.numel() == num_features
+            or not eps > 0
+            or (weight is not None and weight.shape != size)
+            or (bias is not None and bias.shape != size)
+            or (running_mean is not None and (running_mean.shape != size or running_var is None))
+            or (running_var is not None and running_var.shape != size)
+            or (
+                residual is not None
+                and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device)
+            )
+        ):
+            return None
+        if ddp_around() is not None:
+            check_wrapper()
+        statistics = Statistics(running_mean, running_var, counter, state["momentum"], eps)
+        group = collective_group(state.get("process_group"))
+        call = Call(statistics, group, None, None, self, None, None, state.get("activation"), False, True)
+        return NormalizeByBatch.apply(input, weight, bias, residual, call)
 
     def _counter(self) -> Tensor | None:
         return self.num_batches_tracked
@@ -219,7 +302,7 @@ class SyncBatchNorm(_BatchNorm):
     ) -> Tensor:
         """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
         num_features = width_of(self)
-        if input.dim() >= 2 and input.size(1) != num_features:
+        if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
             raise RuntimeError(
                 f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
                 f" (input shape {tuple(input.shape)})"
@@ -268,15 +351,17 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             TypeError: read by another library's converter, which would replace this layer by a layer of its own class.
         """
-        if not torch.compiler.is_compiling():
-            converter = foreign_converter()
-            if converter is not None:
-                raise TypeError(
-                    f"{converter} would replace a {type(self).__name__} of syncbn, which is synchronized already, by"
-                    " another class, and lose its frozen switches and process group; leave the conversion out (in"
-                    " Lightning: sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before"
-                    " it. Layers of other classes in front of this one may have been replaced already"
-                )
+        if torch.compiler.is_dynamo_compiling():
+            # Dynamo before torch 2.13 takes `self.__dict__["num_features"]` for this property, which must not read it.
+            return _width_of_vectors(self)  # type: ignore[return-value]
+        converter = None if torch.compiler.is_compiling() else foreign_converter()
+        if converter is not None:
+            raise TypeError(
+                f"{converter} would replace a {type(self).__name__} of syncbn, which is synchronized already, by"
+                " another class, and lose its frozen switches and process group; leave the conversion out (in"
+                " Lightning: sync_batchnorm=False), or call syncbn.revert_sync_batchnorm(model, default=...) before"
+                " it. Layers of other classes in front of this one may have been replaced already"
+            )
         return width_of(self)
 
     @num_features.setter

@@ -12,13 +12,13 @@ from torch import Tensor
 SumInPlace = Callable[[Tensor], object]
 # Up to this many ranks a gather and a local sum are quicker on CPU than an all-reduce: fewer rounds, and the payloads
 # are small (benchmarks/layer.md).
-_GATHER_UP_TO = 8
+GATHER_UP_TO = 8
 
 
 def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> None:
     """Replaces `tensor` by its sum over the group, bitwise equal on every rank; one collective."""
     world_size = dist.get_world_size(group)
-    if tensor.device.type != "cpu" or world_size > _GATHER_UP_TO:
+    if tensor.device.type != "cpu" or world_size > GATHER_UP_TO:
         dist.all_reduce(tensor, group=group)
         return
     gathered = tensor.new_empty((world_size, tensor.numel()))

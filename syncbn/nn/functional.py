@@ -4,21 +4,38 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.kernels import activations, operators, reference
+from syncbn.kernels import activations, cuda, cuda_step, operators, reference
+from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn import lean
 from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
-from syncbn.nn.rank_checks import reduce
+from syncbn.nn.rank_checks import reduce, sum_in_place
 from syncbn.nn.recorder import sum_and_record
 
 
-class _NormalizeByBatch(torch.autograd.Function):
+class Call(NamedTuple):
+    """The arguments of `normalize_by_batch` that need no gradient."""
+
+    statistics: Statistics
+    group: dist.ProcessGroup | None
+    mask: Tensor | None
+    pool: Tensor | None
+    owner: nn.Module | None
+    recomputation: Recomputation | None
+    record: Tensor | None
+    activation: str | None
+    is_lean: bool
+    is_plain: bool  # nothing traces, and moments are neither masked, recalled, recorded nor pooled
+
+
+class NormalizeByBatch(torch.autograd.Function):
     """Normalization with the statistics of the global batch.
 
     One all-reduce in forward, and one in backward if the input needs a gradient.
@@ -26,60 +43,40 @@ class _NormalizeByBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        group: dist.ProcessGroup | None,
-        mask: Tensor | None,
-        pool: Tensor | None,
-        owner: nn.Module | None,
-        recomputation: Recomputation | None,
-        record: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        is_lean: bool,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
     ) -> Tensor:
-        def over_ranks(local: Tensor) -> Tensor:
-            if record is None:
-                return reduce(local, group, owner, "forward")
-            return sum_and_record(local, lambda payload: reduce(payload, group, owner, "watched forward"), record)
-
-        packed = operators.moments(input, mask)
-        packed = over_ranks(packed) if recomputation is None else recomputation.total(packed, over_ranks)
-        mean, invstd, count = operators.finish(
-            packed, running_mean, running_var, num_batches_tracked, momentum, eps, reference.compute_dtype(input.dtype)
-        )
-        if pool is not None:
-            pool.add_(packed)
-        output = operators.normalize(input, mean, invstd, weight, bias, residual, activation)
+        group, activation = call.group, call.activation
+        done = None
+        if call.is_plain and operators.IMPLEMENTATIONS.get(input.device.type) is cuda:
+            total = None if group is None else partial(sum_in_place, group=group, owner=call.owner, direction="forward")
+            done = cuda_step.forward(input, weight, bias, residual, activation, call.statistics, total)
+        output, mean, invstd, count = done or _forward(input, weight, bias, residual, call)
         kept = None
         if residual is not None and activation is not None:
             kept = output if activations.output_tells(activation) else residual
-        if is_lean:
+        if call.is_lean:
             index = lean.channels_to_keep(weight, bias, activation, input.dtype)
             part = None if index is None else input.index_select(1, index)
             ctx.save_for_backward(output, weight, mean, invstd, count, None, bias, None, index, part)
         else:
             of_activation = (None if activation is None else bias, kept)
-            ctx.save_for_backward(input, weight, mean, invstd, count, mask, *of_activation)
-        ctx.activation, ctx.is_lean = activation, is_lean
+            ctx.save_for_backward(input, weight, mean, invstd, count, call.mask, *of_activation)
+        ctx.activation, ctx.is_lean = activation, call.is_lean
         ctx.bias_dtype = None if bias is None else bias.dtype
-        dtypes = [vector.dtype for vector in (weight, bias) if vector is not None]
-        ctx.affine_dtype = dtypes[0] if dtypes and dtypes[0] == dtypes[-1] else mean.dtype
-        ctx.eps, ctx.group, ctx.owner = eps, group, owner
+        if weight is None:
+            ctx.affine_dtype = mean.dtype if bias is None else bias.dtype
+        else:
+            ctx.affine_dtype = weight.dtype if bias is None or bias.dtype == weight.dtype else mean.dtype
+        ctx.eps, ctx.group, ctx.owner = call.statistics.eps, group, call.owner
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, invstd, count, mask, bias, kept, *of_lean = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_input, grad_residual, scale = None, grad, weight
+        needs_input, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        scale = weight
+        grad_residual: Tensor | None
+        grad_input: Tensor | None
         if ctx.is_lean:
             kept = input  # a lean layer has saved its output in the place of the input
             input, mean, invstd, scale = _from_output(ctx, kept, weight, mean, invstd, bias, *of_lean)
@@ -95,32 +92,85 @@ class _NormalizeByBatch(torch.autograd.Function):
                 mask,
                 _through_activation(ctx) if ctx.activation is not None else None,
             )
-        elif needs_input and ctx.group is None and ctx.activation is None:
-            grad_input, affine = operators.backward_local(grad, input, mean, invstd, scale, count, ctx.affine_dtype)
-            grad_bias, grad_weight = affine.unbind()
         else:
-            if ctx.activation is None:
-                sums, affine = operators.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
-            else:
-                sums, affine, grad = operators.activated_reduce(
-                    grad, input, mean, invstd, scale, bias, kept, ctx.activation, ctx.affine_dtype
-                )
-            grad_residual = grad
+            done = None
+            if not torch.compiler.is_compiling() and operators.IMPLEMENTATIONS.get(input.device.type) is cuda:
+                total = None
+                if ctx.group is not None:
+                    total = partial(sum_in_place, group=ctx.group, owner=ctx.owner, direction="backward")
+                done = cuda_step.backward(
+                    grad, input, mean, invstd, scale, bias, kept, ctx.activation, count, ctx.affine_dtype, total,
+                    needs_residual, needs_input,
+                )  # fmt: skip
+            grad_input, affine, grad_residual = done or _backward(
+                ctx, grad, input, mean, invstd, scale, bias, kept, count
+            )
             grad_bias, grad_weight = affine.unbind()
-            if needs_input:
-                sums = reduce(sums, ctx.group, ctx.owner, "backward")
-                if ctx.activation is None or ctx.needs_input_grad[_RESIDUAL]:
-                    grad_input = operators.backward_elementwise(grad, input, mean, invstd, scale, sums, count)
-                else:  # nothing else needs the gradient of the activation's input: reuse its memory
-                    operators.backward_elementwise_(grad, input, mean, invstd, scale, sums, count)
-                    grad_input = grad
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        gradients[0] = grad_input
-        gradients[1] = grad_weight.to(weight.dtype) if needs_weight else None
-        gradients[2] = grad_bias.to(ctx.bias_dtype) if needs_bias else None
-        if ctx.needs_input_grad[_RESIDUAL]:
-            gradients[_RESIDUAL] = grad_residual.to(input.dtype)
-        return tuple(gradients)
+        return (
+            grad_input,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(ctx.bias_dtype) if needs_bias else None,
+            grad_residual.to(input.dtype) if needs_residual else None,
+            None,
+        )
+
+
+def _forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and mean, inverse standard deviation and count of the global batch."""
+    group, owner, record = call.group, call.owner, call.record
+    kernels: Any = operators
+    if not torch.compiler.is_compiling() and not operators.are_observed(input, weight, bias, residual):
+        kernels = operators.IMPLEMENTATIONS.get(input.device.type, operators)
+
+    def over_ranks(local: Tensor) -> Tensor:
+        if record is None:
+            return reduce(local, group, owner, "forward")
+        return sum_and_record(local, lambda payload: reduce(payload, group, owner, "watched forward"), record)
+
+    packed = kernels.moments(input, call.mask)
+    packed = over_ranks(packed) if call.recomputation is None else call.recomputation.total(packed, over_ranks)
+    mean, invstd, count = kernels.finish(packed, *call.statistics, reference.compute_dtype(input.dtype))
+    if call.pool is not None:
+        call.pool.add_(packed)
+    output = kernels.normalize(input, mean, invstd, weight, bias, residual, call.activation)
+    return output, mean, invstd, count
+
+
+def _backward(
+    ctx: Any,
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    count: Tensor,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of the input, of bias and weight (2, C), and of the activation's input."""
+    needs_input, needs_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[_RESIDUAL]
+    kernels: Any = operators
+    if not torch.compiler.is_compiling() and not operators.are_observed(grad, input, weight, bias, kept):
+        kernels = operators.IMPLEMENTATIONS.get(input.device.type, operators)
+    if needs_input and ctx.group is None and ctx.activation is None:
+        grad_input, affine = kernels.backward_local(grad, input, mean, invstd, weight, count, ctx.affine_dtype)
+        return grad_input, affine, grad
+    if ctx.activation is None:
+        sums, affine = kernels.backward_reduce(grad, input, mean, invstd, ctx.affine_dtype)
+    else:
+        sums, affine, grad = kernels.activated_reduce(
+            grad, input, mean, invstd, weight, bias, kept, ctx.activation, ctx.affine_dtype
+        )
+    if not needs_input:
+        return None, affine, grad
+    sums = reduce(sums, ctx.group, ctx.owner, "backward")
+    if ctx.activation is None or needs_residual:
+        return kernels.backward_elementwise(grad, input, mean, invstd, weight, sums, count), affine, grad
+    # Nothing else needs the gradient of the activation's input: reuse its memory.
+    kernels.backward_elementwise_(grad, input, mean, invstd, weight, sums, count)
+    return grad, affine, grad
 
 
 def _from_output(
@@ -144,7 +194,7 @@ def _from_output(
     return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 
 
-_RESIDUAL = 14  # index of `residual` among the arguments of `_NormalizeByBatch`
+_RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
 
 
 def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -203,7 +253,7 @@ def normalize_by_batch(
         ValueError: a single value per channel in a process that is not part of a job: the variance is undefined. (In a
             job, even of one rank, the output is then the bias, as the last batch of an epoch may be a single sample.)
     """
-    if not is_distributed() and mask is None and input.size(1) > 0 and input.numel() == input.size(1):
+    if mask is None and input.numel() == input.size(1) > 0 and not is_distributed():
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     recomputation = None
     if torch.compiler.is_compiling():
@@ -217,10 +267,10 @@ def normalize_by_batch(
     if recomputation is not None and recomputation.is_second:
         pool = None
     is_lean = is_lean and torch.is_grad_enabled()  # else nothing is saved, and weights need no check
-    return _NormalizeByBatch.apply(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group,
-        mask, pool, owner, recomputation, record, residual, activation, is_lean,
-    )  # fmt: skip
+    statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
+    is_plain = not torch.compiler.is_compiling() and mask is pool is recomputation is record is None
+    call = Call(statistics, group, mask, pool, owner, recomputation, record, activation, is_lean, is_plain)
+    return NormalizeByBatch.apply(input, weight, bias, residual, call)
 
 
 def normalize_by_running(

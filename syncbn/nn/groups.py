@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from syncbn.torch_compat import timeout_of
@@ -76,10 +77,13 @@ def collective_group(process_group: dist.ProcessGroup | DeviceMesh | LostGroup |
             f"this layer summed over a sub-group of {process_group.size} ranks, which pickling left out; set its"
             " process_group to a group of this job, or to None for all ranks"
         )
+    if process_group is None and not torch.compiler.is_compiling():  # in every step of nearly every layer
+        world = dist.group.WORLD if dist.is_available() else None
+        return None if world is None or (world.size() == 1 and not _force_collective) else world
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if process_group is None else as_group(process_group)
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if process_group is not None and (group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0):
         raise RuntimeError(
             f"rank {dist.get_rank()} is not a member of the process group of this layer; give each rank the group that"
             " it belongs to (dist.new_group returns a placeholder to ranks outside the group)"

@@ -13,15 +13,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from syncbn.nn import collectives
 from syncbn.nn.collectives import all_reduce_sum, sum_over_ranks
 from syncbn.nn.patterns import named_modules
-from syncbn.torch_compat import timeout_of
+from syncbn.torch_compat import all_reduce_options, coalescing_groups, timeout_of
 
 enabled = os.environ.get("SYNCBN_DEBUG", "0") not in ("", "0")
 
@@ -39,6 +41,7 @@ def enabling(wanted: bool) -> Iterator[None]:
 
 _names = WeakIdKeyDictionary()  # layer -> dotted name
 _calls = WeakIdKeyDictionary()  # layer -> {direction: number of collectives so far}
+_SUM = all_reduce_options() if dist.is_available() else None
 _BARE = nn.Identity()  # key in _calls for sync_batch_norm, which has no layer
 _channels: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
 
@@ -67,19 +70,28 @@ def reduce(tensor: Tensor, group: dist.ProcessGroup | None, owner: nn.Module | N
     """
     if group is None or torch.compiler.is_compiling():
         return all_reduce_sum(tensor, group)
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return all_reduce_sum(tensor, group, partial(sum_in_place, group=group, owner=owner, direction=direction))
+    sum_in_place(tensor, group, owner, direction)
+    return tensor
 
-    def checked_sum(total: Tensor) -> None:
-        if enabled:
-            check(group, owner, direction, total.device)
-        try:
+
+def sum_in_place(total: Tensor, group: dist.ProcessGroup, owner: nn.Module | None, direction: str) -> None:
+    """`reduce` of a tensor that autograd does not record and nothing traces, in place."""
+    if enabled:
+        check(group, owner, direction, total.device)
+    try:
+        if coalescing_groups() or (total.device.type == "cpu" and group.size() <= collectives.GATHER_UP_TO):
             sum_over_ranks(total, group)
-        except RuntimeError as error:
-            where = f"the {direction} pass of {name_of(owner)}"
-            raise CollectiveError(
-                where, f"rank {dist.get_rank()}: the sum over ranks in {where} failed: {error}"
-            ) from error
-
-    return all_reduce_sum(tensor, group, checked_sum)
+        else:  # what `dist.all_reduce` does, without its wrappers, which take longer on the host than all the rest
+            work = group.allreduce([total], _SUM)
+            if work is not None:
+                work.wait()
+    except RuntimeError as error:
+        where = f"the {direction} pass of {name_of(owner)}"
+        raise CollectiveError(
+            where, f"rank {dist.get_rank()}: the sum over ranks in {where} failed: {error}"
+        ) from error
 
 
 def check(group: dist.ProcessGroup, owner: nn.Module | None, direction: str, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """What only a GPU can show of the layer: accuracy, no waiting, graphs, compilation, kernels counted, memory."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,22 @@ from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.kernels import cuda, reference
 from tests.reference import expected_step, make_batch, max_error, run_step, set_affine
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# What torch warns of where nothing is wrong: the profiler about its only cycle, sync debug mode about itself,
+# AOTAutograd about a backend that returns plain functions, autograd about leaves that were used on another stream.
+TORCH_WARNS = [
+    pytest.mark.filterwarnings(f"ignore:{message}:UserWarning")
+    for message in (
+        ".*Profiler clears events at the end of each cycle",
+        "Synchronization debug mode is a prototype feature",
+        "Your compiler for AOTAutograd is returning a function that doesn't take boxed arguments",
+        "The AccumulateGrad node's stream does not match",
+    )
+]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *TORCH_WARNS,
+]
 
 COLUMNS = [(0.0, 1.0), (10.0, 1.0), (1000.0, 0.1), (1000.0, 0.01), (1e4, 1.0), (1000.123, 0.01), (1e5, 1.0)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -60,6 +76,16 @@ def set_affine_like_the_reference(layer):
     layer.load_state_dict(on_cpu.state_dict())
 
 
+@contextmanager
+def never_waiting():
+    """Context in which a wait of the host for the device raises."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def small_net():
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False), SyncBatchNorm(16), nn.ReLU(),
@@ -76,12 +102,9 @@ def test_a_lean_layer_has_the_gradients_of_one_that_is_not_and_never_waits(activ
     input, grad = (torch.randn(8, 16, 9, 9, device="cuda") for _ in range(2))
     expected = run_step(plain, input, grad)
     run_step(copy.deepcopy(lean), input, grad)  # compilation
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         leaf = input.clone().requires_grad_()
         lean(leaf).backward(grad)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(leaf.grad, expected.grad_input, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lean.weight.grad, expected.grad_weight, rtol=1e-4, atol=1e-4)
 
@@ -95,14 +118,11 @@ def test_training_steps_never_wait_for_the_device():
         if channels_last:
             net, input = net.to(memory_format=torch.channels_last), input.to(memory_format=torch.channels_last)
         net(input).sum().backward()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             for batch in (input, input[:3], input[:0]):
                 optimizer.zero_grad()
                 net(batch).sum().backward()
                 optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("rows", [6, 0])
@@ -245,3 +265,12 @@ def test_an_input_on_another_device_than_the_current_one():
     output = layer(torch.randn(8, 4, 5, device="cuda:1"))
     assert output.device.index == 1
     assert output.isfinite().all()
+
+
+def test_a_layer_left_on_the_cpu_is_an_error_and_no_crash():
+    input = torch.randn(8, 4, 5, 5, device="cuda")
+    for _ in range(2):
+        SyncBatchNorm(4, device="cuda")(input)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        SyncBatchNorm(4)(input)
+    assert SyncBatchNorm(4, device="cuda")(input).isfinite().all()

@@ -10,11 +10,15 @@ from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.nn import collectives as nn_collectives
 from syncbn.nn import groups
 from tests.counting import collectives
-from tests.gpu.test_layer import kernels_of
+from tests.gpu.test_layer import TORCH_WARNS, kernels_of, never_waiting
 from tests.reference import expected_step, make_batch, max_error, run_step
 from tests.training.jobs import read_metrics, run_job
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *TORCH_WARNS,
+]
 
 
 def check_step(sizes):
@@ -46,11 +50,11 @@ def check_mixed():
 
 
 def check_mixed_with_all_reduce():
-    before, nn_collectives._GATHER_UP_TO = nn_collectives._GATHER_UP_TO, 0  # the CPU gathers in small worlds
+    before, nn_collectives.GATHER_UP_TO = nn_collectives.GATHER_UP_TO, 0  # the CPU gathers in small worlds
     try:
         check_mixed()
     finally:
-        nn_collectives._GATHER_UP_TO = before
+        nn_collectives.GATHER_UP_TO = before
 
 
 def test_payloads_of_all_devices_add(ranks):
@@ -89,11 +93,8 @@ def check_nccl():
         assert [size for size, _ in sent] == [33, 16]
         # No waiting, and no more than one kernel each way for the collective.
         leaf = input.requires_grad_()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             torch.autograd.grad(layer(leaf), (leaf, layer.weight, layer.bias), grad)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         forward, output = kernels_of(lambda: layer(leaf))
         assert len([name for name in forward if "nccl" not in name.lower()]) <= 4, forward
         assert len([name for name in forward if "nccl" in name.lower()]) <= 1, forward

@@ -228,7 +228,7 @@ def test_gradients_and_vectors_of_any_stride():
 
 def test_copies_keep_the_layout_and_are_made_only_where_they_are_needed():
     input, grad = make((4, 6, 5, 5), torch.float32, "channels of rows")
-    dense, layout = cuda._dense(input)
+    dense, layout = cuda.as_dense(input)
     assert layout.last
     assert dense.is_contiguous(memory_format=torch.channels_last)
     assert cuda._same_layout(torch.empty_like(input), dense)  # so that the output needs no copy
@@ -279,18 +279,18 @@ PLANS = [
 @pytest.mark.parametrize("rows", [False, True])
 def test_plans_cover_every_value_once(shape, itemsize, rows):
     input = torch.empty(shape, device="meta")
-    _, layout = cuda._dense(input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input)
+    _, layout = cuda.as_dense(input.movedim(1, -1).contiguous().movedim(-1, 1) if rows else input)
     sums, passes = launch_plan.plan_sums(layout, itemsize, 132), launch_plan.plan_passes(layout, itemsize, 132)
     num_channels, planes, units, tiles, across, per_split = sums.sizes
-    assert planes * units * sums.blocks["UNIT"] * (1 if layout.last else num_channels) == input.numel()
-    assert across * sums.blocks["BLOCK_COLS"] >= (1 if layout.last else layout.size)
-    assert tiles == across * -(-planes // sums.blocks["BLOCK_ROWS"])
+    assert planes * units * sums.moments["UNIT"] * (1 if layout.last else num_channels) == input.numel()
+    assert across * sums.moments["BLOCK_COLS"] >= (1 if layout.last else layout.size)
+    assert tiles == across * -(-planes // sums.moments["BLOCK_ROWS"])
     assert sums.grid[1] * per_split >= tiles > (sums.grid[1] - 1) * per_split
     assert sums.grid[1] <= 65535
     _, rows_, units, across = passes.sizes
-    assert rows_ * units * passes.blocks["UNIT"] == input.numel()
-    assert passes.grid[0] == across * -(-rows_ // passes.blocks["BLOCK_ROWS"]) < 2**31
-    assert sums.blocks["INT64_OFFSETS"] == passes.blocks["INT64_OFFSETS"] == (input.numel() > 2**31)
+    assert rows_ * units * passes.backward_elementwise["UNIT"] == input.numel()
+    assert passes.grid[0] == across * -(-rows_ // passes.backward_elementwise["BLOCK_ROWS"]) < 2**31
+    assert sums.moments["INT64_OFFSETS"] == passes.backward_elementwise["INT64_OFFSETS"] == (input.numel() > 2**31)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,8 @@ def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, t
     assert done.returncode == 0, done.stdout + done.stderr
     programs = done.stdout.splitlines()
     assert {line.split()[0] for line in programs} == {
-        "moments", "combine_moments", "finish", "normalize", "backward_sums", "combine_backward_sums",
+        "moments", "combine_moments", "combine_and_finish", "finish", "normalize", "backward_sums",
+        "combine_backward_sums",
         "backward_elementwise",
     }  # fmt: skip
     assert all("spilled=0" in line for line in programs), done.stdout

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import SyncBatchNorm, even_steps
+from syncbn.torch_compat import ddp_without_buffer_sync
 from tests.reference import max_error
 
 
@@ -45,7 +45,7 @@ def check_training(sizes):
         return nn.Sequential(nn.Linear(4, 5), norm(5), nn.Linear(5, 1)).double()
 
     model, single = make_model(SyncBatchNorm), make_model(nn.BatchNorm1d)
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+    wrapped = ddp_without_buffer_sync(model)
     every = [make_batches(size) for size in sizes]
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, single)]
     for step, batch in enumerate(even_steps(every[rank])):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn import SyncBatchNorm
-from tests.reference import make_batch, max_error, set_affine
+from tests.reference import build, make_batch, max_error, set_affine
 
 AFFINE = {"weight and bias": {}, "weight alone": {"bias": False}, "neither": {"affine": False}}
 ROWS = [
@@ -38,7 +38,8 @@ def check_row(training, tracked, frozen, source, moves, affine):
         layer.freeze(affine=False)
     before = copy.deepcopy(layer.state_dict())
     batch = {"global batch": input, "local batch": mine}.get(source)
-    plain = nn.BatchNorm2d(3, track_running_stats=tracked, dtype=torch.float64, **affine).train(batch is not None)
+    plain = build(nn.BatchNorm2d, 3, track_running_stats=tracked, dtype=torch.float64, **affine)
+    plain.train(batch is not None)
     plain.load_state_dict(before)
     expected = plain(mine if batch is None else batch)
     expected = expected.split([2, 5])[rank] if source == "global batch" else expected
@@ -90,11 +91,7 @@ def test_a_globally_empty_batch_has_no_weight_in_the_cumulative_average(ranks):
     ("affine", "tracked"), list(itertools.product(AFFINE.values(), [True, False])), ids=lambda value: str(value)
 )
 def test_state_dicts_load_both_ways(kind, affine, tracked):
-    if kind is nn.SyncBatchNorm and affine == {"bias": False}:
-        theirs = kind(4, track_running_stats=tracked)  # it has no such argument
-        theirs.register_parameter("bias", None)
-    else:
-        theirs = kind(4, track_running_stats=tracked, **affine)
+    theirs = build(kind, 4, track_running_stats=tracked, **affine)
     ours = SyncBatchNorm(4, track_running_stats=tracked, **affine)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for source, target in ((theirs, ours), (ours, theirs)):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from syncbn.torch_compat import ddp_without_buffer_sync
 from tests.counting import collectives
 from tests.reference import expected_step, make_batch, max_error, run_step
 
@@ -19,7 +19,7 @@ def check_ddp_on_cpu():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
     single = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
     single.load_state_dict(model.state_dict())
-    wrapped = DistributedDataParallel(convert_sync_batchnorm(model), forward_sync_buffers=False)
+    wrapped = ddp_without_buffer_sync(convert_sync_batchnorm(model))
     input = make_batch((6, 3))[0]
     wrapped(input.chunk(2)[dist.get_rank()]).square().mean().backward()
     single(input).square().mean().backward()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn import SyncBatchNorm, new_bn_groups, sync_batch_norm
+from syncbn.nn import collectives as nn_collectives
 from syncbn.nn import rank_checks
 from tests.counting import collectives
 from tests.training.jobs import ROOT
@@ -247,3 +248,15 @@ def test_the_layer_is_named_by_the_largest_module_without_wrappers():
     assert rank_checks.name_of(net.head[1]) == "a.head.1"
     del outer
     assert rank_checks.name_of(SyncBatchNorm(2)) == "a SyncBatchNorm"
+
+
+@pytest.mark.parametrize("is_coalescing", [False, True])
+def test_a_sum_inside_of_a_coalescing_context_is_left_to_torch(monkeypatch, is_coalescing):
+    summed = []
+    monkeypatch.setattr(nn_collectives, "GATHER_UP_TO", 0)
+    monkeypatch.setattr(rank_checks, "coalescing_groups", lambda: {"a group": []} if is_coalescing else {})
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: summed.append(group))
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    group = mock.Mock(**{"size.return_value": 2})
+    rank_checks.sum_in_place(torch.ones(2), group, None, "forward")
+    assert (summed == [group], group.allreduce.called) == (is_coalescing, not is_coalescing)

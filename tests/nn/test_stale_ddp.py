@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import convert_sync_batchnorm, freeze, unfreeze
+from syncbn.torch_compat import ddp_without_buffer_sync
 from tests.reference import make_batch, max_error, set_affine
 
 
@@ -20,7 +21,7 @@ def make_model():
 
 
 def wrap(model):
-    return DistributedDataParallel(model, forward_sync_buffers=False) if dist.get_world_size() > 1 else model
+    return ddp_without_buffer_sync(model) if dist.get_world_size() > 1 else model
 
 
 def digest(model):

@@ -62,9 +62,8 @@ def _split(high, low, exponent):
 
 
 @triton.jit
-def store_packed(packed, channel, num_channels, count, pivot, first, second):
-    """`packing.pack` for the channels of one program; the count is stored by program 0."""
-    n = count.to(tl.float64)
+def pack(n, pivot, first, second):
+    """`packing.pack` of channels: the sum and the sum of squares, each as a high and a low part."""
     high, low = two_product(pivot, n)
     sum_high, sum_low = pair_sum(high, low, first, first * 0.0)
     cross_high, cross_low = two_product(2.0 * pivot, first)
@@ -77,6 +76,14 @@ def store_packed(packed, channel, num_channels, count, pivot, first, second):
     exponent = tl.where(field == 0, 0, field - 1022)  # as by frexp, but 0 for subnormal numbers
     sum_part, sum_rest = _split(sum_high, sum_low, exponent)
     square_part, square_rest = _split(square_high, square_low, 2 * exponent)
+    return sum_part, sum_rest, square_part, square_rest
+
+
+@triton.jit
+def store_packed(packed, channel, num_channels, count, pivot, first, second):
+    """Packs and stores the channels of one program; the count is stored by program 0."""
+    n = count.to(tl.float64)
+    sum_part, sum_rest, square_part, square_rest = pack(n, pivot, first, second)
     inside = channel < num_channels
     tl.store(packed + 1 + channel, sum_part, mask=inside)
     tl.store(packed + 1 + num_channels + channel, sum_rest, mask=inside)

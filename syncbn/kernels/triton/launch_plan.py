@@ -1,15 +1,18 @@
 """Launch plans of the Triton kernels: tile sizes, launch grids, and over how many programs a channel is split."""
 
+from __future__ import annotations
+
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from syncbn.kernels.activations import ACTIVATIONS
 
 # Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
-# which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers; not
-# tuned by timing yet.
+# which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers.
 _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Warps per program: of reductions (a float64 accumulator takes two registers), and of elementwise kernels.
-_SUM_WARPS, WARPS = 8, 4
+# Warps per program: of reductions, of the kernels that combine their partial sums, and of elementwise kernels.
+_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 4
 # Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum).
 _WIDEST_PLANE, _WIDEST_ROW = 1024, 64
 # Most rows of a tile in an elementwise kernel over small planes, unless the tile has at most _SMALL_TILE values: each
@@ -18,7 +21,19 @@ _MOST_PLANES = 16
 # Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program.
 _PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
 # Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
-COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
+_COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
+
+
+class Blocks(dict[str, Any]):
+    """Constexprs and compile options of a kernel's launches, by name, for one layout (whose sizes never differ).
+
+    Attributes:
+        kernels: what `launch` has compiled for them.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.kernels: dict[tuple[Any, ...], Any] = {}
 
 
 class Layout(NamedTuple):
@@ -34,25 +49,31 @@ class Layout(NamedTuple):
     last: bool
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Launch plan of a reduction, and of the kernel that combines its partial sums (`combine`)."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across, tiles_per_split
-    blocks: dict[str, int | bool]
-    combine: dict[str, int]
+    moments: Blocks
+    partial_moments: Blocks  # stores partial sums even where there is one split
+    backward_sums: dict[str | None, Blocks]  # by activation
+    combine_grid: tuple[int, int, int]
+    combine_moments: Blocks
+    combine_and_finish: Blocks
+    combine_backward_sums: Blocks
 
 
-class _Passes(NamedTuple):
+class Passes(NamedTuple):
     """Launch plan of an elementwise kernel."""
 
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, rows, units, tiles_across
-    blocks: dict[str, int | bool]
+    backward_elementwise: Blocks
+    normalize: dict[str | None, Blocks]  # by activation
 
 
 @lru_cache(maxsize=4096)
-def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
+def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     """Plans a reduction: its tiles, and over how many programs (`grid[1]`) each channel is split."""
     width, height = _block(layout, _SUM_TILE)
     height = min(height, _power_of_two(layout.planes))
@@ -65,17 +86,22 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> _Sums:
     splits = ceil_div(tiles, per_split)
     unit = _unit(layout.size, itemsize)
     options = {"num_warps": _SUM_WARPS, "enable_fp_fusion": False}
-    at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // COMBINED_CHANNELS)
-    return _Sums(
-        (programs, splits),
+    at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
+    blocks = {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options}
+    combine = {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, **options, "num_warps": _COMBINE_WARPS}
+    return Sums(
+        (programs, splits, 1),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options},
-        {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": COMBINED_CHANNELS, **options},
+        Blocks(blocks),
+        Blocks({**blocks, "SINGLE_SPLIT": False}),
+        _with_activations(blocks),
+        (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
+        *(Blocks(combine) for _ in range(3)),
     )
 
 
 @lru_cache(maxsize=4096)
-def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> _Passes:
+def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
     """Plans an elementwise kernel."""
     rows = layout.planes if layout.last else layout.planes * layout.channels
     is_small = rows * layout.size < 4 * _TILE * multiprocessors
@@ -84,11 +110,17 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> _Passes:
         height = min(height, max(_MOST_PLANES, _SMALL_TILE // width))
     tiles_across = ceil_div(layout.size, width)
     unit = _unit(layout.size, itemsize)
-    return _Passes(
-        (ceil_div(rows, height) * tiles_across,),
+    blocks = {**_common(layout, unit, height, width), "num_warps": WARPS, "enable_fp_fusion": False}
+    return Passes(
+        (ceil_div(rows, height) * tiles_across, 1, 1),
         (layout.channels, rows, layout.size // unit, tiles_across),
-        {**_common(layout, unit, height, width), "num_warps": WARPS, "enable_fp_fusion": False},
+        Blocks(blocks),
+        _with_activations(blocks),
     )
+
+
+def _with_activations(blocks: dict[str, Any]) -> dict[str | None, Blocks]:
+    return {activation: Blocks({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
 
 
 def _block(layout: Layout, tile: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from syncbn.kernels.triton.double_double import (
+    pack,
     pair_product,
     pair_sum,
     store_float64,
@@ -99,17 +100,52 @@ def combine_moments(
     store_packed(packed, channel, num_channels, count, pivot, first, second)
 
 
+@triton.jit
+def _finish_channels(
+    channel, num_channels, count, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var, mean,
+    invstd, rate, eps,
+):  # fmt: skip
+    """`reference.finish` for the channels of one program, by their packed moments and the rate of the update."""
+    inside = channel < num_channels
+    n = tl.maximum(count, 1.0)
+    sum_high, sum_low = two_sum(sum_part, sum_rest)
+    square_high, square_low = two_sum(square_part, square_rest)
+    high = sum_high / n
+    product, product_low = two_product(high, n)
+    mean_high, mean_low = two_sum(high, (((sum_high - product) - product_low) + sum_low) / n)
+    scaled_high, scaled_low = pair_product(square_high, square_low, n, n * 0.0)
+    squared_high, squared_low = pair_product(sum_high, sum_low, sum_high, sum_low)
+    spread, rest = pair_sum(scaled_high, scaled_low, -squared_high, -squared_low)
+    spread += rest
+    variance = tl.where(spread < 0.0, 0.0, spread) / (n * n)  # a maximum with 0 would lose NaN
+
+    if running_mean is not None:
+        old_mean = tl.load(running_mean + channel, mask=inside, other=0.0).to(tl.float64)
+        old_var = tl.load(running_var + channel, mask=inside, other=0.0).to(tl.float64)
+        unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
+        new_mean = (1.0 - rate) * old_mean + rate * (mean_high + mean_low)
+        new_var = (1.0 - rate) * old_var + rate * unbiased
+        store_float64(running_mean + channel, new_mean, inside & (counts > 0))
+        store_float64(running_var + channel, new_var, inside & (counts > 1))
+
+    narrow = mean_high.to(mean.dtype.element_ty)
+    narrow_low = ((mean_high - narrow.to(tl.float64)) + mean_low).to(mean.dtype.element_ty)
+    tl.store(mean + channel, narrow, mask=inside)
+    tl.store(mean + num_channels + channel, narrow_low, mask=inside)
+    inverse = 1.0 / tl.sqrt(variance + eps)
+    tl.store(invstd + channel, inverse.to(invstd.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_channels"])
 def finish(
     packed, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, momentum: tl.float64,
     eps: tl.float64, num_channels, CUMULATIVE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`reference.finish`; `CUMULATIVE` is momentum=None. (Long, because a launch costs more than what it computes.)
+    """`reference.finish`; `CUMULATIVE` is momentum=None.
 
     `CUMULATIVE` needs a grid of one program: the rate depends on the batch counter, which program 0 increments.
     """
     count = tl.load(packed)
-    n = tl.maximum(count, 1.0)
     # The count as a block: Triton's interpreter cannot combine a mask with a comparison of scalars.
     counts = tl.zeros([BLOCK_CHANNELS], tl.float64) + count
     rate = tl.zeros([BLOCK_CHANNELS], tl.float64)
@@ -130,34 +166,38 @@ def finish(
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         inside = channel < num_channels
         part = packed + 1 + channel
-        sum_high, sum_low = two_sum(tl.load(part, mask=inside, other=0.0),
-                                     tl.load(part + num_channels, mask=inside, other=0.0))  # fmt: skip
-        square_high, square_low = two_sum(tl.load(part + 2 * num_channels, mask=inside, other=0.0),
-                                           tl.load(part + 3 * num_channels, mask=inside, other=0.0))  # fmt: skip
-        high = sum_high / n
-        product, product_low = two_product(high, n)
-        mean_high, mean_low = two_sum(high, (((sum_high - product) - product_low) + sum_low) / n)
-        scaled_high, scaled_low = pair_product(square_high, square_low, n, n * 0.0)
-        squared_high, squared_low = pair_product(sum_high, sum_low, sum_high, sum_low)
-        spread, rest = pair_sum(scaled_high, scaled_low, -squared_high, -squared_low)
-        spread += rest
-        variance = tl.where(spread < 0.0, 0.0, spread) / (n * n)  # a maximum with 0 would lose NaN
+        _finish_channels(
+            channel, num_channels, count, counts,
+            tl.load(part, mask=inside, other=0.0), tl.load(part + num_channels, mask=inside, other=0.0),
+            tl.load(part + 2 * num_channels, mask=inside, other=0.0),
+            tl.load(part + 3 * num_channels, mask=inside, other=0.0),
+            running_mean, running_var, mean, invstd, rate, eps,
+        )  # fmt: skip
 
-        if running_mean is not None:
-            old_mean = tl.load(running_mean + channel, mask=inside, other=0.0).to(tl.float64)
-            old_var = tl.load(running_var + channel, mask=inside, other=0.0).to(tl.float64)
-            unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
-            new_mean = (1.0 - rate) * old_mean + rate * (mean_high + mean_low)
-            new_var = (1.0 - rate) * old_var + rate * unbiased
-            store_float64(running_mean + channel, new_mean, inside & (counts > 0))
-            store_float64(running_var + channel, new_var, inside & (counts > 1))
 
-        narrow = mean_high.to(mean.dtype.element_ty)
-        narrow_low = ((mean_high - narrow.to(tl.float64)) + mean_low).to(mean.dtype.element_ty)
-        tl.store(mean + channel, narrow, mask=inside)
-        tl.store(mean + num_channels + channel, narrow_low, mask=inside)
-        inverse = 1.0 / tl.sqrt(variance + eps)
-        tl.store(invstd + channel, inverse.to(invstd.dtype.element_ty), mask=inside)
+@triton.jit(do_not_specialize=[*SIZES, "stride"])
+def combine_and_finish(
+    input, partial, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, momentum: tl.float64,
+    eps: tl.float64, count, num_channels, splits, stride, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """`combine_moments` and `finish` of a batch that is not summed over ranks; not for the cumulative average."""
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    pivot = tl.load(input + channel.to(tl.int64) * stride, mask=channel < num_channels, other=0.0).to(tl.float64)
+    first, second = _sum_partial(partial, channel, num_channels, splits, BLOCK_SPLITS, BLOCK_CHANNELS)
+    n = count.to(tl.float64)
+    sum_part, sum_rest, square_part, square_rest = pack(n, pivot, first, second)
+    counts = tl.zeros([BLOCK_CHANNELS], tl.float64) + n
+    rate = tl.zeros([BLOCK_CHANNELS], tl.float64) + momentum
+    _finish_channels(
+        channel, num_channels, n, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var,
+        mean, invstd, rate, eps,
+    )  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(count_copy, n)
+        if num_batches_tracked is not None:
+            counted = tl.load(num_batches_tracked) + 1
+            tl.debug_barrier()  # every thread reads the counter before it is overwritten
+            tl.store(num_batches_tracked, counted)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.torch_compat import ddp_without_buffer_sync
 from syncbn.training.distributed.rank_context import RankContext
 
 _WARM_UP_PASSES = 2  # the first backward records the order of gradients, the second forward rebuilds buckets by it
@@ -49,12 +50,11 @@ class WrappedModel:
         if context.world_size == 1:
             return
         self._carrying = _Carrying(model, num_totals, context.device)
-        self._ddp = DistributedDataParallel(
+        # Synchronized running statistics are equal on all ranks by construction; local ones are pooled when needed.
+        self._ddp = ddp_without_buffer_sync(
             self._carrying,
             device_ids=[context.device] if context.device.type == "cuda" else None,
             init_sync=is_first,
-            # Synchronized running statistics are equal on all ranks by construction; local ones are pooled when needed.
-            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
         before = [buffer.clone() for buffer in model.buffers()]
