@@ -11,8 +11,9 @@ from syncbn.kernels.activations import ACTIVATIONS
 # Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
 # which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers.
 _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Warps per program: of reductions, of the kernels that combine their partial sums, and of elementwise kernels.
-_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 4
+# Warps per program: of reductions (where 4 would not do for their registers, 8), of the kernels that combine partial
+# sums, and of elementwise kernels.
+_SUM_WARPS, _MANY_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 8, 4
 # Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum).
 _WIDEST_PLANE, _WIDEST_ROW = 1024, 64
 # Most rows of a tile in an elementwise kernel over small planes, unless the tile has at most _SMALL_TILE values: each
@@ -85,16 +86,19 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     per_split = ceil_div(tiles, splits)
     splits = ceil_div(tiles, per_split)
     unit = _unit(layout.size, itemsize)
-    options = {"num_warps": _SUM_WARPS, "enable_fp_fusion": False}
     at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
-    blocks = {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, **options}
-    combine = {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, **options, "num_warps": _COMBINE_WARPS}
+    common = {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, "enable_fp_fusion": False}
+    moments = {**common, "num_warps": _MANY_SUM_WARPS if itemsize == 8 else _SUM_WARPS}
+    # Loads of single values keep more addresses in registers.
+    backward = {**common, "num_warps": _MANY_SUM_WARPS if itemsize == 8 or unit == 1 else _SUM_WARPS}
+    combine = {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, "num_warps": _COMBINE_WARPS,
+               "enable_fp_fusion": False}  # fmt: skip
     return Sums(
         (programs, splits, 1),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        Blocks(blocks),
-        Blocks({**blocks, "SINGLE_SPLIT": False}),
-        _with_activations(blocks),
+        Blocks(moments),
+        Blocks({**moments, "SINGLE_SPLIT": False}),
+        _with_activations(backward),
         (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
         *(Blocks(combine) for _ in range(3)),
     )
