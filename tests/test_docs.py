@@ -125,7 +125,7 @@ def test_there_are_commands_of_many_pages_to_check():
 
 _ROOTS = {field.name for field in fields(Config)} | {"experiment", "debug"}
 _NAMED = {"freeze": FreezeRuleConfig, "init": InitConfig}  # open dictionaries of named rules
-_FILES = re.compile(r".*\.(pt2|onnx|safetensors|yaml|jsonl?)")
+_FILES = re.compile(r".*\.(pt2|onnx|safetensors|yaml|jsonl?|lock)")
 
 
 def is_key(key):

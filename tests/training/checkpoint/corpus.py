@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from syncbn.training.checkpoint import files
+from syncbn.training.config.output import OF_COMMAND
 from syncbn.training.config.schema import Config
 
 LAYER = "backbone.stem.bn"
@@ -140,7 +141,7 @@ INSIDE = {
 # The stored configuration.
 
 VALUES = {"null": None, "list": [], "mapping": {"x": 1}, "text": "x"}
-KEYS = [field.name for field in fields(Config)]
+KEYS = [field.name for field in fields(Config) if field.name not in OF_COMMAND]
 CONFIG = {
     **{f"config.{key} gone": changed(lambda c, key=key: c["config"].pop(key)) for key in KEYS},
     **{f"config.{key} {kind}": changed(lambda c, key=key, value=VALUES[kind]: c["config"].update({key: value}))

@@ -369,6 +369,7 @@ def test_how_often_a_run_is_saved_does_not_change_it(job, tmp_path, options):
 def stored_run(directory, *overrides):
     config = compose_config(*overrides)
     path = directory / "checkpoints/step_00000007.pt"
+    directory.mkdir()
     write_atomically(path, {"step": 7, "config": to_dict(config), "model": {}})
     return path
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,9 @@ class Store(dict):
 
     def set(self, key, value):
         self[key] = value.encode()
+
+    def wait(self, keys, timeout):
+        assert all(key in self or self.check([key]) for key in keys)
 
     def multi_get(self, keys):
         return [self[key] for key in keys]
@@ -81,8 +85,8 @@ def test_a_host_without_a_way_leaves_it_to_gloo(node, monkeypatch):
 
 def test_where_the_store_is_new_at_every_attempt_a_run_needs_a_name(node, monkeypatch):
     with pytest.raises(ConfigError, match=r"run: .*run="):
-        resolvers._run_name(None)
-    assert resolvers._run_name("mine") == "mine"
+        resolvers._run_name(Path("outputs"), None)
+    assert resolvers._run_name(Path("outputs"), "mine") == "mine"
 
 
 @pytest.mark.parametrize(
