@@ -18,10 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from syncbn.training.config.keys import require_readers
 from syncbn.training.config.parsing import parse
 from syncbn.training.launch.explain import clear_errors, exit_code_of_jobs, failing_alone
-from syncbn.training.launch.overrides import held_back, prepare
+from syncbn.training.launch.overrides import prepare, require_applied
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -32,7 +31,7 @@ def main(composed: DictConfig) -> None:
     alone = failing_alone(run_dir, number, overrides) if job.mode == RunMode.MULTIRUN else nullcontext()
     with clear_errors(), alone:
         config = parse(composed)
-        require_readers(config.task, [*overrides, *held_back()])  # for the jobs of a multirun
+        require_applied(config.task, overrides)
         from syncbn.training.tasks.run import run  # here, because it imports torch, which --help and --cfg do not need
 
         run(config, run_dir, job=str(number), overrides=overrides)

@@ -8,6 +8,8 @@ import re
 import stat
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,8 +228,9 @@ class Stored:
 
 def newest(run_dir: Path, key: str = "resume") -> Stored | None:
     """Reads the newest intact training checkpoint of a run directory; warns of each newer one that is damaged."""
-    whole = (read_whole(path, key) for path in reversed(by_step(run_dir / "checkpoints")))
-    return next((stored for stored in whole if stored is not None), None)
+    with _permitted(key):
+        whole = (read_whole(path, key) for path in reversed(by_step(run_dir / "checkpoints")))
+        return next((stored for stored in whole if stored is not None), None)
 
 
 def read_whole(path: Path, key: str = "resume") -> Stored | None:
@@ -253,14 +256,27 @@ def read_best_or_newest(path: Path, key: str) -> Stored:
     if not is_directory(path):
         return Stored.read(path, key)
     best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
-    if best.is_file():
-        return Stored.read(best, key)
-    stored = newest(path, key)
-    if stored is None and recalibrated.is_file():
-        stored = Stored.read(recalibrated, key)
+    with _permitted(key):
+        if best.is_file():
+            return Stored.read(best, key)
+        stored = newest(path, key)
+        if stored is None and recalibrated.is_file():
+            stored = Stored.read(recalibrated, key)
     if stored is None:
         raise ConfigError(f"{key}: {str(path)!r} has no checkpoint under checkpoints/")
     return stored
+
+
+@contextmanager
+def _permitted(key: str) -> Iterator[None]:
+    """Context that turns a refusal of the file system into a ConfigError that names the file."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(
+            f"{key}: {error.filename}: permission denied; who owns that run can share it (chmod, or share=group for a"
+            " new one)"
+        ) from None
 
 
 def step_of(path: Path) -> int:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.output import unwritable
 from syncbn.training.distributed import world
 
@@ -65,7 +65,7 @@ class Holder:
         """The job in words, for an error message."""
         kind = "a multirun" if self.multirun else "a job"
         launched = "" if self.run_id is None else f", torchrun's run id {self.run_id}"
-        return f"{kind} (process {self.pid} on {self.host}{launched})"
+        return printable(f"{kind} (process {self.pid} on {self.host}{launched})")
 
 
 def lock_directory(directory: Path, what: str, *, multirun: bool = False) -> None:
@@ -129,7 +129,7 @@ def _take(directory: Path, us: Holder) -> Holder | None:
     Raises:
         OSError: no file can be opened there, or the file system has no locks.
     """
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         start = time.monotonic()
         while not _try_lock(descriptor, fcntl.LOCK_EX):
@@ -143,8 +143,9 @@ def _take(directory: Path, us: Holder) -> Holder | None:
         content = json.dumps(asdict(us)).encode() + b"\n"
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        error.filename = str(directory / LOCK)
         raise
     _held[directory.resolve()] = descriptor
     return None
@@ -161,9 +162,21 @@ def _try_lock(descriptor: int, kind: int) -> bool:
 def _read(descriptor: int) -> Holder:
     """The holder as the lock file names it; an unnamed one if it has not written its name (yet)."""
     try:
-        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):
+        holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError, RecursionError):
+        holder = None
+    if holder is None or not _is_valid(holder):
         return Holder("an unknown host", 0, 0, None)
+    return holder
+
+
+def _is_valid(holder: Holder) -> bool:
+    """Whether the parts of a holder, which come from a file, are of their types and a process id is one."""
+    return (
+        isinstance(holder.host, str)
+        and (holder.run_id is None or isinstance(holder.run_id, str))
+        and all(type(pid) is int and 0 < pid < 2**31 for pid in (holder.pid, holder.agent))
+    )
 
 
 def _held_around(directory: Path, us: Holder) -> tuple[Path, Holder] | None:

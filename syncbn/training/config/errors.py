@@ -22,12 +22,17 @@ class RankError(TrainingError):
 
 
 @contextmanager
-def configured_by(path: Path) -> Iterator[None]:
-    """Context that adds to a ConfigError, which names a key, the file whose stored configuration has that key."""
+def configured_by(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Context that adds to a ConfigError, which names a key, the file whose stored configuration has that key.
+
+    Args:
+        overrides: those of the command line; a key that one of them gives is not the file's.
+    """
     try:
         yield
     except ConfigError as error:
-        if str(path) in str(error):
+        given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+        if str(path) in str(error) or str(error).partition(":")[0] in given:
             raise
         raise ConfigError(f"{error} (by the configuration in {path})") from None
 

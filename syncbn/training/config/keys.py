@@ -101,6 +101,18 @@ def require_readers(task: str, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}: task={task} does not read it, only task={', '.join(tasks)}; {remedy}")
 
 
+def require_no_sweep(overrides: Sequence[str], keys: Sequence[str]) -> None:
+    """Raises a ConfigError if an override of one of these keys has several values, one for each job of a multirun."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group in keys and override.is_sweep_override():
+            raise ConfigError(
+                f"{override.key_or_group}: is the same for all jobs of a multirun, got several values; start a multirun"
+                " for each"
+            )
+
+
 def _given(overrides: Sequence[str]) -> Iterator[str]:
     """The dotted keys that overrides give; those of a dictionary one by one, without those that ask for nothing."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -9,20 +9,26 @@ from typing import Any
 
 from syncbn.training.config.errors import ConfigError
 
-# What the tasks and the report write, beside Hydra's files, wandb's, and the checkpoints.
-_NAMES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
-          "summary.json", "report.html")  # fmt: skip
+# What is written into a run directory, or a multirun's.
+_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
+          "summary.json", "report.html", "recalibrated.pt", "run.lock", "multirun.yaml")  # fmt: skip
+_LOGS = "train*.log"
+_DIRECTORIES = (".hydra", "checkpoints", "export", "wandb")
 
 
 def require_regular_files(run_dir: Path) -> None:
-    """Raises a ConfigError if something else is where a task writes its files: a pipe would block it."""
-    for name in _NAMES:
-        path = run_dir / name
-        if os.path.lexists(path) and not path.is_file():
+    """Checks that nothing in a run directory leads what is written there to another place, or blocks it, as a pipe.
+
+    Raises:
+        ConfigError: a link, or anything but a file or directory, has a name that is written to.
+    """
+    for path in (*(run_dir / name for name in _FILES), *run_dir.glob(_LOGS)):
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_file()):
             raise ConfigError(f"run: {path} is no regular file; the task writes one there, so remove or rename it")
-    directory = run_dir / "checkpoints"
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise ConfigError(f"run: {directory} is no directory; checkpoints go there, so remove or rename it")
+    for name in _DIRECTORIES:
+        path = run_dir / name
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):
+            raise ConfigError(f"run: {path} is no directory; the task writes into one there, so remove or rename it")
 
 
 def read_json(path: Path) -> Any:

@@ -14,17 +14,20 @@ from omegaconf import DictConfig, OmegaConf
 from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.keys import require_readers
+from syncbn.training.config.keys import require_no_sweep
 from syncbn.training.config.output import make_directory, mask_of, output_root, short
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
+from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
-from syncbn.training.launch.overrides import held_back
+from syncbn.training.launch.overrides import require_applied
 from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 # Files and directories of which a run that has begun has at least one.
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
+# Keys that say where all jobs of a multirun write, who can read it, and what they may do there.
+_OF_MULTIRUN = ("run", "output_dir", "share", "trust", "debug")
 
 
 class Guard(Callback):
@@ -38,13 +41,14 @@ class Guard(Callback):
         """Checks configuration and given keys, makes and locks the run directory, before Hydra writes to it."""
         with clear_errors():
             parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-            require_readers(config.get("task", ""), [*config.hydra.overrides.task, *held_back()])
+            require_applied(config.get("task", ""), config.hydra.overrides.task)
             _prepare_directory("hydra.run.dir", "run", config)
             lock_directory(Path(config.hydra.run.dir), "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Checks the names in the sweep directory, makes it and locks it, before Hydra writes to it."""
         with clear_errors():
+            require_no_sweep(config.hydra.overrides.task, _OF_MULTIRUN)
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
                 raise ConfigError(f"hydra.sweep.subdir: expected a directory below hydra.sweep.dir, got {subdir!r}")
@@ -107,13 +111,17 @@ def _prepare_directory(key: str, mode: str, config: DictConfig) -> None:
             f"{key}: expected a directory below {short(root)}/, no link out of it, as run=NAME makes it;"
             f" got {directory}"
         )
+    make_directory("run", directory)
     debug = config.hydra.runtime.choices.get("debug")
     if debug is not None and world.attempt() == "0" and _holds_run(directory):
         raise ConfigError(
             f"run: {short(directory)} holds a run already, which debug={debug} would go on with and change; leave run"
             " out, or choose another name"
         )
-    make_directory("run", directory)
+    for place in (directory, *directory.glob("[0-9]*")) if mode == "sweep" else (directory,):
+        if place != directory and place.is_symlink():
+            raise ConfigError(f"run: {place} is a link; a job writes there, so remove or rename it")
+        require_regular_files(place)
 
 
 def _is_below(directory: Path, root: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.atomic_write import WriteError
 from syncbn.training.checkpoint.lock import LOCK
 from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
-from syncbn.training.config.output import DISK_ERRORS, unwritable
+from syncbn.training.config.output import DISK_ERRORS, short, unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.distributed.world import attempt, is_distributed, rank, store, wait_for_rank_0, world_size
 from syncbn.training.launch.resolvers import stamped_directories
@@ -131,10 +132,15 @@ def _root(error: BaseException) -> ConfigError | TrainingError | OSError | None:
     while cause is not None:  # OmegaConf wraps what a resolver raises
         if isinstance(cause, ConfigError | TrainingError | WriteError):
             return cause
-        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+        if isinstance(cause, OSError) and (cause.errno in DISK_ERRORS or _names_a_file(cause)):
             return cause
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _names_a_file(error: OSError) -> bool:
+    """Whether this is the refusal of a file or directory."""
+    return isinstance(error, PermissionError) and isinstance(error.filename, str | os.PathLike)
 
 
 def _exit_code(error: BaseException) -> int:
@@ -144,6 +150,8 @@ def _exit_code(error: BaseException) -> int:
 def explain(error: BaseException) -> str | None:
     """The message for the user about an error of configuration, training or disk; None for any other exception."""
     root = _root(error)
+    if isinstance(root, PermissionError) and not isinstance(root, WriteError):
+        return f"{printable(short(root.filename))}: permission denied; get the right to read and write there"
     if root is not None:
         return unwritable(root) if isinstance(root, OSError) else str(root)
     if isinstance(error, MissingConfigException) and error.options is not None:

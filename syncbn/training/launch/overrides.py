@@ -9,11 +9,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 from syncbn.training.config.errors import ConfigError, printable
+from syncbn.training.config.keys import require_readers
 from syncbn.training.config.schema import SCHEMAS
 from syncbn.training.distributed.world import (
     check_variables,
@@ -30,6 +31,7 @@ _KEPT = re.compile(
     r"|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
+_WITHOUT_LOAD = {"train", "data"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
@@ -66,12 +68,30 @@ def _hold_back(arguments: list[str]) -> list[str]:
 
     Hydra would check them against the configuration of this command, whose keys may differ.
     """
-    tasks = {argument.lstrip("+") for argument in arguments if argument.lstrip("+").startswith("task=")}
-    if not tasks - {"task=train", "task=data"}:
+    given = [argument.lstrip("+")[5:] for argument in arguments if argument.lstrip("+").startswith("task=")]
+    tasks = {word.strip().strip("'\"") for words in given for word in words.split(",")}
+    if tasks <= _WITHOUT_LOAD:
         return arguments
     kept = [a for a in arguments if a.startswith("-") or "=" not in a or _KEPT.match(a.lstrip("+~"))]
     _held_back[:] = [argument for argument in arguments if argument not in kept]
     return kept
+
+
+def require_applied(task: str, overrides: Sequence[str]) -> None:
+    """Checks that every key of the command line has an effect, for the task of this job.
+
+    Args:
+        overrides: those that Hydra has composed.
+
+    Raises:
+        ConfigError: the task does not read a key; or overrides were held back for a task with `load`, and this is none.
+    """
+    if task in _WITHOUT_LOAD and _held_back:
+        raise ConfigError(
+            f"{_held_back[0].partition('=')[0]}: goes to the configuration that load holds, which task={task} does not"
+            " read; one command has tasks of one kind, written as task=eval or -m task=eval,audit"
+        )
+    require_readers(task, [*overrides, *_held_back])
 
 
 def held_back() -> list[str]:

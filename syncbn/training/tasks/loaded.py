@@ -102,10 +102,10 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         require_secrets(stored, path, unused=("tracker",))
         trained = parse(stored | of_command(config))
         trained.bn.virtual_ranks = None
-        with configured_by(path):
+        with configured_by(path, given):
             data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
     context = context_for(trained, context)
-    with configured_by(path):
+    with configured_by(path, given):
         model = build_model(trained, data, context)
     with failing_together():
         state.load_into(model, content, path, "load")

@@ -14,7 +14,7 @@ from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
 from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.training.checkpoint import files
-from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored, record_classes
+from syncbn.training.checkpoint.resume import checkpoint_to_resume, is_below, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run_files import require_regular_files
@@ -61,10 +61,12 @@ def train(
         _require_shared(run_dir, checkpoint)
         if checkpoint is not None:
             with failing_together():
-                config = merge_with_stored(config, checkpoint, overrides)
+                command, config = config, merge_with_stored(config, checkpoint, overrides)
+                if not is_below(checkpoint.path, run_dir):  # a stranger's checkpoint must not upload this run
+                    config.tracker.mode = command.tracker.mode
         # From the stored configuration of the run: the command that resumes it need not repeat the options.
         context = context_for(config, context)
-        with nullcontext() if checkpoint is None else configured_by(checkpoint.path):
+        with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
             execution.check(config, context.device)
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
             return _train(config, run_dir, context, checkpoint, overrides, tracking, stop)
@@ -79,7 +81,7 @@ def _train(
     tracking: ExitStack,
     stop: StopRequest,
 ) -> dict[str, float]:
-    with nullcontext() if checkpoint is None else configured_by(checkpoint.path):
+    with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
         components = build_components(config, context, resumes=checkpoint is not None)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:

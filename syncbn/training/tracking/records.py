@@ -55,8 +55,8 @@ class Records:
         if failure is not None:
             count = len(self._waiting.splitlines())
             raise RankError(
-                f"{unwritable(failure)}; its last {count} records are lost, and the same command,"
-                " with this run's name, writes again those after its last checkpoint"
+                f"{unwritable(failure)}; its last {count} records are lost; the same command, with this run's name,"
+                " writes those again that come after its last checkpoint"
             )
 
     def _write(self) -> OSError | None:

@@ -218,3 +218,21 @@ def test_a_second_job_leaves_on_every_rank_with_one_line_before_anything_is_writ
     else:
         assert done.returncode == 1  # torchrun's own; its table has the ranks'
         assert "exitcode  : 2" in done.stderr
+
+
+def test_a_lock_file_that_is_a_link_is_refused_and_what_it_leads_to_is_untouched(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=rf"^run: \S+{LOCK}: cannot be written"):
+        lock_directory(tmp_path / "run", "run")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"host": 1}', '{"host": "h", "pid": 1, "agent": "x", "run_id": "r"}',
+                                     '{"host": "h", "pid": 1, "agent": 99999999999, "run_id": "r"}'])  # fmt: skip
+def test_a_holder_is_unknown_if_the_lock_file_does_not_name_one(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    descriptor = os.open(tmp_path / LOCK, os.O_RDONLY)
+    assert lock._read(descriptor).host == "an unknown host"
+    os.close(descriptor)

@@ -369,7 +369,7 @@ def test_how_often_a_run_is_saved_does_not_change_it(job, tmp_path, options):
 def stored_run(directory, *overrides):
     config = compose_config(*overrides)
     path = directory / "checkpoints/step_00000007.pt"
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     write_atomically(path, {"step": 7, "config": to_dict(config), "model": {}})
     return path
 
@@ -398,3 +398,22 @@ def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):
     assert (merged.seed, merged.duration, merged.save.every, merged.tracker.mode) == (5, "9ep", "1ep", "disabled")
     assert list(merged.freeze) == ["backbone"]
     assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path).path == path
+
+
+@pytest.mark.parametrize("read", [files.newest, files.read_best_or_newest])
+def test_a_run_that_belongs_to_somebody_else_is_one_line(tmp_path, read):
+    run = tmp_path / "private"
+    (run / "checkpoints").mkdir(parents=True)
+    tmp_path.parent.chmod(0o711)
+    tmp_path.chmod(0o711)
+    run.chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)  # whom permissions hold for
+    try:
+        with pytest.raises(ConfigError, match=r"^load: .*(permission denied|cannot be reached)"):
+            assert read(run, "load")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        run.chmod(0o700)

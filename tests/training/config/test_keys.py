@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.keys import READERS, TASKS, readers, require_readers
+from syncbn.training.config.keys import READERS, TASKS, readers, require_no_sweep, require_readers
 from syncbn.training.config.schema import Config
 from syncbn.training.launch.explain import known_keys
 
@@ -99,3 +99,11 @@ def test_a_key_with_an_effect_is_none(task, override):
 def test_what_a_sweep_goes_over_is_given_too():
     with pytest.raises(ConfigError, match=r"^optimizer.lr: task=eval does not read it"):
         require_readers("eval", ["optimizer.lr=0.1,0.2"])
+
+
+@pytest.mark.parametrize("override", ["run=a,b", "output_dir=a,b", "share=group,all", "debug=one_batch,overfit"])
+def test_what_holds_for_all_jobs_of_a_multirun_has_one_value(override):
+    keys = ("run", "output_dir", "share", "debug")
+    with pytest.raises(ConfigError, match=rf"^{override.partition('=')[0]}: is the same for all jobs of a multirun"):
+        require_no_sweep(["seed=1,2", override], keys)
+    require_no_sweep(["seed=1,2", "trust=[a,b]", "run=a"], keys)

@@ -59,7 +59,9 @@ def mode(path):
 
 @pytest.mark.parametrize("mark", ["config.yaml", "metrics.jsonl", "checkpoints"])
 def test_debug_does_not_open_a_directory_that_holds_a_run(tmp_path, capsys, mark):
-    (tmp_path / "outputs/first" / mark).mkdir(parents=True)
+    (tmp_path / "outputs/first").mkdir(parents=True)
+    path = tmp_path / "outputs/first" / mark
+    path.mkdir() if mark == "checkpoints" else path.touch()
     line = refusal(capsys, "debug=one_batch", "run=first")
     assert line.startswith("error: run: outputs/first holds a run already, which debug=one_batch would ")
     assert [path.name for path in (tmp_path / "outputs/first").iterdir()] == [mark]
@@ -167,3 +169,37 @@ def test_directories_that_exist_stay_as_they_are(tmp_path):
     (tmp_path / "outputs/a").mkdir(parents=True)
     begin("run=a")
     assert mode(tmp_path / "outputs/a") == 0o755
+
+
+@pytest.mark.parametrize("name", [".hydra", "checkpoints", "wandb", "export", "metrics.jsonl", "train.log", "run.lock"])
+def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_is_untouched(tmp_path, capsys, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine") if "." in name[1:] else victim.mkdir()
+    run = tmp_path / "outputs/first"
+    run.mkdir(parents=True)
+    (run / name).symlink_to(victim)
+    assert f"outputs/first/{name} is no " in refusal(capsys, "run=first")
+    assert victim.read_text() == "mine" if victim.is_file() else not list(victim.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_log_is_refused(tmp_path, capsys):
+    (tmp_path / "outputs/first").mkdir(parents=True)
+    os.mkfifo(tmp_path / "outputs/first/train.log")
+    assert "train.log is no regular file" in refusal(capsys, "run=first")
+
+
+def test_a_link_in_the_place_of_a_job_of_a_multirun_is_refused(tmp_path, capsys):
+    (tmp_path / "outputs/sweep").mkdir(parents=True)
+    (tmp_path / "outputs/sweep/0").symlink_to(tmp_path)
+    assert "outputs/sweep/0 is a link" in refusal(capsys, "run=sweep", multirun=True)
+
+
+@pytest.mark.parametrize("task", ["'train'", '"train"', " train"])
+def test_a_task_in_quotes_keeps_its_overrides(task):
+    assert begin(f"task={task}", "optimizer.lr=0.5", "run=a").optimizer.lr == 0.5
+
+
+def test_overrides_that_were_held_back_for_a_task_with_load_are_not_lost_in_another(monkeypatch):
+    monkeypatch.setattr(overrides, "_held_back", ["optimizer.lr=9"])  # as after -m task=train,eval
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr: goes to the configuration that load holds, "):
+        overrides.require_applied("train", [])
