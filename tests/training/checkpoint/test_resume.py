@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import nn
 
 from syncbn.training.checkpoint import files
@@ -417,3 +418,14 @@ def test_a_run_that_belongs_to_somebody_else_is_one_line(tmp_path, read):
         if is_root:
             os.seteuid(0)
         run.chmod(0o700)
+
+
+def test_a_checkpoint_from_elsewhere_does_not_decide_whether_the_run_is_uploaded(job, tmp_path):
+    first = job(*SMALL, "duration=1", "run=first")
+    [path] = (first / "checkpoints").glob("step_*.pt")
+    content = files.read(path, "resume")
+    content["config"]["tracker"]["mode"] = "online"
+    write_atomically(path, content)
+    without_tracker = [override for override in SMALL if override != "tracker=none"]  # so that none is given
+    second = job(*without_tracker, "duration=2", "run=second", f"resume={path}")
+    assert OmegaConf.load(second / "config.yaml").tracker.mode == "offline"
