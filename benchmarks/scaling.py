@@ -58,17 +58,25 @@ class Traffic:
 def counted(work: Callable[[], object]) -> Traffic:
     """Runs `work` and counts its all-reduces and all-gathers."""
     traffic = Traffic()
-    all_reduce, all_gather = dist.all_reduce, dist.all_gather
+    all_reduce, all_gather = dist.ProcessGroup.allreduce, dist.ProcessGroup.allgather
 
-    def reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
-        traffic.add(tensor, 1)
-        return all_reduce(tensor, *args, **kwargs)
+    def reduce(group: dist.ProcessGroup, tensors: list[Tensor], *args: object, **kwargs: object) -> object:
+        for tensor in tensors:
+            traffic.add(tensor, 1)
+        return all_reduce(group, tensors, *args, **kwargs)
 
-    def gather(outputs: list[Tensor], tensor: Tensor, *args: object, **kwargs: object) -> object:
-        traffic.add(tensor, len(outputs))
-        return all_gather(outputs, tensor, *args, **kwargs)
+    def gather(
+        group: dist.ProcessGroup, outputs: list[list[Tensor]], tensors: list[Tensor], *args: object, **kwargs: object
+    ) -> object:
+        for received, tensor in zip(outputs, tensors, strict=True):
+            traffic.add(tensor, len(received))
+        return all_gather(group, outputs, tensors, *args, **kwargs)
 
-    with mock.patch.object(dist, "all_reduce", reduce), mock.patch.object(dist, "all_gather", gather):
+    # Where `dist.all_reduce` and the layer's own call meet.
+    with (
+        mock.patch.object(dist.ProcessGroup, "allreduce", reduce),
+        mock.patch.object(dist.ProcessGroup, "allgather", gather),
+    ):
         work()
     return traffic
 
