@@ -105,6 +105,9 @@ def _prepare_directory(key: str, mode: str, config: DictConfig) -> None:
     root, mask = output_root(config.get("output_dir")), mask_of(config.get("share"))
     make_directory("output_dir", root)
     os.umask(mask)
+    # wandb's files are written by a process of its own; one that a parent has started (a notebook with a run open,
+    # say) has the parent's umask and ends with the parent.
+    os.environ.pop("WANDB_SERVICE", None)
     directory = Path(config.hydra[mode].dir)
     if not _is_below(directory, root):
         raise ConfigError(

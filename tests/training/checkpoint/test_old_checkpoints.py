@@ -25,7 +25,8 @@ OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its tra
 
 def go_on(cwd):
     """The content of the last checkpoint of a run that goes on from step 8."""
-    run_dir = run_rank(cwd, (f"resume={cwd / 'old/step_00000008.pt'}", "run=again"))
+    # A checkpoint from elsewhere does not say whether a run is tracked (docs/security.md), so the command does.
+    run_dir = run_rank(cwd, (f"resume={cwd / 'old/step_00000008.pt'}", "run=again", "tracker=none"))
     return read(run_dir / "checkpoints/step_00000016.pt", "resume")
 
 

@@ -156,6 +156,12 @@ def test_a_read_only_directory_is_one_too(tmp_path, capsys, monkeypatch, refuses
     assert line.endswith("choose another place with output_dir=...")
 
 
+def test_a_service_of_wandb_that_a_parent_has_started_does_not_write_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-elsewhere")  # its umask would be the parent's
+    begin("run=a")
+    assert "WANDB_SERVICE" not in os.environ
+
+
 @pytest.mark.parametrize(("share", "others"), [("private", 0o000), ("group", 0o050), ("all", 0o055)])
 def test_a_run_directory_is_for_those_that_share_says(tmp_path, share, others):
     begin("run=a", *([f"share={share}"] if share != "private" else []))
