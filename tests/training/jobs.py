@@ -80,6 +80,8 @@ class LiveJob:
         options: of torchrun.
         prefix: what the command line has in front: to run it on another host, say.
         launcher: what takes the place of torchrun and train.py.
+        warm_ranks: the ranks' interpreters are warm (see `tests.warm`), torchrun's is not. What a test kills is then
+            the client of a rank, and the rank with it; the parent of a rank is not torchrun.
         variables: further environment variables.
     """
 
@@ -91,6 +93,7 @@ class LiveJob:
         options: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
         launcher: Sequence[str] = (),
+        warm_ranks: bool = False,
         timeout: float = 120.0,
         **variables: str,
     ) -> None:
@@ -99,7 +102,9 @@ class LiveJob:
             environment.pop(name, None)
         # A host of its own has an address of its own.
         on_host = [TORCHRUN, "--nproc-per-node", str(num_ranks)] if prefix else torchrun(num_ranks)
-        command = [*prefix, *(launcher or [*on_host, *options, str(ROOT / "train.py")]), *overrides]
+        script = str(ROOT / "train.py")
+        rank = ["--no-python", *warm.command_of(script)] if warm_ranks else [script]
+        command = [*prefix, *(launcher or [*on_host, *options, *rank]), *overrides]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,

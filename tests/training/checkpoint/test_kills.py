@@ -51,7 +51,7 @@ def check_same_run(run_dir, expected, num_steps=STEPS):
     ],
 )
 def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp_path, undisturbed, moment):
-    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+    with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True) as job:
         job.wait_for(moment)
         job.process.send_signal(signal.SIGTERM)
         assert job.finish() != 0  # it is not done, and says so
@@ -67,7 +67,7 @@ def test_sigterm_saves_and_the_next_start_goes_on_as_if_nothing_had_happened(tmp
 
 
 def test_ctrl_c_saves_and_leaves_too(tmp_path):
-    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+    with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True) as job:
         job.wait_for("step 9/")
         os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does: to torchrun and to every rank
         assert job.finish() != 0
@@ -91,7 +91,7 @@ def test_ctrl_c_without_torchrun_saves_and_leaves_with_one_line_and_exit_code_13
 
 def test_sigterm_to_every_process_saves_too(tmp_path):
     # A service manager signals all of them: the ranks then get it twice, once through torchrun.
-    with LiveJob(tmp_path, *JOB, num_ranks=2) as job:
+    with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True) as job:
         job.wait_for("step 9/")
         for pid in (*job.workers(), job.process.pid):
             os.kill(pid, signal.SIGTERM)
@@ -103,7 +103,7 @@ def test_sigterm_to_every_process_saves_too(tmp_path):
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
-    with LiveJob(tmp_path, *JOB, num_ranks=2, options=("--max-restarts", "1")) as job:
+    with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True, options=("--max-restarts", "1")) as job:
         job.wait_for(f"step {step}/")
         os.kill(job.workers()[-1], signal.SIGKILL)
         assert job.finish() == 0, job.output
@@ -221,7 +221,7 @@ def test_metrics_are_readable_after_a_kill_of_everything(killed):
 def test_a_rank_that_raises_ends_all_and_is_reported_once_with_its_rank(tmp_path):
     Path(tmp_path, "mine.py").write_text(BREAKS)
     with LiveJob(
-        tmp_path, "model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", num_ranks=2
+        tmp_path, "model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", num_ranks=2, warm_ranks=True
     ) as job:
         assert job.finish() != 0
     ours = job.output.split("torch/distributed/elastic")[0]
@@ -236,7 +236,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_
     hang = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), threading.Event().wait())"
     Path(tmp_path, "mine.py").write_text(BREAKS.replace("1 / 0", hang))
     job = ["model=custom", "model._target_=mine.Net", "tracker=none", "duration=50", "collective_timeout=2"]
-    with LiveJob(tmp_path, *job, num_ranks=2, timeout=60) as live:
+    with LiveJob(tmp_path, *job, num_ranks=2, warm_ranks=True, timeout=60) as live:
         assert live.finish() != 0
     # The model has been called twice while DDP was wrapped, so the ninth call is that of step 6.
     message = "step 6: rank 0 waited for rank 1 in a collective for longer than collective_timeout allows"
