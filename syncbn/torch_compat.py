@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(_BatchNorm.__init__).parameters
 _HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which imports the compiler: 80 modules of torch and sympy.
+
+    They are half of what `import syncbn` would take. The attribute is all that the decorator sets.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def init_batch_norm(layer: _BatchNorm, *args: Any, bias: bool, **options: Any) -> None:

@@ -189,6 +189,19 @@ def test_the_wrapper_around_a_forward_what_it_reduces_and_how_long_a_group_waits
     ranks(2, check_wrapper_and_timeout)
 
 
+def test_a_constant_of_a_compiled_graph_is_computed_while_tracing_alone():
+    calls = []
+
+    @torch_compat.assume_constant_result
+    def constant():
+        calls.append(1)  # a side effect that Dynamo would refuse to trace, or repeat
+        return 2.0
+
+    compiled = torch.compile(lambda x: x * constant(), backend="eager", fullgraph=True)
+    assert [compiled(torch.tensor(3.0)).item() for _ in range(3)] == [6.0] * 3
+    assert len(calls) == 1
+
+
 def test_a_compiled_module_is_known_by_its_name():
     model = nn.Linear(2, 2)
     assert torch_compat.is_compiled(torch.compile(model, backend="eager"))

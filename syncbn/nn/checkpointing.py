@@ -142,7 +142,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(one[0] == other[0], distance, torch.inf)
 
 
-@torch.compiler.assume_constant_result
+@torch_compat.assume_constant_result
 def refuse_checkpoint_around_compiled() -> None:
     """Rejects compilation inside of a checkpoint; runs while `torch.compile` traces, not in the compiled graph.
 

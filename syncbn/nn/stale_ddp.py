@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.nn import frozen
-from syncbn.torch_compat import ddp_around, num_parameters_reduced_by
+from syncbn.torch_compat import assume_constant_result, ddp_around, num_parameters_reduced_by
 
 # Attributes of the wrapper: `frozen.num_changes()` at the last check, and the names of the parameters that were frozen
 # at its first forward.
@@ -34,12 +34,12 @@ def check_wrapper() -> None:
         _check_while_tracing(frozen.num_changes())
 
 
-@torch.compiler.assume_constant_result  # without a wrapper, no freeze anywhere has to cause a retrace
+@assume_constant_result  # without a wrapper, no freeze anywhere has to cause a retrace
 def _is_wrapped() -> bool:
     return ddp_around() is not None
 
 
-@torch.compiler.assume_constant_result  # runs at trace time; a new num_changes() causes a retrace
+@assume_constant_result  # runs at trace time; a new num_changes() causes a retrace
 def _check_while_tracing(_: int) -> None:
     _check()
 

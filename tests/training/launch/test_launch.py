@@ -104,12 +104,14 @@ def test_a_terminal_shows_a_progress_bar_and_anything_else_does_not(monkeypatch)
         assert show is None
 
 
-def test_the_layer_and_all_public_names_need_torch_alone():
+def test_the_layer_and_all_public_names_need_torch_alone_and_not_its_compiler():
     code = """
 import sys, syncbn
 [getattr(syncbn, name) for name in syncbn.__all__]
 extra = {"hydra", "omegaconf", "wandb", "torchmetrics", "sklearn", "rich", "safetensors"} & set(sys.modules)
 assert not extra, extra
+slow = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
