@@ -20,6 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.warm import SERVER_IMPORTS
+
 TIMEOUT = 90.0  # seconds for one call, on two busy cores
 _GROUP_TIMEOUT = timedelta(seconds=60)
 
@@ -29,10 +31,11 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """Worker processes, as many as the largest world asked for so far."""
+    """Worker processes, as many as the largest world asked for so far; forks of a process that has torch imported."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(SERVER_IMPORTS))
         self._workers: list[tuple[Any, Any]] = []  # process, its task queue
         self._results: Any = self._context.Queue()
         self._directory = tempfile.TemporaryDirectory()

@@ -19,11 +19,13 @@ import signal
 import socket
 import sys
 
-_SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress", "rich.table", "numpy", "torch",
-                   "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim.swa_utils",
-                   "torch.distributed.run", "torch._dynamo", "torchmetrics", "torchmetrics.classification",
-                   "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "wandb", "safetensors.torch",
-                   "bokeh.plotting", "hydra.core.override_parser.overrides_parser", "hydra.experimental.callback")  # fmt: skip
+# Also what ranks are forked from in tests/ranks.py.
+SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress", "rich.table", "numpy", "torch",
+                  "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim.swa_utils",
+                  "torch.distributed.run", "torch._dynamo", "torchmetrics", "torchmetrics.classification",
+                  "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "wandb", "safetensors.torch",
+                  "bokeh.plotting", "hydra.core.override_parser.overrides_parser",
+                  "hydra.experimental.callback")  # fmt: skip
 _LARGEST = 2**20  # bytes of a request
 
 
@@ -78,7 +80,7 @@ def _serve(address: str) -> None:
     import importlib
     import select
 
-    for name in _SERVER_IMPORTS:
+    for name in SERVER_IMPORTS:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

@@ -86,7 +86,7 @@ def check_compiled(backend, sizes, dynamic, wrapped):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sizes", "dynamic", "wrapped"),
     [(SAME_SHAPE, None, False), (SAME_SHAPE, None, True), (MANY_SHAPES, None, True), (MANY_SHAPES, True, False),

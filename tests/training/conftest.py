@@ -2,16 +2,20 @@
 
 import pytest
 
+from tests.once import made_once
 from tests.training.data.test_data import fashion_files
 from tests.training.jobs import EXPERIMENTS, ROOT, run_rank
 
 
 @pytest.fixture(scope="session")
 def pretrained(_pool, tmp_path_factory):
-    """A working directory with the run that `experiment=pretrain` makes."""
-    cwd = tmp_path_factory.mktemp("experiments")
-    _pool.run(2, run_rank, cwd, ("experiment=pretrain", "tracker=none"))
-    return cwd
+    """A working directory with the run that `experiment=pretrain` makes; other runs in it have names of their own."""
+
+    def make(cwd):
+        _pool.run(2, run_rank, cwd, ("experiment=pretrain", "duration=3ep", "tracker=none"))
+        return cwd
+
+    return made_once(tmp_path_factory, "pretrained", make)
 
 
 @pytest.fixture(scope="session", params=EXPERIMENTS)

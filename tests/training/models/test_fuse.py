@@ -19,7 +19,7 @@ UNET = ["model=unet_small", "data=shapes", "model.depth=1", "loss.ignore_index=2
 
 @pytest.mark.parametrize("extra", [[], FREEZE, UNET],
                          ids=["plain", "freeze plan", "unet"])  # fmt: skip
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_trajectory_is_that_of_the_operators_one_by_one(job, num_ranks, extra):
     if "data=shapes" in extra:
         small = [override for override in SMALL if not override.startswith("data")]

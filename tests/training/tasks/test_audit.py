@@ -19,10 +19,12 @@ def findings(run_dir):
     return content["step"], {(one["rule"], one["severity"]) for one in content["findings"]}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, experiment, num_ranks):
     name = f"{experiment[0].removeprefix('experiment=')}_{num_ranks}"
-    run = job(*experiment, "tracker=none", "duration=20", f"run={name}", num_ranks=num_ranks, cwd=pretrained)
+    run = job(
+        *experiment, "tracker=none", "duration=20", "eval_every=10", f"run={name}", num_ranks=num_ranks, cwd=pretrained
+    )
     is_mistake = experiment[0] == "experiment=finetune_mistake"
     expected = {("parameters-frozen-statistics-moving", "error")} if is_mistake else set()
     assert findings(run) == (0, expected)

@@ -26,10 +26,10 @@ from tests.training.wandb_file import read_history, read_records
 
 @pytest.fixture(scope="module")
 def default_job(tmp_path_factory):
-    """The default job on two ranks: its working directory, and what it printed."""
+    """The default job on two ranks, 5 epochs instead of 20: its working directory, and what it printed."""
 
     def make(cwd):
-        done = start(cwd, num_ranks=2, timeout=240)
+        done = start(cwd, "duration=5ep", "log_every=10", num_ranks=2, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         return cwd, done.stdout
 
@@ -47,6 +47,17 @@ def test_the_default_job_learns_the_digits(default_run):
     assert final["test/accuracy"] >= 0.95
 
 
+@pytest.mark.slow
+def test_in_all_of_its_epochs_it_learns_no_less(tmp_path):
+    run = run_job(tmp_path, num_ranks=2, timeout=240)
+    assert max(r["val/accuracy"] for r in read_metrics(run) if "val/accuracy" in r) >= 0.975
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "best.pt",
+        "step_00000345.pt",
+        "step_00000460.pt",
+    ]
+
+
 def test_two_ranks_make_exactly_one_run_directory(default_job):
     assert len(list((default_job[0] / "outputs").iterdir())) == 1
 
@@ -62,8 +73,7 @@ def test_the_run_directory_holds_config_metrics_checkpoints_and_one_wandb_run(de
     assert config["batch_size"] == 64
     assert sorted(path.name for path in (default_run / "checkpoints").iterdir()) == [
         "best.pt",
-        "step_00000345.pt",
-        "step_00000460.pt",
+        "step_00000115.pt",
     ]
     assert len(list(default_run.glob("wandb/offline-run-*"))) == 1
 
@@ -89,7 +99,7 @@ def test_metrics_are_one_flat_record_per_line_with_steps_that_never_go_back(defa
 def test_wandb_has_the_same_numbers_once_at_the_same_steps(default_run):
     logged = [{key: value for key, value in row.items() if "/hist/" not in key} for row in read_history(default_run)]
     expected = read_metrics(default_run)
-    assert len(expected) > 20
+    assert len(expected) > 15
     internal = {"_step", "_runtime", "_timestamp"}
     scalars = [{key: row[key] for key in row.keys() - internal} for row in logged if "bn/layers/_type" not in row]
     assert scalars == expected
@@ -151,7 +161,7 @@ def test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers(default_r
 
 
 # A global batch of 287 leaves 2 of the 1,437 digits for the last batch of an epoch: at 4 ranks two of them get none.
-INVARIANCE = ["batch_size=287", "log_every=1", "eval_every=100", "tracker=none"]
+INVARIANCE = ["batch_size=287", "model.width=4", "log_every=1", "eval_every=100", "tracker=none"]
 WORLDS = (1, 2, 4)
 
 
@@ -161,7 +171,7 @@ def load_last(run_dir):
 
 def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(job, tmp_path):
     overrides = [*INVARIANCE, "precision=fp64", "duration=20"]
-    runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in WORLDS]
+    runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 4)]
     runs.append(run_job(tmp_path, *overrides, "run=command", num_ranks=2))  # as a user starts it
     models = [load_last(run)["model"] for run in runs]
     losses = [[r["train/loss"] for r in read_metrics(run) if "train/loss" in r] for run in runs]
@@ -204,7 +214,7 @@ def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(job
 
 def test_the_finetune_experiments_end_in_a_table_with_a_drift_of_zero_where_it_must_be(pretrained):
     names = ["finetune_frozen", "finetune_bn_unfrozen", "finetune_gradual", "finetune_mistake"]
-    sweep = [f"experiment={','.join(names)}", "duration=60", "tracker=none", "run=sweep"]
+    sweep = [f"experiment={','.join(names)}", "duration=20", "tracker=none", "run=sweep"]
     done = start(pretrained, "-m", *sweep, num_ranks=2, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters-frozen-statistics-moving") == 1  # of the mistake, which goes on all the same
@@ -218,7 +228,7 @@ def test_the_finetune_experiments_end_in_a_table_with_a_drift_of_zero_where_it_m
 
 def test_a_frozen_pretrained_backbone_does_not_move_by_a_bit_while_the_head_trains(job, pretrained):
     before = torch.load(pretrained / "outputs/pretrain/checkpoints/best.pt", weights_only=True)["model"]
-    tuned = job("experiment=finetune_frozen", "duration=1ep", "tracker=none", num_ranks=2, cwd=pretrained)
+    tuned = job("experiment=finetune_frozen", "duration=1ep", "tracker=none", "run=tuned", num_ranks=2, cwd=pretrained)
     after = load_last(tuned)["model"]
     backbone = [key for key in after if key.startswith("backbone.")]
     assert len(backbone) == 54
@@ -514,11 +524,11 @@ def test_a_layer_keeps_its_name_in_the_wrapper(ranks):
     ranks(2, check_names)
 
 
-def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(tmp_path):
+def test_a_last_batch_of_one_sample_is_no_accident_in_one_process_either(ranks, tmp_path):
     # Four stages pool 8x8 images to 1x1: the last batch (20 = 19 + 1) has a single value per channel at the top.
     same = ["data=synthetic", "data.num_samples=26", "data.size=8", "batch_size=19", "model.stages=4", "model.width=4",
             "duration=3ep", "tracker=none", "precision=fp64"]  # fmt: skip
-    alone, pair = (load_last(run_job(tmp_path, *same, f"run=w{n}", num_ranks=n))["model"] for n in (0, 2))
+    alone, pair = (load_last(ranks(n, run_rank, tmp_path, (*same, f"run=w{n}"))[0])["model"] for n in (1, 2))
     assert all((pair[key] - value).abs().max() < 1e-9 for key, value in alone.items())
 
 
