@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(_BatchNorm.__init__).parameters
@@ -56,6 +57,24 @@ def reset_batch_norm(layer: _BatchNorm) -> None:
     for parameter, value in ((layer.weight, 1.0), (layer.bias, 0.0)):
         if layer.affine and parameter is not None:
             nn.init.constant_(parameter, value)
+
+
+def power_iterations(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The vectors that `spectral_norm`, the function or the parametrization, moves in a module's training forward.
+
+    Yields the names of a pair of buffers, and the call that removes it. torch has no public way to tell that a module
+    has either.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__qualname__ == "SpectralNorm" and type(hook).__module__ == "torch.nn.utils.spectral_norm":
+            removal = f"torch.nn.utils.remove_spectral_norm(module, {hook.name!r})"  # type: ignore[attr-defined]
+            yield f"{hook.name}_u and {hook.name}_v", removal  # type: ignore[attr-defined]
+    for name, chain in getattr(module._modules.get("parametrizations"), "_modules", {}).items():
+        for number, one in chain._modules.items():
+            if isinstance(one, _SpectralNorm) and hasattr(one, "_u"):
+                path = f"parametrizations.{name}.{number}"
+                removal = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+                yield f"{path}._u and {path}._v", removal
 
 
 def ddp_without_buffer_sync(module: nn.Module, **options: Any) -> DistributedDataParallel:

@@ -18,6 +18,7 @@ from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn.call_stack import foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
+from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_held
 from syncbn.nn.functional import (
     Call,
     NormalizeByBatch,
@@ -160,8 +161,31 @@ class SyncBatchNorm(_BatchNorm):
         self.memory = memory
 
     def reset_parameters(self) -> None:
-        """Sets weight and bias to 1 and 0, and running statistics and counter to those of a new layer."""
+        """Sets weight and bias to 1 and 0, and calls `reset_running_stats`."""
         reset_batch_norm(self)
+
+    def reset_running_stats(self) -> None:
+        """Sets running statistics and counter to those of a new layer; frozen ones stay, with a warning."""
+        if self._stats_frozen:
+            warn_held(self)
+        else:
+            super().reset_running_stats()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = self.__dict__
+        # The original forward of a subclass may assign to its scratch counter.
+        if name in _BUFFERS and state.get("_stats_frozen", False) and "_true_counter" not in state:  # noqa: SIM102
+            if is_reset(self, name, value):
+                return
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
+        is_frozen = self.__dict__.pop("_stats_frozen", False)  # loading writes frozen statistics, too
+        try:
+            super()._load_from_state_dict(*args, **keywords)
+        finally:
+            if is_frozen:
+                self._hold_stats()
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -387,9 +411,10 @@ class SyncBatchNorm(_BatchNorm):
         """Freezes the running statistics, the affine parameters, or both, until `unfreeze`.
 
         With frozen statistics, training normalizes as evaluation does: the running statistics stay bitwise unchanged
-        and the layer communicates nothing. Frozen affine parameters get `requires_grad=False` and `grad=None` at once,
-        so that optimizers skip them, weight decay and momentum included. `train()` and `deepcopy` preserve both. Under
-        `DistributedDataParallel`, wrap the model again afterwards.
+        and the layer communicates nothing. `reset_running_stats`, and an assignment that would reset a buffer, then
+        leave them alone with a warning; `load_state_dict` writes them. Frozen affine parameters get
+        `requires_grad=False` and `grad=None` at once, so that optimizers skip them, weight decay and momentum included.
+        `train()` and `deepcopy` preserve both. Under `DistributedDataParallel`, wrap the model again afterwards.
 
         Raises:
             ValueError: `stats=True` on a layer without running statistics.
@@ -399,7 +424,7 @@ class SyncBatchNorm(_BatchNorm):
                 raise ValueError(
                     "cannot freeze the statistics of a layer without running statistics (track_running_stats=False)"
                 )
-            self._stats_frozen = True
+            self._hold_stats()
         if affine:
             freeze_parameters([self])
         return self
@@ -408,9 +433,14 @@ class SyncBatchNorm(_BatchNorm):
         """Undoes `freeze` and restores `requires_grad`; parameters, momentum and counter are the same as before."""
         if stats:
             self._stats_frozen = False
+            forget_counter(self)
         if affine:
             unfreeze_parameters([self])
         return self
+
+    def _hold_stats(self) -> None:
+        remember_counter(self)
+        self._stats_frozen = True
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:

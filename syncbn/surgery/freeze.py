@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
 from syncbn.nn.patterns import Patterns, select
+from syncbn.surgery.freeze_checks import check_can_freeze_stats, check_can_hold, check_sharers
 
 
 def freeze(
@@ -40,7 +41,9 @@ def freeze(
 
     Raises:
         ValueError: a pattern that selects nothing; selected modules without anything to freeze, or lazy and not
-            initialized; `stats` on a layer without running statistics.
+            initialized; `stats` on a layer without running statistics, or one whose running statistics a layer outside
+            of the selection shares and moves; with `weights`, a module that a training forward changes all the same
+            (`spectral_norm`, an instance normalization with running statistics, an embedding with `max_norm`).
         TypeError: `stats` on a batch normalization that is not a `SyncBatchNorm`. Nothing has been frozen in any of
             these cases.
     """
@@ -60,9 +63,15 @@ def unfreeze(
 ) -> list[str]:
     """Undoes `freeze` on the modules that the patterns select, and restores `requires_grad` as it was before.
 
+    That includes parameters that have been pruned, parametrized, or freed of a parametrization while they were frozen.
+    One that torch has replaced by a new parameter then (as `weight_norm` does) is none of the optimizer's yet.
+
     Arguments, return value and errors are those of `freeze`.
+
+    Warns:
+        UserWarning: parameters that need no gradient, and were not there at `freeze`.
     """
-    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights)
+    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights, holds=False)
     apply_switches(module, [(target, switch, False) for target, switches in targets.values() for switch in switches])
     return list(targets)
 
@@ -85,7 +94,12 @@ def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool
     Args:
         root: the model, which is searched for tied parameters.
         changes: triples of a module, its switch ("stats", "affine" or "weights"), and whether to freeze it.
+
+    Raises:
+        ValueError: a layer that is not frozen would move the statistics of one that is; nothing has changed then.
     """
+    changes = list(changes)
+    check_sharers(root, changes)
     parameters: dict[bool, list[nn.Module]] = {True: [], False: []}
     for module, switch, frozen in changes:
         if switch == "stats":
@@ -99,28 +113,41 @@ def apply_switches(root: nn.Module, changes: Iterable[tuple[nn.Module, str, bool
 
 
 def freezable(
-    module: nn.Module, match: Patterns, exclude: Patterns | None, *, stats: bool, affine: bool, weights: bool
+    module: nn.Module,
+    match: Patterns,
+    exclude: Patterns | None,
+    *,
+    stats: bool,
+    affine: bool,
+    weights: bool,
+    holds: bool = True,
 ) -> dict[str, tuple[nn.Module, list[str]]]:
     """The selected modules by name, each with those of the requested switches that it has; modules without any are
     left out.
 
-    Raises: the errors of `freeze`.
+    Args:
+        holds: whether modules are rejected that would not stay as they are.
+
+    Raises: the errors of `freeze`, except those of layers that share statistics.
     """
     selected = select(module, match, exclude)
     found: dict[str, tuple[nn.Module, list[str]]] = {}
     for name, candidate in selected.items():
         switches = []
-        has_parameters = bool(own_parameters(candidate))
+        has_parameters = bool(own_parameters(candidate)) or has_frozen_parameters(candidate)
         if isinstance(candidate, LazyModuleMixin) and candidate.has_uninitialized_params():
             raise ValueError(f"{name or 'the module'} is lazy and has not seen its width; run a batch through it first")
         if isinstance(candidate, _BatchNorm):
             if stats:
-                _check_can_freeze_stats(name, candidate)
+                check_can_freeze_stats(name, candidate)
                 switches.append("stats")
             if affine and has_parameters:
                 switches.append("affine")
         elif weights and has_parameters:
             switches.append("weights")
+        if holds:
+            own = affine if isinstance(candidate, _BatchNorm) else weights
+            check_can_hold(name, candidate, stats=stats, weights=own)
         if switches:
             found[name] = (candidate, switches)
     if not found:
@@ -130,16 +157,3 @@ def freezable(
             f" {len(selected)} modules; choose others, or weights=True for layers that are no batch normalization"
         )
     return found
-
-
-def _check_can_freeze_stats(name: str, layer: _BatchNorm) -> None:
-    if not isinstance(layer, SyncBatchNorm):
-        raise TypeError(
-            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be frozen, because they move"
-            " whenever it is in training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a"
-            " single process too)"
-        )
-    if layer.running_mean is None:
-        raise ValueError(
-            f"{name or 'the module'} keeps no running statistics (track_running_stats=False): nothing to freeze"
-        )

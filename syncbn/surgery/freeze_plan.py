@@ -9,6 +9,7 @@ from torch import nn
 
 from syncbn.nn.patterns import Patterns
 from syncbn.surgery.freeze import apply_switches, freezable, frozen_switches
+from syncbn.surgery.freeze_checks import check_sharers
 
 SWITCHES = ("stats", "affine", "weights")
 
@@ -77,7 +78,7 @@ class FreezePlan:
 
         Raises:
             ValueError, TypeError: a rule that ends before it starts, or that `freeze` would reject; the message names
-                the rule.
+                the rule, or the step at which rules freeze one of two layers that share running statistics.
         """
         warnings = []
         for name, rule in self.rules.items():
@@ -95,6 +96,11 @@ class FreezePlan:
                 )
             elif self._is_covered(name, model):
                 warnings.append(f"{name}: other rules freeze all of it from beginning to end; it has no effect")
+        for step in sorted({0, *self.boundaries}):
+            try:
+                check_sharers(model, [(module, one.switch, one.frozen) for module, one in self._changes(model, step)])
+            except ValueError as error:
+                raise ValueError(f"at step {step}: {error}") from error
         return warnings
 
     def frozen_at(self, model: nn.Module, step: int) -> dict[str, set[str]]:
@@ -111,19 +117,23 @@ class FreezePlan:
         After any change a model has to be wrapped in DDP anew. Only switches that some rule selects are changed:
         modules that were frozen by other means stay frozen.
         """
+        changes = self._changes(model, step)
+        apply_switches(model, [(module, change.switch, change.frozen) for module, change in changes])
+        return [change for _, change in changes]
+
+    def _changes(self, model: nn.Module, step: int) -> list[tuple[nn.Module, Switch]]:
+        """What `apply` would change at this step, each with its module."""
         frozen = self.frozen_at(model, step)
         governed: dict[str, tuple[nn.Module, set[str]]] = {}
         for rule in self.rules.values():
             for name, (module, switches) in rule.targets(model).items():
                 governed.setdefault(name, (module, set()))[1].update(switches)
-        changes = [
+        return [
             (module, Switch(name, switch, switch in frozen[name]))
             for name, (module, switches) in governed.items()
             for switch in sorted(switches)
             if (switch in frozen[name]) != (switch in frozen_switches(module))
         ]
-        apply_switches(model, [(module, change.switch, change.frozen) for module, change in changes])
-        return [change for _, change in changes]
 
     def table(self, model: nn.Module) -> list[tuple[str, str, str, str]]:
         """The plan as text: a row (rule, module, switches, steps) for every module of every rule."""

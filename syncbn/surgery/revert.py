@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.conversion import class_before
 from syncbn.nn.frozen import unfreeze_parameters
+from syncbn.nn.frozen_stats import forget_counter
 from syncbn.nn.patterns import select
 from syncbn.nn.subclasses import SyncSubclass
 from syncbn.surgery.fuse import fused_layers, unfuse
@@ -54,6 +55,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
     for layer, original in targets.values():
         unfreeze_parameters([layer], module)
         group = layer.__dict__.pop("process_group", None)
+        forget_counter(layer)
         own = ("_original_class", "_stats_frozen", "_pool", "_record")
         for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation", "memory"):
             layer.__dict__.pop(attribute, None)
