@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 
     from syncbn.nn.pool import Pool
 
-_OF_A_CONTEXT = ("_pool", "_record")  # attributes set by context managers; copies and pickles leave them out
+_OF_A_CONTEXT = (
+    "_pool",
+    "_record",
+    "_stats_disabled",
+)  # attributes set by context managers; copies and pickles leave them out
 # Names of the vectors that may be looked up in the dictionaries of a module.
 _PARAMETERS, _BUFFERS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -82,6 +86,8 @@ class SyncBatchNorm(_BatchNorm):
     | no       | no                  | no           | local batch        | none kept          | 0 / 0                 |
     | yes      | yes                 | yes          | running statistics | untouched          | 0 / 0                 |
 
+    Inside of `syncbn.disable_running_stats` the first row leaves running statistics untouched, too.
+
     Communication is one all-reduce of 4C+1 float64 numbers forward and one of 2C backward (the latter only if the input
     needs a gradient), and none without a process group or in a group of one. All ranks of the group have to call a
     training layer equally often and in the same mode; the number of samples may differ between ranks, and may be 0. If
@@ -109,6 +115,10 @@ class SyncBatchNorm(_BatchNorm):
             those of "default" up to the rounding error of the output, amplified by |bias / weight|; for channels where
             this ratio is above 4 the input is saved as well (on CUDA: for the eighth of the channels with the largest
             ratio; see `nn.lean`). The output must not be changed in place afterwards (autograd raises).
+        skip_nonfinite: a batch whose global count, mean or variance is not finite in some channel, in the type of the
+            running statistics, moves no running statistic of the layer and not its counter. Decided on the device,
+            without waiting for it, and by the sums over all ranks, so it is the same on each. Output and gradients do
+            not change. It can be set on an existing layer.
 
     `copy.deepcopy` shares the process group. Pickle (and `torch.save` of a whole module) drops it: an unpickled layer
     that had a sub-group raises in its first training forward unless `process_group` has been set.
@@ -129,6 +139,8 @@ class SyncBatchNorm(_BatchNorm):
     # Defaults for converted layers and for pickles that lack these attributes.
     process_group: dist.ProcessGroup | DeviceMesh | LostGroup | None = None
     _stats_frozen: bool = False
+    skip_nonfinite: bool = False
+    _stats_disabled: int = 0  # number of open contexts of `disable_running_stats`
     _pool: Pool | None = None  # set inside of `accumulate_stats`
     _record: Tensor | None = None  # set inside of `Monitor.watch`
 
@@ -146,6 +158,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         memory: str = "default",
+        skip_nonfinite: bool = False,
     ) -> None:
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -159,6 +172,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
         self.activation = activation
         self.memory = memory
+        self.skip_nonfinite = skip_nonfinite
 
     def reset_parameters(self) -> None:
         """Sets weight and bias to 1 and 0, and calls `reset_running_stats`."""
@@ -234,6 +248,8 @@ class SyncBatchNorm(_BatchNorm):
         if (
             not (state["training"] and torch.is_grad_enabled())
             or state.get("_stats_frozen", False)
+            or "_stats_disabled" in state
+            or state.get("skip_nonfinite", False)
             or "_pool" in state
             or "_record" in state
             or state.get("memory") == "lean"
@@ -271,7 +287,7 @@ class SyncBatchNorm(_BatchNorm):
             check_wrapper()
         statistics = Statistics(running_mean, running_var, counter, state["momentum"], eps)
         group = collective_group(state.get("process_group"))
-        call = Call(statistics, group, None, None, self, None, None, state.get("activation"), False, True)
+        call = Call(statistics, group, None, None, self, None, None, state.get("activation"), False, None, True)
         return NormalizeByBatch.apply(input, weight, bias, residual, call)
 
     def _counter(self) -> Tensor | None:
@@ -347,6 +363,8 @@ class SyncBatchNorm(_BatchNorm):
                 residual, activation, self._is_lean(),
             )  # fmt: skip
         group = collective_group(self.process_group)
+        if self._stats_disabled:
+            running_mean = running_var = None
         counter = num_batches_tracked if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
@@ -366,6 +384,7 @@ class SyncBatchNorm(_BatchNorm):
             residual,
             activation,
             self._is_lean(),
+            self.skip_nonfinite,
         )
 
     @property
@@ -476,6 +495,8 @@ class SyncBatchNorm(_BatchNorm):
             parts.append(f"activation={self._activation_name()}")
         if self._is_lean():
             parts.append("memory=lean")
+        if self.skip_nonfinite:
+            parts.append("skip_nonfinite=True")
         if self._frozen_text():
             parts.append(self._frozen_text())
         return ", ".join(parts)

@@ -29,6 +29,7 @@ def convert(
     *,
     match: Patterns = "*",
     exclude: Patterns | None = (),
+    skip_nonfinite: bool = False,
 ) -> nn.Module:
     """Converts every selected batch normalization of `module` to `layer_class`; see `syncbn.convert_sync_batchnorm`."""
     layers = {
@@ -48,6 +49,8 @@ def convert(
         group = process_group if process_group is not None else getattr(layer, "process_group", None)
         layer.__class__ = layer_class if original in _PLAIN else synchronized_class(original, layer_class)
         layer.__dict__.update(process_group=group, _original_class=original)
+        if skip_nonfinite:
+            layer.__dict__["skip_nonfinite"] = True
     if layers:
         log.debug("converted %d layers: %s", len(layers), ", ".join(layers))
     return module

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_comp
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.rank_checks import reduce, sum_in_place
 from syncbn.nn.recorder import sum_and_record
+from syncbn.torch_compat import hidden_from_modes
 
 
 class Call(NamedTuple):
@@ -32,6 +34,7 @@ class Call(NamedTuple):
     record: Tensor | None
     activation: str | None
     is_lean: bool
+    finite_type: torch.dtype | None  # in which a batch has to be finite to move running statistics; None: it need not
     is_plain: bool  # nothing traces, and moments are neither masked, recalled, recorded nor pooled
 
 
@@ -131,11 +134,36 @@ def _forward(
 
     packed = kernels.moments(input, call.mask)
     packed = over_ranks(packed) if call.recomputation is None else call.recomputation.total(packed, over_ranks)
-    mean, invstd, count = kernels.finish(packed, *call.statistics, reference.compute_dtype(input.dtype))
-    if call.pool is not None:
-        call.pool.add_(packed)
+    dtype = reference.compute_dtype(input.dtype)
+    if call.finite_type is None:
+        mean, invstd, count = kernels.finish(packed, *call.statistics, dtype)
+        if call.pool is not None:
+            call.pool.add_(packed)
+    else:
+        mean, invstd, count = kernels.finish(packed, None, None, None, 0.0, call.statistics.eps, dtype)
+        _move_if_finite(packed, call.statistics, call.pool, call.finite_type, kernels)
     output = kernels.normalize(input, mean, invstd, weight, bias, residual, call.activation)
     return output, mean, invstd, count
+
+
+def _move_if_finite(
+    packed: Tensor, statistics: Statistics, pool: Tensor | None, dtype: torch.dtype, kernels: Any
+) -> None:
+    """Moves running statistics, or the pool, unless count, mean or variance of the batch is not finite in `dtype`.
+
+    A batch that is left out is replaced by one without samples, which moves nothing.
+    """
+    # A recomputation does none of this, so selective checkpointing must not see it.
+    with nullcontext() if torch.compiler.is_compiling() else hidden_from_modes():
+        num_channels = (packed.numel() - 1) // 4
+        mean, var = (packed.new_zeros(num_channels, dtype=dtype) for _ in range(2))
+        kernels.finish(packed, mean, var, None, 1.0, 0.0, torch.float64)  # momentum 1: they become those of the batch
+        is_finite = packed[0].isfinite() & mean.isfinite().all() & var.isfinite().all()
+        counted = torch.where(is_finite, packed, 0.0)
+        if pool is not None:
+            pool.add_(counted)
+        else:
+            kernels.finish(counted, *statistics, torch.float64)
 
 
 def _backward(
@@ -232,6 +260,7 @@ def normalize_by_batch(
     residual: Tensor | None = None,
     activation: str | None = None,
     is_lean: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Normalizes with the statistics of the global batch, as in training, and updates the running statistics.
 
@@ -248,6 +277,7 @@ def normalize_by_batch(
         residual: same shape and type as the input, added to the normalized values; not with a mask.
         activation: applied last; not with a mask.
         is_lean: saves the output for backward instead of the input (see `nn.lean`).
+        skip_nonfinite: moves nothing, pool included, if the batch's statistics are not finite in some channel.
 
     Raises:
         ValueError: a single value per channel in a process that is not part of a job: the variance is undefined. (In a
@@ -262,14 +292,16 @@ def normalize_by_batch(
             refuse_checkpoint_around_compiled()
     else:
         recomputation = Recomputation.of(owner if owner is not None else running_mean)
-    if pool is not None or (recomputation is not None and recomputation.is_second):
+    is_second = recomputation is not None and recomputation.is_second
+    finite_type = running_mean.dtype if skip_nonfinite and running_mean is not None and not is_second else None
+    if pool is not None or is_second:
         running_mean = running_var = num_batches_tracked = None
-    if recomputation is not None and recomputation.is_second:
+    if is_second:
         pool = None
     is_lean = is_lean and torch.is_grad_enabled()  # else nothing is saved, and weights need no check
     statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
-    is_plain = not torch.compiler.is_compiling() and mask is pool is recomputation is record is None
-    call = Call(statistics, group, mask, pool, owner, recomputation, record, activation, is_lean, is_plain)
+    is_plain = not torch.compiler.is_compiling() and mask is pool is recomputation is record is finite_type is None
+    call = Call(statistics, group, mask, pool, owner, recomputation, record, activation, is_lean, finite_type, is_plain)
     return NormalizeByBatch.apply(input, weight, bias, residual, call)
 
 

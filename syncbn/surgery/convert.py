@@ -16,6 +16,7 @@ def convert_sync_batchnorm(
     *,
     match: Patterns = "*",
     exclude: Patterns | None = (),
+    skip_nonfinite: bool = False,
 ) -> nn.Module:
     """Makes every selected batch normalization of `module` a `SyncBatchNorm`, in place.
 
@@ -31,6 +32,7 @@ def convert_sync_batchnorm(
         match: patterns of the modules to convert: shell globs over dotted names; a plain name also selects all
             modules below it.
         exclude: patterns of the modules to leave unchanged.
+        skip_nonfinite: batches whose statistics are not finite move no running statistics (see `SyncBatchNorm`).
 
     Returns:
         `module` itself.
@@ -40,4 +42,4 @@ def convert_sync_batchnorm(
             been converted.
         ValueError: a pattern that selects nothing.
     """
-    return convert(module, SyncBatchNorm, process_group, match=match, exclude=exclude)
+    return convert(module, SyncBatchNorm, process_group, match=match, exclude=exclude, skip_nonfinite=skip_nonfinite)

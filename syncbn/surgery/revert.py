@@ -23,7 +23,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
 
     For export and for inference without this package. Fused layers are unfused. Parameters, buffers, modes and
     `requires_grad` do not change, except that parameters frozen by `freeze` get back the `requires_grad` that they had
-    before.
+    before. `skip_nonfinite` is dropped, because no other class has it.
 
     Args:
         default: the class, such as `nn.BatchNorm2d`, for layers that were constructed as `SyncBatchNorm` and so have no
@@ -56,7 +56,7 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
         unfreeze_parameters([layer], module)
         group = layer.__dict__.pop("process_group", None)
         forget_counter(layer)
-        own = ("_original_class", "_stats_frozen", "_pool", "_record")
+        own = ("_original_class", "_stats_frozen", "_stats_disabled", "_pool", "_record", "skip_nonfinite")
         for attribute in own if isinstance(layer, SyncSubclass) else (*own, "activation", "memory"):
             layer.__dict__.pop(attribute, None)
         layer.__class__ = original

@@ -50,6 +50,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "bn.virtual_ranks": _TRAIN,
     "bn.momentum": ("train", "audit"),
     "bn.debug": _TRAIN,
+    "bn.skip_nonfinite": _TRAIN,
     "audit": ("train", "audit"),
     "eval": _WITH_LOAD,
     "eval.precise_bn": ("eval",),

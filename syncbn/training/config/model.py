@@ -72,6 +72,8 @@ class BnConfig:
     """What fused layers save for backward: "lean" saves the output instead of the input, where a leaky ReLU follows."""
     debug: bool
     """Compare layer, direction and call between ranks before each collective, and raise if they differ; slow."""
+    skip_nonfinite: bool = False
+    """Batches whose mean or variance is not finite move no running statistics (see `SyncBatchNorm`)."""
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
@@ -89,6 +91,9 @@ class BnConfig:
             require(self.virtual_ranks >= 1, "bn.virtual_ranks", "null or 1 or more ranks", self.virtual_ranks)
             require(not self.sync, "bn.virtual_ranks", "null unless bn.sync=false", self.virtual_ranks)
             require(self.buffers == "pool", "bn.buffers", "pool with bn.virtual_ranks", self.buffers)
+        expected = "false unless bn.sync=true or bn.virtual_ranks is given"
+        can_skip = self.sync or self.virtual_ranks is not None
+        require(can_skip or not self.skip_nonfinite, "bn.skip_nonfinite", expected, self.skip_nonfinite)
         is_rate = (
             isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool) and 0 < self.momentum <= 1
         )

@@ -39,7 +39,7 @@ def set_up(model: nn.Module, bn: BnConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"bn.group: {error}") from None
         try:
-            convert_sync_batchnorm(model, group)
+            convert_sync_batchnorm(model, group, skip_nonfinite=bn.skip_nonfinite)
         except TypeError as error:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None

@@ -32,11 +32,15 @@ class VirtualBatchNorm(_BatchNorm):
     the state dict, which is that of `nn.BatchNorm*`. `running_mean` and `running_var`, (C,), are the statistics pooled
     over the groups; evaluation and the state dict use them. Loading a state dict sets every group's statistics to them,
     as ranks start from a common checkpoint.
+
+    With `skip_nonfinite`, the statistics of a group stay as they are where they would not be finite in some channel
+    afterwards, and the counter stays where those of all groups do.
     """
 
     group_mean: Tensor | None
     group_var: Tensor | None
     num_groups: int
+    skip_nonfinite: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalizes (N, C, ...) by the statistics of each group in training, by the running statistics in evaluation.
@@ -47,6 +51,8 @@ class VirtualBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         momentum = self.momentum
+        held = (self.group_mean, self.group_var, self.num_batches_tracked)
+        before = [None if buffer is None or not self.skip_nonfinite else buffer.clone() for buffer in held]
         if self.num_batches_tracked is not None and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if momentum is None:
@@ -56,8 +62,21 @@ class VirtualBatchNorm(_BatchNorm):
             F.batch_norm(rows, mean, var, self.weight, self.bias, True, momentum or 0.0, self.eps)
             for rows, mean, var in zip(input.tensor_split(self.num_groups), *statistics, strict=True)
         ]
+        if self.skip_nonfinite:
+            self._put_back(*before)
         self.pool()
         return torch.cat(outputs)
+
+    @torch.no_grad()
+    def _put_back(self, mean: Tensor | None, var: Tensor | None, counter: Tensor | None) -> None:
+        """Sets the statistics of groups that are not finite to those from before this forward."""
+        if self.group_mean is None or self.group_var is None or mean is None or var is None:
+            return
+        is_finite = (self.group_mean.isfinite() & self.group_var.isfinite()).all(1)
+        self.group_mean.copy_(torch.where(is_finite[:, None], self.group_mean, mean))
+        self.group_var.copy_(torch.where(is_finite[:, None], self.group_var, var))
+        if self.num_batches_tracked is not None and counter is not None:
+            self.num_batches_tracked.copy_(torch.where(is_finite.any(), self.num_batches_tracked, counter))
 
     @torch.no_grad()
     def pool(self, weights: Sequence[float] | None = None) -> None:
@@ -114,7 +133,7 @@ def groups_per_rank(bn: BnConfig, world_size: int) -> int:
     return bn.virtual_ranks // world_size
 
 
-def make_virtual(model: nn.Module, num_groups: int) -> None:
+def make_virtual(model: nn.Module, num_groups: int, *, skip_nonfinite: bool = False) -> None:
     """Turns every batch normalization of a model into a `VirtualBatchNorm`, in place; parameters and keys stay.
 
     Raises:
@@ -131,7 +150,7 @@ def make_virtual(model: nn.Module, num_groups: int) -> None:
         raise ConfigError("bn.virtual_ranks: the model has no batch normalization; set bn.virtual_ranks=null")
     for layer in dict.fromkeys(layers.values()):
         layer.__class__ = VirtualBatchNorm
-        layer.__dict__["num_groups"] = num_groups
+        layer.__dict__.update(num_groups=num_groups, skip_nonfinite=skip_nonfinite)
         for name in ("mean", "var"):
             running = getattr(layer, f"running_{name}")
             of_groups = None if running is None else running.repeat(num_groups, 1)

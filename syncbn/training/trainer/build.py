@@ -41,7 +41,8 @@ def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.
         context.device, context.dtype
     )
     if config.bn.virtual_ranks is not None:
-        make_virtual(model, groups_per_rank(config.bn, context.world_size))
+        num_groups = groups_per_rank(config.bn, context.world_size)
+        make_virtual(model, num_groups, skip_nonfinite=config.bn.skip_nonfinite)
     if context.channels_last:
         execution.lay_out(model)
     return model

@@ -57,6 +57,7 @@ MISTAKES = [
     (["model.norm=layer"], "model.norm: expected one of batch, group, got 'layer'"),
     (["model.norm=group", "model.width=6"], "model.width: expected a multiple of 4 where model.norm=group, got 6"),
     (["bn.fuse=true", "bn.sync=false"], "bn.fuse: expected false where bn.sync=false, got True"),
+    (["bn.skip_nonfinite=true", "bn.sync=false"], "bn.skip_nonfinite: expected false unless bn.sync=true or bn.vir"),
     (["bn.own_group=true", "bn.group=2"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
     (["bn.own_group=true", "bn.sync=false"], "bn.own_group: expected false unless bn.sync=true and bn.group=world"),
     (["data.workers=-1"], "data.workers: expected a number of processes, 0 or more, got -1"),
