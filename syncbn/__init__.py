@@ -13,6 +13,7 @@ _HOMES = {
     "sync_batch_norm": "syncbn.nn.functional",
     "even_steps": "syncbn.nn.even_steps",
     "accumulate_stats": "syncbn.nn.accumulate",
+    "disable_running_stats": "syncbn.nn.disabled_stats",
     "convert_sync_batchnorm": "syncbn.surgery.convert",
     "new_bn_groups": "syncbn.nn.groups",
     "revert_sync_batchnorm": "syncbn.surgery.revert",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from syncbn.auditing.rules import Finding as Finding
     from syncbn.nn.accumulate import accumulate_stats as accumulate_stats
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm
+    from syncbn.nn.disabled_stats import disable_running_stats as disable_running_stats
     from syncbn.nn.even_steps import even_steps as even_steps
     from syncbn.nn.functional import sync_batch_norm as sync_batch_norm
     from syncbn.nn.groups import new_bn_groups as new_bn_groups

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.nn.accumulate import pooling
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.collectives import sum_over_ranks
+from syncbn.nn.disabled_stats import are_disabled
 from syncbn.nn.even_steps import even_steps
 from syncbn.nn.groups import collective_group, spans_world
 from syncbn.nn.modes import evaluating
@@ -47,6 +48,7 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
     Raises:
         ValueError: no batch on any rank; no layer that could take part; lazy layers that are not initialized;
             num_batches below 1.
+        RuntimeError: a context of `accumulate_stats` or `disable_running_stats` is open for a layer.
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -61,6 +63,8 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
         model = model.module
     if has_lazy_layers(model):
         raise ValueError("model: has lazy layers that have not seen their width; run it once before")
+    if any(are_disabled(layer) for layer in model.modules()):
+        raise RuntimeError("precise_bn: a context of disable_running_stats of this model is open; leave it first")
     with ExitStack() as stack:
         synchronized = stack.enter_context(pooling(model, "precise_bn"))
         plain = stack.enter_context(_watching(model))

@@ -21,20 +21,15 @@ def check_can_freeze_stats(name: str, layer: _BatchNorm) -> None:
         TypeError: a class other than `SyncBatchNorm`.
         ValueError: no running statistics.
     """
-    check_is_synchronized(name, layer, "frozen")
+    if not isinstance(layer, SyncBatchNorm):
+        raise TypeError(
+            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be frozen, because they move"
+            " whenever it is in training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a"
+            " single process too)"
+        )
     if layer.running_mean is None:
         raise ValueError(
             f"{name or 'the module'} keeps no running statistics (track_running_stats=False): nothing to freeze"
-        )
-
-
-def check_is_synchronized(name: str, layer: nn.Module, what: str) -> None:
-    """Raises TypeError for a normalization of another class; `what` cannot be done with its statistics."""
-    if not isinstance(layer, SyncBatchNorm):
-        raise TypeError(
-            f"{name or 'the module'} is a {type(layer).__name__}: its statistics cannot be {what}, because they move"
-            " whenever it is in training mode; convert the model with syncbn.convert_sync_batchnorm first (works in a"
-            " single process too)"
         )
 
 
