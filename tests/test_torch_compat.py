@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,3 +225,16 @@ def test_the_state_of_a_loss_scaler_is_that_of_its_state_dict():
     scaler.scale(torch.ones(()))  # makes the tensors
     scale, age = torch_compat.scaler_state(scaler)
     assert (scale.item(), age.item()) == (scaler.state_dict()["scale"], scaler.state_dict()["_growth_tracker"])
+
+
+@pytest.mark.parametrize("make", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_the_vectors_that_spectral_norm_moves_are_named_with_what_removes_them(make):
+    module = make(nn.Linear(4, 3))
+    [(names, removal)] = torch_compat.power_iterations(module)
+    buffers = dict(module.named_buffers())
+    before = {name: buffers[name].clone() for name in names.split(" and ")}
+    module(torch.randn(2, 4))
+    assert not any(torch.equal(value, buffers[name]) for name, value in before.items())
+    eval(removal, {"torch": torch, "module": module})
+    assert list(torch_compat.power_iterations(module)) == []
+    assert list(torch_compat.power_iterations(parametrizations.weight_norm(nn.Linear(4, 3)))) == []

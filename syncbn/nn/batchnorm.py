@@ -44,11 +44,8 @@ if TYPE_CHECKING:
 
     from syncbn.nn.pool import Pool
 
-_OF_A_CONTEXT = (
-    "_pool",
-    "_record",
-    "_stats_disabled",
-)  # attributes set by context managers; copies and pickles leave them out
+# Attributes set by context managers; copies and pickles leave them out.
+_OF_A_CONTEXT = ("_pool", "_record", "_stats_disabled")
 # Names of the vectors that may be looked up in the dictionaries of a module.
 _PARAMETERS, _BUFFERS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 
