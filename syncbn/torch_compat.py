@@ -77,6 +77,11 @@ def power_iterations(module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield f"{path}._u and {path}._v", removal
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether a module is one of the copies that `DataParallel` makes for one forward; no public API tells."""
+    return getattr(module, "_is_replica", False)
+
+
 def ddp_without_buffer_sync(module: nn.Module, **options: Any) -> DistributedDataParallel:
     """DDP that broadcasts buffers when it wraps a module (with `init_sync`), and never again.
 

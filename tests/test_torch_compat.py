@@ -238,3 +238,13 @@ def test_the_vectors_that_spectral_norm_moves_are_named_with_what_removes_them(m
     eval(removal, {"torch": torch, "module": module})
     assert list(torch_compat.power_iterations(module)) == []
     assert list(torch_compat.power_iterations(parametrizations.weight_norm(nn.Linear(4, 3)))) == []
+
+
+def test_a_replica_of_data_parallel_is_known_and_is_given_its_buffers():
+    layer = SyncBatchNorm(3).freeze()
+    replica = layer._replicate_for_data_parallel()
+    assert torch_compat.is_replica(replica)
+    assert not torch_compat.is_replica(layer)
+    replica.num_batches_tracked = layer.num_batches_tracked
+    replica.running_mean = mean = layer.running_mean.clone()
+    assert replica.running_mean is mean

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from syncbn.nn.rank_checks import name_of
+from syncbn.torch_compat import is_replica
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _COUNTER = "_counter_when_frozen"  # attribute of a layer with frozen statistics: a copy of its batch counter
@@ -33,10 +34,11 @@ def forget_counter(layer: nn.Module) -> None:
 def is_reset(layer: nn.Module, name: str, value: object) -> bool:
     """Whether assigning `value` to a buffer of frozen statistics would reset it; if so, it warns and holds the buffer.
 
-    A tensor of another shape, type or on another device is not a reset but a move (`DataParallel` assigns its copies).
+    A tensor of another shape, type or on another device is not a reset but a move, and replicas of `DataParallel` are
+    given their buffers.
     """
     held = layer._buffers.get(name)
-    if not (isinstance(held, Tensor) and isinstance(value, Tensor)):
+    if not (isinstance(held, Tensor) and isinstance(value, Tensor)) or is_replica(layer):
         return False
     if (held.shape, held.dtype, held.device) != (value.shape, value.dtype, value.device):
         return False

@@ -78,7 +78,7 @@ class FreezePlan:
 
         Raises:
             ValueError, TypeError: a rule that ends before it starts, or that `freeze` would reject; the message names
-                the rule, or the step at which rules freeze one of two layers that share running statistics.
+                the rule, or the step and its rules where they freeze one of two layers that share running statistics.
         """
         warnings = []
         for name, rule in self.rules.items():
@@ -100,7 +100,8 @@ class FreezePlan:
             try:
                 check_sharers(model, [(module, one.switch, one.frozen) for module, one in self._changes(model, step)])
             except ValueError as error:
-                raise ValueError(f"at step {step}: {error}") from error
+                active = [name for name, rule in self.rules.items() if rule.is_active(step)] or [*self.rules]
+                raise ValueError(f"{', '.join(active)}: at step {step}, {error}") from error
         return warnings
 
     def frozen_at(self, model: nn.Module, step: int) -> dict[str, set[str]]:
