@@ -15,9 +15,6 @@ from syncbn.kernels import cuda, reference
 from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn.functional import _move_if_finite
 from syncbn.stats.precise_bn import precise_bn
-from syncbn.training.models.normalization import set_up
-from syncbn.training.models.virtual_ranks import make_virtual
-from tests.training.jobs import compose_config
 
 GOOD = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 2
 
@@ -202,29 +199,3 @@ def test_it_is_kept_by_conversion_copies_and_pickles_and_dropped_at_revert():
     assert "skip_nonfinite" not in repr(SyncBatchNorm(3))
     before = convert_sync_batchnorm(revert_sync_batchnorm(model))
     assert [layer.skip_nonfinite for layer in before] == [False, False]
-
-
-def test_the_key_of_a_run_sets_it():
-    for given in (True, False):
-        config = compose_config(f"bn.skip_nonfinite={str(given).lower()}")
-        model = nn.Sequential(nn.BatchNorm2d(3))
-        set_up(model, config.bn)
-        assert model[0].skip_nonfinite is given
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_virtual_ranks_skip_each_by_itself(momentum):
-    layer, plain = (nn.BatchNorm2d(3, momentum=momentum) for _ in range(2))
-    make_virtual(layer, 2, skip_nonfinite=True)
-    make_virtual(plain, 2)
-    layer(GOOD[0]), plain(GOOD[0])
-    layer(spoiled())  # of the first group
-    expected = copy.deepcopy(plain)
-    expected(GOOD[0])
-    torch.testing.assert_close(layer.group_mean[0], plain.group_mean[0], rtol=0, atol=0)
-    torch.testing.assert_close(layer.group_var[1], expected.group_var[1], rtol=0, atol=0)
-    assert layer.running_mean.isfinite().all()
-    assert layer.num_batches_tracked == 2
-    before = copy.deepcopy(layer)
-    layer(torch.cat([spoiled()[:3]] * 2))
-    check_equal(layer, before)
