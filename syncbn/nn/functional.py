@@ -141,7 +141,9 @@ def _forward(
             call.pool.add_(packed)
     else:
         mean, invstd, count = kernels.finish(packed, None, None, None, 0.0, call.statistics.eps, dtype)
-        _move_if_finite(packed, call.statistics, call.pool, call.finite_type, kernels)
+        # A recomputation does none of this, so selective checkpointing must not see it.
+        with nullcontext() if call.recomputation is None else hidden_from_modes():
+            _move_if_finite(packed, call.statistics, call.pool, call.finite_type, kernels)
     output = kernels.normalize(input, mean, invstd, weight, bias, residual, call.activation)
     return output, mean, invstd, count
 
@@ -153,17 +155,15 @@ def _move_if_finite(
 
     A batch that is left out is replaced by one without samples, which moves nothing.
     """
-    # A recomputation does none of this, so selective checkpointing must not see it.
-    with nullcontext() if torch.compiler.is_compiling() else hidden_from_modes():
-        num_channels = (packed.numel() - 1) // 4
-        mean, var = (packed.new_zeros(num_channels, dtype=dtype) for _ in range(2))
-        kernels.finish(packed, mean, var, None, 1.0, 0.0, torch.float64)  # momentum 1: they become those of the batch
-        is_finite = packed[0].isfinite() & mean.isfinite().all() & var.isfinite().all()
-        counted = torch.where(is_finite, packed, 0.0)
-        if pool is not None:
-            pool.add_(counted)
-        else:
-            kernels.finish(counted, *statistics, torch.float64)
+    num_channels = (packed.numel() - 1) // 4
+    mean, var = (packed.new_zeros(num_channels, dtype=dtype) for _ in range(2))
+    kernels.finish(packed, mean, var, None, 1.0, 0.0, torch.float64)  # momentum 1: they become those of the batch
+    is_finite = packed[0].isfinite() & mean.isfinite().all() & var.isfinite().all()
+    counted = torch.where(is_finite, packed, 0.0)
+    if pool is not None:
+        pool.add_(counted)
+    else:
+        kernels.finish(counted, *statistics, torch.float64)
 
 
 def _backward(
