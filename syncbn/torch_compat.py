@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -49,6 +50,23 @@ def init_batch_norm(layer: _BatchNorm, *args: Any, bias: bool, **options: Any) -
     _BatchNorm.__init__(layer, *args, **options)
     if not bias:
         layer.register_parameter("bias", None)
+
+
+# Dynamo before torch 2.13 takes `module.__dict__["x"]` for `module.x`: a property x that reads its own value from there
+# never ends. So a second copy of it is kept there, which is no property.
+_DYNAMO_READS_DICT = torch.__version__ >= "2.13"
+
+
+def set_eps(layer: nn.Module, value: float) -> None:
+    """Stores what the property `eps` of a layer returns."""
+    layer.__dict__["eps"] = value
+    if not _DYNAMO_READS_DICT:
+        layer.__dict__["_eps"] = value
+
+
+def eps_in_dynamo(layer: nn.Module) -> Any:
+    """What `set_eps` has stored, where Dynamo traces."""
+    return layer.__dict__["eps"] if _DYNAMO_READS_DICT else layer._eps
 
 
 def reset_batch_norm(layer: _BatchNorm) -> None:
@@ -205,6 +223,17 @@ def is_compiled(module: nn.Module) -> bool:
     Compared by class name, because importing the class would import the compiler.
     """
     return type(module).__name__ == "OptimizedModule"
+
+
+def parametrized_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A new class that `register_parametrization` would give to a module of class `cls`, without its properties.
+
+    It refuses pickling and allows deepcopy. `register_parametrization` makes one only for a module that holds the
+    tensor, and no public API exchanges the class below it.
+    """
+    module = object.__new__(cls)
+    parametrize._inject_new_class(module)
+    return type(module)
 
 
 def has_non_finite(tensors: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
 from syncbn.kernels.cuda_step import Statistics
-from syncbn.nn.call_stack import foreign_converter
+from syncbn.nn.call_stack import folding_function, foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
 from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_held
@@ -34,9 +34,11 @@ from syncbn.nn.stale_ddp import check_wrapper
 from syncbn.torch_compat import (
     backward_pass,
     ddp_around,
+    eps_in_dynamo,
     init_batch_norm,
     reset_batch_norm,
     saved_tensor_hooks,
+    set_eps,
 )
 
 if TYPE_CHECKING:
@@ -316,7 +318,7 @@ class SyncBatchNorm(_BatchNorm):
             self.bias,
             self.training,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             mask,
             residual,
             activation,
@@ -408,6 +410,32 @@ class SyncBatchNorm(_BatchNorm):
     def num_features(self, value: int) -> None:
         self.__dict__["num_features"] = value
 
+    @property
+    def eps(self) -> float:
+        """The number that is added to the variance.
+
+        Raises:
+            TypeError: read by a function that folds batch normalization into the layer in front of it, from a layer
+                with an activation, which the folded layer would not have.
+        """
+        if torch.compiler.is_compiling():
+            return eps_in_dynamo(self)
+        if self._activation_name() is not None:
+            folder = folding_function()
+            if folder is not None:
+                raise TypeError(
+                    f"{folder} would fold a {type(self).__name__} with activation={self._activation_name()!r} into the"
+                    " layer in front of it, and lose the activation; call syncbn.revert_sync_batchnorm(model) before"
+                    " it, which gives the model its activation back. Layers in front of this one may have been folded"
+                    " already"
+                )
+        eps: float = self.__dict__["eps"]
+        return eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        set_eps(self, value)
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Accepts any number of dimensions; `check_arguments` validates the input, on every path."""
 
@@ -477,6 +505,10 @@ class SyncBatchNorm(_BatchNorm):
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}
         copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        set_eps(self, state["eps"])
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}

@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from syncbn.nn.injected import own_class, rebuilt
 from syncbn.nn.patterns import Patterns, select
 from syncbn.nn.subclasses import synchronized_class, why_not
+from syncbn.torch_compat import set_eps
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,12 @@ def convert(
                 f"{name or 'the module'} is a {type(layer).__name__} whose own behaviour would be lost: {reason};"
                 f" leave it out with exclude={name!r}"
             )
-    for layer in layers.values():
-        original = type(layer)
+    classes = [_converted_class(type(layer), layer_class) for layer in layers.values()]
+    for layer, cls in zip(layers.values(), classes, strict=True):
         group = process_group if process_group is not None else getattr(layer, "process_group", None)
-        layer.__class__ = layer_class if original in _PLAIN else synchronized_class(original, layer_class)
-        layer.__dict__.update(process_group=group, _original_class=original)
+        layer.__dict__.update(process_group=group, _original_class=own_class(type(layer)))
+        layer.__class__ = cls
+        set_eps(layer, layer.__dict__["eps"])
         if skip_nonfinite:
             layer.__dict__["skip_nonfinite"] = True
     if layers:
@@ -56,9 +59,15 @@ def convert(
     return module
 
 
+def _converted_class(cls: type[_BatchNorm], layer_class: type[_BatchNorm]) -> type[_BatchNorm]:
+    """The class after conversion; what torch has injected above the original class stays above the new one."""
+    original = own_class(cls)
+    return rebuilt(cls, layer_class if original in _PLAIN else synchronized_class(original, layer_class))
+
+
 def why_not_convertible(layer: _BatchNorm) -> str | None:
     """Why conversion would change the behavior that a layer's class adds; None if it would not."""
-    if type(layer) in _PLAIN and "forward" not in layer.__dict__:
+    if own_class(type(layer)) in _PLAIN and "forward" not in layer.__dict__:
         return None
     return why_not(layer)
 

@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from syncbn.nn.bytecode import names_in
+from syncbn.nn.injected import own_class
 
 if TYPE_CHECKING:
 
@@ -70,6 +71,10 @@ class _SynchronizedCalls(TorchFunctionMode):
 class SyncSubclass(_Base):
     """First base of the generated classes, before the original class and `SyncBatchNorm` in the resolution order."""
 
+    # Set in the generated classes. (A layer's own `_original_class` is the one to revert to.)
+    _original_class: type[_BatchNorm]
+    _original_forward: Callable[..., Any] | None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with synchronized statistics.
 
@@ -84,7 +89,7 @@ class SyncSubclass(_Base):
         with self._scratch_counter(), _SynchronizedCalls(self):
             output = original_forward(self, *args, **kwargs)
         if self.__dict__.pop("_num_normalized") == 0 and self.training:
-            original = type(self).__dict__["_original_class"]
+            original = type(self)._original_class
             raise RuntimeError(
                 f"the forward of {original.__name__} normalized without super().forward or F.batch_norm: its statistics"
                 " were not synchronized; leave this layer out of the conversion"
@@ -113,8 +118,10 @@ class SyncSubclass(_Base):
         counter: Tensor | None = self.__dict__.get("_true_counter", self.num_batches_tracked)
         return counter if self.__dict__.get("_num_normalized", 0) == 0 else None  # one forward is one batch
 
-    def _activation_name(self) -> None:
-        """None: an attribute `activation` of a subclass is not the one that `SyncBatchNorm` fuses."""
+    def _activation_name(self) -> str | None:
+        """The activation that `fuse` has set; an attribute `activation` of a subclass is another thing."""
+        name: str | None = self.__dict__.get("_fused_activation")
+        return name
 
     def _normalize_with(self, *args: Any) -> Tensor:
         if "_num_normalized" in self.__dict__:  # inside the original forward
@@ -136,7 +143,10 @@ class SyncSubclass(_Base):
         """Synchronized `F.batch_norm`, with the arguments that the original forward passed."""
         counter = self._counter()
         rate = None if self._is_cumulative(momentum) and counter is not None else momentum
-        return self._normalize_with(input, running_mean, running_var, counter, weight, bias, training, rate, eps)
+        activation = self._activation_name()
+        return self._normalize_with(
+            input, running_mean, running_var, counter, weight, bias, training, rate, eps, None, None, activation
+        )
 
     def _is_cumulative(self, momentum: float) -> bool:
         """Whether the original forward uses the cumulative average: its momentum is then 1 / num_batches_tracked."""
@@ -151,8 +161,11 @@ class SyncSubclass(_Base):
         return text if frozen in text else f"{text}, {frozen}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The generated class cannot be imported by name, so pickle the class that it was generated from.
+        # The generated class cannot be imported by name, so pickle the class that it was generated from. A subclass of
+        # it can, or else is not ours to pickle.
         members = type(self).__dict__
+        if "_original_class" not in members:
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         return rebuild, (members["_original_class"], members["_layer_class"]), self.__getstate__()
 
 
@@ -192,7 +205,7 @@ def _make_class(original: type[_BatchNorm], layer_class: type[_BatchNorm]) -> ty
 
 def why_not(layer: _BatchNorm) -> str | None:
     """Why a subclass's behavior would be lost in conversion; None if it would be preserved."""
-    original = type(layer)
+    original = own_class(type(layer))
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
     if issubclass(original, nn.SyncBatchNorm):

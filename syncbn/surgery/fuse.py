@@ -17,10 +17,14 @@ from torch import fx, nn
 
 from syncbn.nn import lean
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.nn.injected import own_class, rebuilt
 from syncbn.nn.patterns import Patterns, named_modules, select
-from syncbn.surgery.fusion_classes import Fused, fused_class
-from syncbn.surgery.fusion_sites import HOOKS, Site, rewrite, site_of, target_of
+from syncbn.nn.subclasses import SyncSubclass
+from syncbn.surgery.fusion_classes import fused_class
+from syncbn.surgery.fusion_own import fuse_own_activation, has_own_forward
+from syncbn.surgery.fusion_sites import HOOKS, Site, is_changed_in_place, rewrite, site_of, target_of
 from syncbn.surgery.fusion_tracing import traced
+from syncbn.surgery.unfuse import set_activation
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def fuse(
         reason = _why_not(layer, max(places[id(layer)], calls[id(layer)]))
         if reason is not None:
             found[id(layer)] = None, False, reason
+        elif isinstance(layer, SyncSubclass) and has_own_forward(layer):
+            found[id(layer)] = _fuse_own(layer, parents, graphs, memory)
     wanted = {id(layer) for layer in layers.values()} - found.keys()
     for parent, graph in zip(parents, graphs, strict=True):
         if isinstance(graph, fx.Graph):
@@ -109,36 +115,40 @@ def fuse(
     return [FusionOutcome(name, *found.get(id(layer), default)) for name, layer in layers.items()]
 
 
-def unfuse(module: nn.Module) -> None:
-    """Undoes `fuse`, in place."""
-    for parent in module.modules():
-        for name, before in parent.__dict__.pop("_fused_layers", {}).items():
-            parent.get_submodule(name).__dict__.update(activation=None, memory=before)
-        for name, activation in parent.__dict__.pop("_fused_activations", {}).items():
-            parent._modules[name] = activation.train(parent.training)
-        if isinstance(parent, Fused):
-            parent.__class__ = type(parent).__dict__["_original_class"]
-
-
-def fused_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers that `fuse` has given an activation, which `unfuse` would remove."""
-    parents = module.modules()
-    return [parent.get_submodule(name) for parent in parents for name in parent.__dict__.get("_fused_layers", ())]
-
-
 def _why_not(layer: nn.Module, num_uses: int) -> str | None:
     """Why a layer cannot be fused, whatever follows it; None if the layer itself does not prevent fusion."""
-    if isinstance(layer, SyncBatchNorm) and type(layer) is not SyncBatchNorm:
-        return f"is a {type(layer).__name__}, which has a forward of its own"
-    if type(layer) is not SyncBatchNorm:
+    if not isinstance(layer, SyncBatchNorm):
         return f"is a {type(layer).__name__}; convert_sync_batchnorm comes first"
+    if type(layer).forward not in (SyncBatchNorm.forward, SyncSubclass.forward):
+        return f"is a {type(layer).__name__}, which has a forward of its own"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
     if layer._activation_name() is not None:
-        return f"has an activation already: {layer.activation}"
+        return f"has an activation already: {layer._activation_name()}"
+    if has_own_forward(layer):
+        return None
     if num_uses > 1:
         return "is used in several places"
     if any(getattr(layer, hooks) for hooks in HOOKS):
         return "has hooks, which would see the activation's output"
     return None
+
+
+def _fuse_own(
+    layer: SyncSubclass, parents: list[nn.Module], graphs: list[fx.Graph | str | None], memory: str
+) -> _Outcome:
+    """Fuses a layer with the activation that it applies itself; the outcome."""
+    calls = [
+        is_changed_in_place(parent, node)
+        for parent, graph in zip(parents, graphs, strict=True)
+        for node in (graph.nodes if isinstance(graph, fx.Graph) else ())
+        if target_of(parent, node) is layer
+    ]
+    try:
+        kind = fuse_own_activation(layer, is_changed_in_place=not calls or any(calls))
+    except ValueError as reason:
+        return None, False, str(reason)
+    return kind, False, "", "default", "it has a forward of its own" if memory == "lean" else ""
 
 
 def _has_layers(parent: nn.Module) -> bool:
@@ -167,26 +177,30 @@ def _fuse_in(parent: nn.Module, graph: fx.Graph, wanted: set[int], memory: str) 
             sites.append(site)
     if not sites:
         return found
-    activations = {}
-    before = dict(parent.__dict__.get("_fused_layers", {}))
+    is_sequential = type(parent).forward is nn.Sequential.forward
+    activations, before = {}, {}
     for site in sites:
         layer = target_of(parent, site.layer)
         assert isinstance(layer, SyncBatchNorm)
         before[str(site.layer.target)] = layer.__dict__.get("memory", "default")
-        layer.activation, layer.memory = site.kind, found[id(layer)][3]
-        if type(parent).forward is nn.Sequential.forward:
+        if is_sequential:
             activations[str(site.activation.target)] = target_of(parent, site.activation)
         else:
             rewrite(graph, site)
-    parent.__dict__["_fused_layers"] = before
+    if not is_sequential:
+        code = graph.python_code("self")
+        used = {name: value for name, value in code.globals.items() if name in code.src}
+        cls = type(parent)
+        parent.__class__ = rebuilt(cls, fused_class(own_class(cls), code.src, used))
+    for site in sites:  # after all that can fail
+        layer = target_of(parent, site.layer)
+        assert isinstance(layer, SyncBatchNorm)
+        set_activation(layer, site.kind, found[id(layer)][3])
+    parent.__dict__["_fused_layers"] = parent.__dict__.get("_fused_layers", {}) | before
     if activations:
         for name in activations:
             parent._modules[name] = nn.Identity()
         parent.__dict__["_fused_activations"] = parent.__dict__.get("_fused_activations", {}) | activations
-    else:
-        code = graph.python_code("self")
-        used = {name: value for name, value in code.globals.items() if name in code.src}
-        parent.__class__ = fused_class(type(parent), code.src, used)
     return found
 
 
@@ -194,6 +208,8 @@ def _outcome(layer: SyncBatchNorm, site: Site, memory: str) -> _Outcome:
     """The outcome that fusing a layer at this site will have; changes nothing."""
     wanted = memory == "lean" or layer._is_lean()
     reason = _why_not_lean(layer, site) if wanted else ""
+    if memory == "lean" and isinstance(layer, SyncSubclass):
+        return site.kind, site.residual is not None, "", "default", f"it is a {type(layer).__name__}"
     if reason and layer._is_lean():
         return None, False, f"is lean, and {reason}"
     return site.kind, site.residual is not None, "", "lean" if wanted and not reason else "default", reason

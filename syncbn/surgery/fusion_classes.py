@@ -14,8 +14,11 @@ class Fused(nn.Module):
     """Common base of the generated classes; follows the original class in the method resolution order."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The generated class exists only in this process: pickle what it is generated from.
+        # The generated class exists only in this process: pickle what it is generated from. A subclass of it can be
+        # imported by name, or else is not ours to pickle.
         members = type(self).__dict__
+        if "_original_class" not in members:
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         names = {
             name: (value.__name__,) if isinstance(value, types.ModuleType) else value
             for name, value in members["_globals"].items()

@@ -39,6 +39,11 @@ def target_of(parent: nn.Module, node: fx.Node) -> nn.Module | None:
     return parent.get_submodule(node.target) if node.op == "call_module" and isinstance(node.target, str) else None
 
 
+def is_changed_in_place(parent: nn.Module, node: fx.Node) -> bool:
+    """Whether what a node computes is changed in place by one of its users."""
+    return any(_changes_in_place(parent, user) for user in node.users)
+
+
 def _changes_in_place(parent: nn.Module, node: fx.Node) -> bool:
     is_method = node.op == "call_method" and str(node.target).endswith("_")
     has_option = bool(node.kwargs.get("inplace") or getattr(target_of(parent, node), "inplace", False))
@@ -82,22 +87,31 @@ def site_of(parent: nn.Module, node: fx.Node, taken: list[fx.Node]) -> Site | st
     if kind is None:
         return "no activation that could be fused follows it"
     module = target_of(parent, user)
-    if module is not None and any(getattr(module, hooks) for hooks in (*HOOKS, "_forward_pre_hooks")):
+    if module is not None and has_hooks(module):
         return f"the activation {user.target} has hooks"
-    if kind == "leaky_relu" and any(_changes_in_place(parent, other) for other in user.users):
+    if kind == "leaky_relu" and is_changed_in_place(parent, user):
         return "the activation's output is changed in place, which backward would go by"
     return Site(node, addition, residual, user, kind)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Name of the activation that a module is, as in `SyncBatchNorm`; None if it is not a fusible activation."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.SiLU:
+        return "silu"
+    return "leaky_relu" if type(module) is nn.LeakyReLU and module.negative_slope == LEAKY_SLOPE else None
+
+
+def has_hooks(activation: nn.Module) -> bool:
+    return any(getattr(activation, hooks) for hooks in (*HOOKS, "_forward_pre_hooks"))
 
 
 def _kind(parent: nn.Module, node: fx.Node) -> str | None:
     """Name of the activation that a node computes, as in `SyncBatchNorm`; None if it is not a fusible activation."""
     module = target_of(parent, node)
     if module is not None:
-        if type(module) is nn.ReLU:
-            return "relu"
-        if type(module) is nn.SiLU:
-            return "silu"
-        return "leaky_relu" if type(module) is nn.LeakyReLU and module.negative_slope == LEAKY_SLOPE else None
+        return kind_of(module)
     kind = _FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     options = {**node.kwargs}
     options.pop("inplace", None)

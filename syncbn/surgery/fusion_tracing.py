@@ -12,7 +12,7 @@ from syncbn.nn.bytecode import has_in_place_operator, instructions
 from syncbn.surgery.fusion_classes import Fused
 
 # Functions whose results vary between calls with the same input: random numbers, and modes of autograd and autocast.
-_UNSTEADY = {"rand", "randn", "randint", "random", "uniform", "bernoulli", "is_grad_enabled", "is_autocast_enabled"}
+UNSTEADY = {"rand", "randn", "randint", "random", "uniform", "bernoulli", "is_grad_enabled", "is_autocast_enabled"}
 
 
 class _Tracer(fx.Tracer):
@@ -92,7 +92,7 @@ def _not_the_same_every_time(parent: nn.Module, function: Any, seen: set[Any]) -
             reason = f"sets {name}"
         elif instruction.opname == "WITH_EXCEPT_START":
             reason = "has a with statement, which a trace would lose"
-        elif name in _UNSTEADY:
+        elif name in UNSTEADY:
             reason = f"calls {name}, whose result a trace would fix"
         elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
             own = [cls.__dict__.get(name) for cls in type(parent).__mro__ if cls not in (nn.Module, object)]
