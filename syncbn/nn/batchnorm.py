@@ -293,7 +293,7 @@ class SyncBatchNorm(_BatchNorm):
         return self.num_batches_tracked
 
     def _activation_name(self) -> str | None:
-        return self.__dict__.get("activation")  # converted layers lack the attribute
+        return self.__dict__.get("activation")  # layers converted by version 0.1.0 lack the attribute
 
     def _is_lean(self) -> bool:
         return self.__dict__.get("memory") == "lean"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,12 +17,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.nn.injected import own_class, rebuilt
 from syncbn.nn.patterns import Patterns, select
-from syncbn.nn.subclasses import synchronized_class, why_not
+from syncbn.nn.subclasses import SyncSubclass, synchronized_class, why_not
 from syncbn.torch_compat import set_eps
 
 log = logging.getLogger(__name__)
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_SCRIPTED = {cls.__name__ for cls in _PLAIN}  # their classes are gone, their names are kept
 
 
 def convert(
@@ -34,9 +36,16 @@ def convert(
     skip_nonfinite: bool = False,
 ) -> nn.Module:
     """Converts every selected batch normalization of `module` to `layer_class`; see `syncbn.convert_sync_batchnorm`."""
+    selected = select(module, match, exclude)
+    for name, layer in selected.items():
+        if isinstance(layer, torch.jit.ScriptModule) and layer.original_name in _SCRIPTED:
+            raise TypeError(
+                f"{name or 'the module'} is a {layer.original_name} that torch.jit has compiled: convert the model that"
+                f" it was compiled from, or leave it out with exclude={name!r}"
+            )
     layers = {
         name: layer
-        for name, layer in select(module, match, exclude).items()
+        for name, layer in selected.items()
         if isinstance(layer, _BatchNorm) and not isinstance(layer, layer_class)
     }
     for name, layer in layers.items():
@@ -51,6 +60,9 @@ def convert(
         group = process_group if process_group is not None else getattr(layer, "process_group", None)
         layer.__dict__.update(process_group=group, _original_class=own_class(type(layer)))
         layer.__class__ = cls
+        # What compiled code is to guard has to exist: Dynamo does not notice a key that comes into `__dict__` later.
+        if not isinstance(layer, SyncSubclass):
+            layer.__dict__.update(activation=None, memory="default")
         set_eps(layer, layer.__dict__["eps"])
         if skip_nonfinite:
             layer.__dict__["skip_nonfinite"] = True

@@ -74,6 +74,7 @@ class SyncSubclass(_Base):
     # Set in the generated classes. (A layer's own `_original_class` is the one to revert to.)
     _original_class: type[_BatchNorm]
     _original_forward: Callable[..., Any] | None
+    _fused_activation: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with synchronized statistics.
@@ -120,8 +121,7 @@ class SyncSubclass(_Base):
 
     def _activation_name(self) -> str | None:
         """The activation that `fuse` has set; an attribute `activation` of a subclass is another thing."""
-        name: str | None = self.__dict__.get("_fused_activation")
-        return name
+        return self._fused_activation
 
     def _normalize_with(self, *args: Any) -> Tensor:
         if "_num_normalized" in self.__dict__:  # inside the original forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -43,7 +44,8 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
     Args:
         model: a model, wrapped in DDP or not.
         batches: this rank's shard; each batch is the model's input, or a tuple or list that begins with it.
-        num_batches: the number of batches to use on each rank; None for all.
+        num_batches: the number of batches to use on each rank; None for all. If no rank has so many, the statistics
+            are those of all batches, with a warning on every rank.
 
     Raises:
         ValueError: no batch on any rank; no layer that could take part; lazy layers that are not initialized;
@@ -77,6 +79,12 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
             seen += 1
         if seen == 0:
             raise ValueError("batches: expected at least one, got none")
+        if num_batches is not None and seen < num_batches:  # on every rank: all take equally many steps
+            warnings.warn(
+                f"num_batches: asked for {num_batches}, but batches ended after {seen} on every rank: the statistics"
+                f" are those of {seen}",
+                stacklevel=3,
+            )
         found: list[tuple[_BatchNorm, Tensor]] = []
         for layer in synchronized:
             assert layer._pool is not None

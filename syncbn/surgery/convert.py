@@ -38,8 +38,8 @@ def convert_sync_batchnorm(
         `module` itself.
 
     Raises:
-        TypeError: a subclass whose behavior conversion could not keep; the message names the layer, and no layer has
-            been converted.
+        TypeError: a subclass whose behavior conversion could not keep, or a layer that `torch.jit` has compiled; the
+            message names the layer, and no layer has been converted.
         ValueError: a pattern that selects nothing.
     """
     return convert(module, SyncBatchNorm, process_group, match=match, exclude=exclude, skip_nonfinite=skip_nonfinite)

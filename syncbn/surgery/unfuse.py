@@ -60,7 +60,8 @@ def _fused_in(parent: nn.Module) -> list[tuple[SyncBatchNorm, str]]:
     for name, memory in parent.__dict__.get("_fused_layers", {}).items():
         layer = parent
         for part in name.split("."):
-            layer = unwrapped(layer._modules.get(part) or nn.Identity())
+            child = layer._modules.get(part)
+            layer = nn.Identity() if child is None else unwrapped(child)
         if isinstance(layer, SyncBatchNorm):  # not one that was removed since
             found.append((layer, memory))
     return found
