@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,6 +207,47 @@ def test_a_compiled_module_is_known_by_its_name():
     model = nn.Linear(2, 2)
     assert torch_compat.is_compiled(torch.compile(model, backend="eager"))
     assert not torch_compat.is_compiled(model)
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, SyncBatchNorm])
+def test_a_parametrized_class_is_the_one_that_register_parametrization_makes(cls):
+    layer = cls(3)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    made = torch_compat.parametrized_class(cls)
+    assert (made.__name__, made.__module__, made.__bases__) == (
+        type(layer).__name__,
+        parametrize.__name__,
+        type(layer).__bases__,
+    )
+    assert {*vars(made), "weight"} == {*vars(type(layer))}
+    assert torch_compat.parametrized_class(cls) is not made
+
+
+class HasEps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eps = 1.0
+
+    @property
+    def eps(self):
+        return torch_compat.eps_in_dynamo(self)
+
+    @eps.setter
+    def eps(self, value):
+        torch_compat.set_eps(self, value)
+
+    def forward(self, input):
+        return input + self.eps
+
+
+def test_dynamo_reads_an_eps_that_is_a_property_and_guards_it():
+    torch._dynamo.reset()
+    module = HasEps()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(())) == 2.0
+    module.eps = 2.0
+    assert compiled(torch.ones(())) == 3.0
+    assert module.__dict__["eps"] == module.eps == 2.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

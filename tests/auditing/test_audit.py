@@ -497,6 +497,17 @@ def test_a_file_without_a_counter_is_not_said_to_be_never_updated():
 # Several ranks.
 
 
+def test_what_peers_functions_freeze_of_a_converted_layer_is_found():
+    """`timm.utils.freeze` freezes all parameters, but exchanges the layers of torch's own classes alone."""
+    model = convert_sync_batchnorm(trained(network()))
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in model.modules())
+    for parameter in model[:2].parameters():
+        parameter.requires_grad = False
+    assert rules(model) == [("1", "parameters-frozen-statistics-moving", "error")]
+    freeze(model, "1", affine=False)
+    assert rules(model) == []
+
+
 def check_same_findings_everywhere(make):
     findings = audit(make(dist.get_rank()))
     everybodys = [None] * dist.get_world_size()

@@ -1,6 +1,7 @@
 """precise_bn: the statistics of the population, the same on every rank, and nothing else changed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -141,6 +142,39 @@ def test_no_more_batches_than_asked_for():
 
     precise_bn(network(), batches(), num_batches=2)
     assert drawn == [0, 1]
+
+
+def test_fewer_batches_than_asked_for_are_all_used_with_a_warning():
+    net, batches = network(), make_batch((20, 3, 4, 4), mean=5.0)[0].split(2)
+    with pytest.warns(UserWarning, match="asked for 20, but batches ended after 10 on every rank") as caught:
+        precise_bn(net, batches, num_batches=20)
+    assert caught[0].filename == __file__
+    check_equal(net, population(batches))
+    precise_bn(net, batches, num_batches=10)  # no warning
+
+
+def check_too_few(num_batches, ended):
+    net = network(nn.BatchNorm2d)
+    before = copy.deepcopy(net.state_dict())
+    batches = torch.randn(3 - dist.get_rank(), 4, 3, 2, 2, dtype=torch.float64)
+    if not ended:
+        precise_bn(net, batches, num_batches=num_batches)  # rank 1 has fewer, as it may
+        return
+    with pytest.warns(UserWarning, match=f"asked for {num_batches}, but batches ended after {ended} on every rank"):
+        precise_bn(net, batches, num_batches=num_batches)
+    after = copy.deepcopy(net.state_dict())
+    net.load_state_dict(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="asked for"):  # who makes it an error gets it before anything changes
+            precise_bn(net, batches, num_batches=num_batches)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert not torch.equal(after["0.running_mean"], before["0.running_mean"])
+
+
+@pytest.mark.parametrize(("num_batches", "ended"), [(4, 3), (3, None)])
+def test_ranks_are_told_of_too_few_batches_alike(ranks, num_batches, ended):
+    ranks(2, check_too_few, num_batches, ended)
 
 
 @pytest.mark.parametrize(

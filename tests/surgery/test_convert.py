@@ -96,6 +96,52 @@ def test_revert_leaves_a_layer_that_was_built_synchronized_unless_a_default_is_g
     assert type(revert_sync_batchnorm(model, default=nn.BatchNorm2d)[0]) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("is_converted", [True, False])
+def test_with_a_default_torchs_synchronized_layers_become_plain_ones_with_all_that_they_hold(is_converted):
+    """`torch.nn.SyncBatchNorm` cannot train on a CPU in a distributed job, and torch has no way back."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.SyncBatchNorm(4, eps=1e-3, momentum=None), nn.BatchNorm2d(4))
+    layer, seen = model[1].eval(), []
+    layer.bias.requires_grad_(False)
+    layer.num_batches_tracked.fill_(7)
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if is_converted:
+        convert_sync_batchnorm(model)
+        assert type(revert_sync_batchnorm(model)[1]) is nn.SyncBatchNorm  # without a default
+        convert_sync_batchnorm(model)
+    assert revert_sync_batchnorm(model, default=nn.BatchNorm2d)[1] is layer
+    assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm2d]
+    assert vars(layer).keys() == vars(nn.BatchNorm2d(4)).keys()
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert (layer.eps, layer.momentum, layer.training, layer.bias.requires_grad) == (1e-3, None, False, False)
+    assert model(torch.randn(2, 2, 3, 3)).shape == (2, 4, 3, 3)
+    assert seen == [1]
+
+
+class Own(nn.SyncBatchNorm):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class OwnToo(SyncBatchNorm):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+def test_a_default_does_not_take_the_behaviour_of_subclasses_away(caplog):
+    model = nn.Sequential(nn.SyncBatchNorm(3), Own(3))
+    with caplog.at_level(logging.INFO):
+        revert_sync_batchnorm(model, default=nn.BatchNorm2d)
+    assert [type(layer) for layer in model] == [nn.BatchNorm2d, Own]
+    assert "1 is a Own, a subclass of torch's: left" in caplog.text
+    model = nn.Sequential(nn.SyncBatchNorm(3), OwnToo(3))
+    with pytest.raises(ValueError, match="1: its class is OwnToo, whose own behaviour BatchNorm2d would lose"):
+        revert_sync_batchnorm(model, default=nn.BatchNorm2d)
+    assert [type(layer) for layer in model] == [nn.SyncBatchNorm, OwnToo]
+
+
 def test_what_a_plain_class_cannot_express_is_not_reverted():
     model = convert_sync_batchnorm(make_model())
     freeze(model, "3")
