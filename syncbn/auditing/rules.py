@@ -105,7 +105,8 @@ RULES = {
     ),
     "torch-syncbn": Rule.warning(
         "it is a torch.nn.SyncBatchNorm, built or put there by torch's converter{detail}",
-        "call syncbn.convert_sync_batchnorm instead of torch's converter, or on its result",
+        "call syncbn.convert_sync_batchnorm instead of torch's converter, or on its result; for a plain layer,"
+        " syncbn.revert_sync_batchnorm(model, default=torch.nn.BatchNorm2d)",
     ),
     "ranks-differ-in-statistics": Rule.error(
         "its running statistics differ between ranks that share them: each rank evaluates another model",
