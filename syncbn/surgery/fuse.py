@@ -57,11 +57,14 @@ def fuse(
     functions, in an `nn.Sequential` and in every other module whose `forward` can be traced by `torch.fx` and does the
     same in training and evaluation. The results do not change. Everything else is left unchanged and reported with the
     reason: layers of another class (convert them first), layers that are used several times or whose output is, and
-    layers or activations with hooks, which would be called with other tensors.
+    layers or activations with hooks, which would be called with other tensors. A layer of a converted subclass that
+    applies an activation in a forward of its own (timm's `BatchNormAct2d`) is fused with that one, if its forward does
+    nothing else.
 
     A residual of another shape, which would have to broadcast, raises at the first forward of the layer: exclude such a
     layer. Code outside of the traced `forward` that calls a fused layer gets the activation too. Every rank has to fuse
-    the same layers. `revert_sync_batchnorm` undoes the fusion.
+    the same layers. `revert_sync_batchnorm` undoes the fusion; it has to come before functions that fold the layer into
+    a convolution, which raise.
 
     Args:
         module: any model, wrapped in DDP or not.
