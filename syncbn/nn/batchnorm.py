@@ -509,6 +509,9 @@ class SyncBatchNorm(_BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         set_eps(self, state["eps"])
+        if type(self).forward is SyncBatchNorm.forward:  # a subclass may have attributes of these names, of its own
+            self.__dict__.setdefault("activation", None)  # version 0.1.0 did not set them in conversion
+            self.__dict__.setdefault("memory", "default")
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in _OF_A_CONTEXT}

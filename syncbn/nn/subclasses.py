@@ -85,7 +85,11 @@ class SyncSubclass(_Base):
         # The attributes are missing if a lazy layer has just become an ordinary one, inside of this call.
         original_forward = getattr(type(self), "_original_forward", None)
         if original_forward is None:  # torch's forward, not overridden: use the synchronized layer's
-            return getattr(type(self), "_layer_class", type(self)).forward(self, *args, **kwargs)
+            layer_class = getattr(type(self), "_layer_class", None)
+            if layer_class is None:
+                layer_class = type(self)
+                self.__dict__.update(activation=None, memory="default")  # as in conversion
+            return layer_class.forward(self, *args, **kwargs)
         self.__dict__["_num_normalized"] = 0
         with self._scratch_counter(), _SynchronizedCalls(self):
             output = original_forward(self, *args, **kwargs)

@@ -264,6 +264,13 @@ def test_the_switches_show_in_a_repr_that_the_subclass_has_overridden():
     assert repr(convert_sync_batchnorm(CallsSuper(3)).freeze()) == "SyncCallsSuper(mine, frozen=stats+affine)"
 
 
+def test_a_layer_that_was_lazy_has_the_attributes_of_a_converted_one():
+    """Compiled code notices their change only if they were there before."""
+    layer, other = convert_sync_batchnorm(nn.LazyBatchNorm2d()), convert_sync_batchnorm(nn.BatchNorm2d(3))
+    layer(torch.randn(2, 3, 4, 4))
+    assert vars(layer).keys() - {"_infer_parameters"} >= vars(other).keys()
+
+
 def check_lazy():
     model = convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d(dtype=torch.float64)))
     assert [report.status for report in conversion_report(model)] == ["waiting"]
