@@ -31,12 +31,17 @@ from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
+from syncbn.nn.tracing import PROXIES, record_call
 from syncbn.torch_compat import (
     backward_pass,
     ddp_around,
+    forward_ad_level,
     init_batch_norm,
+    jit_trace,
+    proxy_mode,
     reset_batch_norm,
     saved_tensor_hooks,
+    transforms_active,
 )
 
 if TYPE_CHECKING:
@@ -210,10 +215,13 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
-        if mask is None and type(self) is SyncBatchNorm and not torch.compiler.is_compiling():
-            output = self._plain_step(input, residual)
-            if output is not None:
-                return output
+        if not torch.compiler.is_compiling():
+            if isinstance(input, PROXIES):
+                return record_call(self, SyncBatchNorm.forward, input, mask=mask, residual=residual)
+            if mask is None and type(self) is SyncBatchNorm:
+                output = self._plain_step(input, residual)
+                if output is not None:
+                    return output
         activation = self._activation_name()
         if self._is_lean():
             check_lean(activation, mask, residual)
@@ -252,6 +260,10 @@ class SyncBatchNorm(_BatchNorm):
             or state.get("memory") == "lean"
             or backward_pass() != -1
             or saved_tensor_hooks() is not None
+            or transforms_active()
+            or proxy_mode() is not None
+            or jit_trace() is not None
+            or forward_ad_level() != -1
         ):
             return None
         parameters, buffers = state["_parameters"], state["_buffers"]
@@ -338,13 +350,14 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | None = None,
     ) -> Tensor:
         """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
-        num_features = width_of(self)
-        if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
-            raise RuntimeError(
-                f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
-                f" (input shape {tuple(input.shape)})"
-            )
-        check_arguments(input, running_mean, running_var, weight, bias, eps, training)
+        if torch.compiler.is_compiling() or jit_trace() is None:  # which would warn of every size that is compared
+            num_features = width_of(self)
+            if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
+                raise RuntimeError(
+                    f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                    f" (input shape {tuple(input.shape)})"
+                )
+            check_arguments(input, running_mean, running_var, weight, bias, eps, training)
         check_wrapper()
         if self._stats_frozen:
             if running_mean is None or running_var is None:
