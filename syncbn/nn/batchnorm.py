@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -498,6 +498,13 @@ class SyncBatchNorm(_BatchNorm):
             is_world = dist.is_initialized() and group is dist.group.WORLD
             state["process_group"] = None if is_world else LostGroup(dist.get_world_size(group))
         return state
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses `torch.jit.script`, which calls this method before it compiles anything."""
+        raise TypeError(
+            f"torch.jit.script does not take a {type(self).__name__}: script a model in which"
+            " syncbn.revert_sync_batchnorm has given every layer its original class again, or use torch.export"
+        )
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -1,4 +1,4 @@
-"""Tools that look at operators (export, `torch.func`, `torch.fx`, traces) find in a group of one what `nn.BatchNorm` is.
+"""Tools that look at operators (export, `torch.func`, `torch.fx`, traces) find `nn.BatchNorm`'s in a group of one.
 
 A sum over ranks is an error there.
 """
@@ -287,7 +287,7 @@ def test_a_context_that_collects_statistics_is_left_first(context):
 def test_a_lean_layer_refuses_batched_gradients():
     layer = SyncBatchNorm(3, memory="lean", dtype=torch.float64)
     output = layer(make_input().requires_grad_())
-    with pytest.raises(RuntimeError, match="could be differentiated or batched .create_graph=True, vmap.; use memory="):
+    with pytest.raises(RuntimeError, match=r"differentiated or batched .create_graph=True, vmap.; use memory="):
         vmap(lambda one: torch.autograd.grad(output, layer.weight, one))(torch.ones(2, *output.shape).double())
 
 
@@ -398,6 +398,17 @@ def test_a_jit_trace_is_that_of_batch_norm(training, tmp_path):
         theirs(make_input())  # the trace has made one step
     assert "PythonOp" not in str(traced.inlined_graph)
     compare_steps(traced, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [make_pair, make_subclass], ids=["layer", "subclass"])
+def test_torchscript_is_refused_with_the_remedy_and_nothing_is_changed(make):
+    theirs, ours = make()
+    layers = list(ours)
+    with pytest.raises(TypeError, match=r"torch.jit.script does not take a Sync\w+: script a model in which"):
+        torch.jit.script(ours)
+    assert list(ours) == layers
+    compare_steps(ours, theirs)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
