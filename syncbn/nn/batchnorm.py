@@ -31,7 +31,7 @@ from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
-from syncbn.nn.tracing import PROXIES, record_call
+from syncbn.nn.tracing import PROXIES, is_traced, record_call, refuse_context
 from syncbn.torch_compat import (
     backward_pass,
     ddp_around,
@@ -366,6 +366,8 @@ class SyncBatchNorm(_BatchNorm):
         if not training:
             if running_mean is not None and running_var is not None:
                 if self._record is not None:
+                    if is_traced(input):
+                        refuse_context()
                     record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps, residual, activation)
             return normalize_by_batch(

@@ -19,7 +19,13 @@ from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_comp
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.rank_checks import reduce, sum_in_place
 from syncbn.nn.recorder import sum_and_record
-from syncbn.nn.tracing import is_traced, normalize_by_local_batch, refuse_context, refuse_group
+from syncbn.nn.tracing import (
+    add_and_activate,
+    is_traced,
+    normalize_by_local_batch,
+    refuse_context,
+    refuse_group,
+)
 from syncbn.torch_compat import hidden_from_modes, transforms_active
 
 
@@ -346,7 +352,10 @@ def normalize_by_running(
     else:
         shift = reference.per_channel(bias.to(dtype), input)
         output = torch.addcmul(shift, centred, reference.per_channel(scale, input))
-    return activations.apply_in_place(output.to(input.dtype), residual, activation)
+    output = output.to(input.dtype)
+    if not torch.compiler.is_compiling() and transforms_active():
+        return add_and_activate(output, residual, activation)
+    return activations.apply_in_place(output, residual, activation)
 
 
 def sync_batch_norm(

@@ -71,6 +71,11 @@ def normalize_by_local_batch(
             counter.add_(1)
         rate = 0.0 if momentum is None else momentum
         output = F.batch_norm(input, running_mean, running_var, weight, bias, True, rate, eps)
+    return add_and_activate(output, residual, activation)
+
+
+def add_and_activate(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(output + residual), not in place: `vmap` may have to give the sum a dimension that `output` lacks."""
     if residual is not None:
         output = output + residual
     return output if activation is None else ACTIVATIONS[activation](output)

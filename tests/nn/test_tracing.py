@@ -277,11 +277,33 @@ def test_an_ensemble_with_a_cumulative_average_needs_no_number_on_the_host():
     assert max_error(buffers["1.running_var"][1], theirs[1].running_var) < 1e-12
 
 
-@pytest.mark.parametrize("context", [accumulate_stats, lambda model: Monitor(model).watch()], ids=["pool", "watch"])
-def test_a_context_that_collects_statistics_is_left_first(context):
-    _, ours = make_pair(track_running_stats=True)
+def watching(model):
+    return Monitor(model).watch()
+
+
+@pytest.mark.parametrize(
+    ("context", "training", "attempt"),
+    [
+        (accumulate_stats, True, batched_forward),
+        (watching, True, batched_forward),
+        (watching, False, batched_forward),
+        (watching, True, lambda model: torch.export.export(model, (make_input(),))),
+        (watching, False, lambda model: torch.export.export(model, (make_input(),))),
+    ],
+)
+def test_a_context_that_collects_statistics_is_left_first(context, training, attempt):
+    _, ours = make_pair()
+    ours.train(training)
     with context(ours), pytest.raises(RuntimeError, match="leave that context first"):
-        batched_forward(ours)
+        attempt(ours)
+    attempt(ours.eval())
+
+
+def test_only_the_residual_may_be_batched():
+    for layer in (SyncBatchNorm(3, activation="relu").double().eval(), SyncBatchNorm(3, track_running_stats=False)):
+        input, residuals = make_input(), torch.stack([ADDED, ADDED + 1.0])
+        output = vmap(lambda one, layer=layer: layer.double()(make_input(), residual=one))(residuals)
+        assert max_error(output[1], layer(input, residual=residuals[1])) < 1e-12
 
 
 def test_a_lean_layer_refuses_batched_gradients():
