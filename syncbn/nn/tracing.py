@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from syncbn.kernels.activations import ACTIVATIONS
 from syncbn.kernels.reference import compute_dtype, per_channel, reduced_dims
-from syncbn.torch_compat import has_tangent, jit_trace, proxy_mode, transforms_active
+from syncbn.torch_compat import forward_ad_level, has_tangent, jit_trace, proxy_mode, transforms_active
 
 if TYPE_CHECKING:
     from syncbn.kernels.cuda_step import Statistics
@@ -33,8 +33,9 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    is_watched = transforms_active() or jit_trace() is not None or proxy_mode() is not None
-    return is_watched or any(map(has_tangent, tensors))
+    if transforms_active() or jit_trace() is not None or proxy_mode() is not None:
+        return True
+    return forward_ad_level() != -1 and any(map(has_tangent, tensors))
 
 
 def refuse_group(num_ranks: int) -> NoReturn:
@@ -67,10 +68,15 @@ def normalize_by_local_batch(
     if mask is not None or (momentum is None and running_mean is not None):
         output = _composed(input, weight, bias, statistics, mask)
     else:
-        if counter is not None:  # first, as in torch: transforms that do not allow it raise here, and nothing has moved
+        if counter is not None:  # first, as in torch: `grad` raises here, and nothing has moved
             counter.add_(1)
         rate = 0.0 if momentum is None else momentum
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, True, rate, eps)
+        try:
+            output = F.batch_norm(input, running_mean, running_var, weight, bias, True, rate, eps)
+        except Exception:  # `vmap` raises here
+            if counter is not None:
+                counter.sub_(1)
+            raise
     return add_and_activate(output, residual, activation)
 
 
@@ -112,8 +118,8 @@ def _composed(
     return output.to(input.dtype)
 
 
-def record_call(layer: nn.Module, traced: Any, *args: object, **kwargs: object) -> fx.Proxy:
-    """Records a call of the layer as one node `call_module` of the graph that `torch.fx` traces.
+def record_call(layer: nn.Module, traced: Any, *args: object, **kwargs: object) -> Any:
+    """Records a call of the layer as one node `call_module` of the graph that `torch.fx` traces; returns its proxy.
 
     Args:
         traced: the `forward` that the tracer has entered, a function.
@@ -134,5 +140,4 @@ def record_call(layer: nn.Module, traced: Any, *args: object, **kwargs: object) 
         )
     given = {name: value for name, value in kwargs.items() if value is not None}
     tracer: Any = args[0].tracer  # type: ignore[attr-defined]
-    recorded: fx.Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, given)
-    return recorded
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, given)

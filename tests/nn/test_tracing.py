@@ -89,9 +89,11 @@ def compare_steps(ours, theirs, steps=3):
         assert max_error(ours(x), theirs(x)) < 1e-12
     ours, theirs = ours.state_dict(), theirs.state_dict()
     for name, value in theirs.items():
-        assert max_error(ours[name], value.double()) < 1e-12, name
+        if name in ours:  # a strict export leaves out buffers that it does not read
+            assert max_error(ours[name], value.double()) < 1e-12, name
 
 
+@pytest.mark.filterwarnings("ignore:.*certain side effects:UserWarning")  # a subclass counts on a scratch counter
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_an_export_is_that_of_batch_norm_and_moves_buffers_as_it_does(kind, strict):
@@ -264,6 +266,8 @@ def test_transforms_do_what_they_do_to_batch_norm(transform, layer):
     (expected, buffers), (actual, moved) = (outcome(transform, model.train(layer != "evaluation")) for model in pair)
     if isinstance(expected, str):
         assert actual == expected
+        assert moved["1.num_batches_tracked"] == 0
+        assert not moved["1.running_mean"].any()
     else:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(moved, buffers, rtol=1e-12, atol=1e-12)
