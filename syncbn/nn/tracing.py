@@ -16,7 +16,14 @@ from torch import Tensor, fx, nn
 
 from syncbn.kernels.activations import ACTIVATIONS
 from syncbn.kernels.reference import compute_dtype, per_channel, reduced_dims
-from syncbn.torch_compat import forward_ad_level, has_tangent, jit_trace, proxy_mode, transforms_active
+from syncbn.torch_compat import (
+    assume_constant_result,
+    forward_ad_level,
+    has_tangent,
+    jit_trace,
+    proxy_mode,
+    transforms_active,
+)
 
 if TYPE_CHECKING:
     from syncbn.kernels.cuda_step import Statistics
@@ -32,10 +39,16 @@ def is_traced(*tensors: Tensor | None) -> bool:
         tensors: its arguments, among which forward-mode differentiation finds its dual tensors.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # Dynamo passes an autograd function under a transform by, and its gradient is then silently 0.
+        return torch.compiler.is_exporting() or (torch.compiler.is_dynamo_compiling() and _is_transformed_graph())
     if transforms_active() or jit_trace() is not None or proxy_mode() is not None:
         return True
     return forward_ad_level() != -1 and any(map(has_tangent, tensors))
+
+
+@assume_constant_result  # runs while Dynamo traces, which enters transforms as they are entered in the program
+def _is_transformed_graph() -> bool:
+    return transforms_active()
 
 
 def refuse_group(num_ranks: int) -> NoReturn:

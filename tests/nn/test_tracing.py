@@ -273,6 +273,20 @@ def test_transforms_do_what_they_do_to_batch_norm(transform, layer):
         torch.testing.assert_close(moved, buffers, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        plain_gradient,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (per_sample_gradients, batched_forward, ensemble)),
+    ],
+)
+def test_a_transform_inside_of_a_compiled_function_is_that_of_batch_norm(transform):
+    theirs, ours = make_pair(track_running_stats=transform is ensemble)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: transform(ours), backend="aot_eager", fullgraph=transform is plain_gradient)
+    torch.testing.assert_close(compiled(), transform(theirs), rtol=1e-9, atol=1e-10)
+
+
 def test_an_ensemble_with_a_cumulative_average_needs_no_number_on_the_host():
     """torch's own reads the counter there, which vmap refuses."""
     theirs, ours = make_pair(momentum=None)
