@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,14 +24,13 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, even_steps, freeze, revert_sync_batchnorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, even_steps, freeze, revert_sync_batchnorm, unfreeze
 from syncbn.torch_compat import ddp_without_buffer_sync
 from tests.nn.test_empty_batches import Encoding
 from tests.nn.test_subclasses import CallsTheFunction
 from tests.reference import max_error
-from tests.training.jobs import ROOT
 
-PAGE = ROOT / "docs/compatibility.md"
+PAGE = Path(__file__).parents[1] / "docs/compatibility.md"
 CASES: dict[str, Callable[..., list[str] | None]] = {}
 
 
@@ -271,6 +271,11 @@ def check_swa():
         update_bn([X, X + 1.0], average)
         averages.append(average.module)
     compare(*averages)
+    freeze(averages[1])
+    before = copy.deepcopy(averages[1].state_dict())
+    with pytest.warns(UserWarning, match="frozen"):
+        update_bn([X, X + 1.0], averages[1])
+    assert all(torch.equal(value, before[name]) for name, value in averages[1].state_dict().items())
 
 
 @case("`torch.nn.utils.prune`")
@@ -279,18 +284,24 @@ def check_prune():
     for model in pair:
         prune.l1_unstructured(model[1], "weight", 2)
     compare(*pair)
+    freeze(pair[1])
     for model in pair:
         prune.remove(model[1], "weight")
+    unfreeze(pair[1])
+    assert pair[1][1].weight.requires_grad
     compare(*pair)
 
 
 @case("`torch.nn.utils.parametrizations`")
 def check_parametrizations():
     pair = make_pair()
+    freeze(pair[1])
     for model in pair:
         torch.manual_seed(0)
         parametrizations.weight_norm(model[1])
         parametrizations.spectral_norm(model[0])
+    unfreeze(pair[1])
+    assert all(parameter.requires_grad for parameter in pair[1].parameters())
     compare(*pair)
 
 

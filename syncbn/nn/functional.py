@@ -302,7 +302,9 @@ def normalize_by_batch(
         if pool is not None or record is not None:
             refuse_context()
         statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
-        return normalize_by_local_batch(input, weight, bias, statistics, mask, residual, activation)
+        return normalize_by_local_batch(
+            input, weight, bias, statistics, mask, residual, activation, skip_nonfinite and running_mean is not None
+        )
     if mask is None and input.numel() == input.size(1) > 0 and not is_distributed():
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     recomputation = None

@@ -75,11 +75,12 @@ def normalize_by_local_batch(
     mask: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
+    skip_nonfinite: bool,
 ) -> Tensor:
     """What `normalize_by_batch` computes in a group of one, by ATen's operators and torch's own autograd."""
     running_mean, running_var, counter, momentum, eps = statistics
-    if mask is not None or (momentum is None and running_mean is not None):
-        output = _composed(input, weight, bias, statistics, mask)
+    if mask is not None or skip_nonfinite or (momentum is None and running_mean is not None):
+        output = _composed(input, weight, bias, statistics, mask, skip_nonfinite)
     else:
         if counter is not None:  # first, as in torch: `grad` raises here, and nothing has moved
             counter.add_(1)
@@ -101,9 +102,17 @@ def add_and_activate(output: Tensor, residual: Tensor | None, activation: str | 
 
 
 def _composed(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics, mask: Tensor | None
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics,
+    mask: Tensor | None,
+    skip_nonfinite: bool,
 ) -> Tensor:
-    """`F.batch_norm` with a mask, and with a cumulative average that needs no number of batches on the host."""
+    """`F.batch_norm` with what it lacks: a mask, `skip_nonfinite`, a cumulative average without a number on the host.
+
+    (Long because the formula of the running statistics stands here as well: that of the operators is one of float64.)
+    """
     running_mean, running_var, counter, momentum, eps = statistics
     dims, wide = reduced_dims(input), input.to(compute_dtype(input.dtype))
     valid = torch.ones_like(input[:, :1], dtype=torch.bool) if mask is None else mask
@@ -112,17 +121,24 @@ def _composed(
     mean = torch.where(valid, wide, 0.0).sum(dims) / n
     centred = wide - per_channel(mean, input)
     var = torch.where(valid, centred, 0.0).square().sum(dims) / n
+    unbiased = var.detach() * (count / (count - 1.0).clamp(min=1.0))
+    moves = count > 0
+    if skip_nonfinite and running_mean is not None:
+        for vector in (mean, unbiased):
+            moves = moves & vector.detach().to(running_mean.dtype).isfinite().all()
     if counter is not None:
-        counter.add_((count > 0).to(counter.dtype))
+        counter.add_(moves.to(counter.dtype))
     if running_mean is not None and running_var is not None:
-        unbiased = var.detach() * (count / (count - 1.0).clamp(min=1.0))
         if momentum is None:
             rate = torch.zeros_like(count) if counter is None else 1.0 / counter.to(wide.dtype).clamp(min=1.0)
         else:
             rate = torch.full_like(count, momentum)
-        for running, new, smallest in ((running_mean, mean.detach(), 0), (running_var, unbiased, 1)):
+        for running, new, allowed in (
+            (running_mean, mean.detach(), moves),
+            (running_var, unbiased, moves & (count > 1)),
+        ):
             moved = (1.0 - rate) * running.to(wide.dtype) + rate * new
-            running.copy_(torch.where(count > smallest, moved.to(running.dtype), running))
+            running.copy_(torch.where(allowed, moved.to(running.dtype), running))
     output = centred * per_channel((var + eps).rsqrt(), input)
     if weight is not None:
         output = output * per_channel(weight.to(wide.dtype), input)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from syncbn import Monitor, SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, freeze, fuse
+from syncbn import Monitor, SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, disable_running_stats, freeze, fuse
 from syncbn.training.models.resnet import ResnetSmall
 from tests.reference import max_error
 
@@ -139,7 +139,7 @@ SPECIAL = [
 )
 def test_what_only_this_layer_has_is_exported_too(options, others, training):
     model = Special(**options).train(training)
-    program = torch.export.export(model, (make_input(), *others))
+    program = torch.export.export(copy.deepcopy(model), (make_input(), *others))  # which shares the buffers
     assert not [name for name in targets(program) if "syncbn" in name]
     exported = program.module()
     for step in range(3):
@@ -152,6 +152,26 @@ def test_what_only_this_layer_has_is_exported_too(options, others, training):
         one(leaf, *others).sin().sum().backward()
         results.append(leaf.grad)
     assert max_error(*results) < 1e-11
+
+
+def test_an_exported_layer_passes_over_a_batch_that_is_not_finite():
+    model = Special(skip_nonfinite=True)
+    exported = torch.export.export(copy.deepcopy(model), (make_input(),)).module()
+    bad = make_input(1)
+    bad[0, 0, 0, 0] = torch.inf
+    for x in (make_input(), bad, make_input(2)):
+        exported(x), model(x)
+    assert model.bn.num_batches_tracked == 2
+    for name, value in model.state_dict().items():
+        assert max_error(exported.state_dict()[name], value.double()) < 1e-12, name
+
+
+def test_an_export_with_disabled_statistics_moves_none():
+    theirs, ours = make_pair()
+    with disable_running_stats(ours):
+        exported = torch.export.export(ours, (make_input(),)).module()
+    assert max_error(exported(make_input()), theirs(make_input())) < 1e-12
+    assert not any(name.endswith("running_mean") and value.any() for name, value in exported.state_dict().items())
 
 
 def test_an_export_takes_any_batch_size():
