@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -120,15 +121,30 @@ def hidden_from_modes() -> AbstractContextManager[object]:
     return _disable_current_modes()
 
 
+# Whether a transform of `torch.func` is active; the trace that `torch.jit.trace` is recording, and the mode in which
+# `make_fx` records (None for none). No public API tells of them.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+jit_trace: Callable[[], object] = torch._C._get_tracing_state
+proxy_mode: Callable[[], object] = partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY)
+
+# The innermost level of `torch.autograd.forward_ad.dual_level`; -1 outside of one. No public API tells of it.
+forward_ad_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether forward-mode differentiation follows a tensor. (`unpack_dual` may be called inside of a level only.)"""
+    return forward_ad_level() != -1 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 # What can come between a call of an operator and its implementation: dispatch modes, function modes, transforms of
 # `torch.func`, the profiler, and tracing by `torch.jit.trace`. Each returns something true while it is active. No
 # public API tells of them. (Built-in functions, because a layer calls them in every pass.)
 INTERCEPTORS: tuple[Callable[[], object], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._is_torch_function_mode_enabled,
-    torch._C._are_functorch_transforms_active,
+    transforms_active,
     torch.autograd._profiler_enabled,
-    torch._C._get_tracing_state,
+    jit_trace,
 )
 
 # Autograd's id of the backward pass that is running (graph task id); -1 outside of a backward pass. torch has no public

@@ -67,7 +67,7 @@ MUTATIONS = [
       "nn/test_checkpointing.py::test_losses_that_are_summed_up_undetached_do_not_keep_all_moments"),
     M("nn/recorder.py", "return count / invstd.square()", "return (count - 1.0) / invstd.square()",
       "stats/test_monitor.py::test_variance_between_ranks_is_told_from_variance_within"),
-    M("nn/even_steps.py", "next((other for other in templates if other is not None), None)", "templates[0]",
+    M("nn/even_steps.py", "next((one.packed for one in offers if one.packed is not None), None)", "offers[0].packed",
       "nn/test_even_steps.py"),
     M("nn/lean.py", "_MAX_CONDITION = 4.0", "_MAX_CONDITION = 40.0", "nn/test_lean.py"),
     M("nn/subclasses.py", "return id(running_mean) in self.tensors", "return True", "nn/test_subclasses.py"),

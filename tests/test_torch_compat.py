@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
@@ -67,6 +69,26 @@ def test_what_comes_between_an_operator_and_its_implementation_is_known(look):
     assert not intercepted()
     assert look()
     assert not intercepted()
+
+
+def test_the_mode_of_make_fx_and_the_level_of_forward_differentiation_are_known():
+    found = []
+
+    def look(x):
+        found.append(
+            (torch_compat.proxy_mode() is not None, torch_compat.forward_ad_level(), torch_compat.has_tangent(x))
+        )
+        return x + 1
+
+    x = torch.ones(2)
+    look(x)
+    make_fx(look)(x)
+    with forward_ad.dual_level():
+        look(x)
+        look(forward_ad.make_dual(x, x))
+    look(x)
+    outside = (False, -1, False)
+    assert found == [outside, (True, -1, False), (False, 0, False), (False, 0, True), outside]
 
 
 @pytest.mark.parametrize("has_argument", [True, False])

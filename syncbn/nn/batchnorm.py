@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,19 @@ from syncbn.nn.groups import LostGroup, as_group, collective_group
 from syncbn.nn.lean import check_lean
 from syncbn.nn.recorder import record_local
 from syncbn.nn.stale_ddp import check_wrapper
+from syncbn.nn.tracing import PROXIES, is_traced, record_call, refuse_context
 from syncbn.torch_compat import (
     backward_pass,
     ddp_around,
     eps_in_dynamo,
+    forward_ad_level,
     init_batch_norm,
+    jit_trace,
+    proxy_mode,
     reset_batch_norm,
     saved_tensor_hooks,
     set_eps,
+    transforms_active,
 )
 
 if TYPE_CHECKING:
@@ -212,10 +217,13 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             ValueError: a mask that does not broadcast to the input or has channels; a residual of another shape.
         """
-        if mask is None and type(self) is SyncBatchNorm and not torch.compiler.is_compiling():
-            output = self._plain_step(input, residual)
-            if output is not None:
-                return output
+        if not torch.compiler.is_compiling():
+            if isinstance(input, PROXIES):
+                return record_call(self, SyncBatchNorm.forward, input, mask=mask, residual=residual)
+            if mask is None and type(self) is SyncBatchNorm:
+                output = self._plain_step(input, residual)
+                if output is not None:
+                    return output
         activation = self._activation_name()
         if self._is_lean():
             check_lean(activation, mask, residual)
@@ -254,6 +262,10 @@ class SyncBatchNorm(_BatchNorm):
             or state.get("memory") == "lean"
             or backward_pass() != -1
             or saved_tensor_hooks() is not None
+            or transforms_active()
+            or proxy_mode() is not None
+            or jit_trace() is not None
+            or forward_ad_level() != -1
         ):
             return None
         parameters, buffers = state["_parameters"], state["_buffers"]
@@ -340,13 +352,14 @@ class SyncBatchNorm(_BatchNorm):
         activation: str | None = None,
     ) -> Tensor:
         """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
-        num_features = width_of(self)
-        if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
-            raise RuntimeError(
-                f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
-                f" (input shape {tuple(input.shape)})"
-            )
-        check_arguments(input, running_mean, running_var, weight, bias, eps, training)
+        if torch.compiler.is_compiling() or jit_trace() is None:  # which would warn of every size that is compared
+            num_features = width_of(self)
+            if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
+                raise RuntimeError(
+                    f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                    f" (input shape {tuple(input.shape)})"
+                )
+            check_arguments(input, running_mean, running_var, weight, bias, eps, training)
         check_wrapper()
         if self._stats_frozen:
             if running_mean is None or running_var is None:
@@ -355,6 +368,8 @@ class SyncBatchNorm(_BatchNorm):
         if not training:
             if running_mean is not None and running_var is not None:
                 if self._record is not None:
+                    if is_traced(input):
+                        refuse_context()
                     record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps, residual, activation)
             return normalize_by_batch(
@@ -520,6 +535,13 @@ class SyncBatchNorm(_BatchNorm):
             is_world = dist.is_initialized() and group is dist.group.WORLD
             state["process_group"] = None if is_world else LostGroup(dist.get_world_size(group))
         return state
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses `torch.jit.script`, which calls this method before it compiles anything."""
+        raise TypeError(
+            f"torch.jit.script does not take a {type(self).__name__}: script a model in which"
+            " syncbn.revert_sync_batchnorm has given every layer its original class again, or use torch.export"
+        )
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

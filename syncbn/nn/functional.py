@@ -19,7 +19,14 @@ from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_comp
 from syncbn.nn.groups import collective_group, is_distributed
 from syncbn.nn.rank_checks import reduce, sum_in_place
 from syncbn.nn.recorder import sum_and_record
-from syncbn.torch_compat import hidden_from_modes
+from syncbn.nn.tracing import (
+    add_and_activate,
+    is_traced,
+    normalize_by_local_batch,
+    refuse_context,
+    refuse_group,
+)
+from syncbn.torch_compat import hidden_from_modes, transforms_active
 
 
 class Call(NamedTuple):
@@ -80,10 +87,14 @@ class NormalizeByBatch(torch.autograd.Function):
         scale = weight
         grad_residual: Tensor | None
         grad_input: Tensor | None
+        is_batched = not torch.compiler.is_compiling() and transforms_active()  # several gradients at once
+        if is_batched and ctx.group is not None:
+            refuse_group(ctx.group.size())
         if ctx.is_lean:
             kept = input  # a lean layer has saved its output in the place of the input
             input, mean, invstd, scale = _from_output(ctx, kept, weight, mean, invstd, bias, *of_lean)
-        if torch.is_grad_enabled():  # create_graph=True: every step, collectives included, has to be differentiable
+        # create_graph=True: every step, collectives included, has to be differentiable; or ATen's operators alone
+        if torch.is_grad_enabled() or is_batched:
             grad_input, grad_weight, grad_bias, grad_residual = reference.differentiable_backward(
                 grad,
                 input,
@@ -212,10 +223,10 @@ def _from_output(
     part: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For a lean layer: xhat in place of the input, with the mean (0), invstd (1) and weight that go with it."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transforms_active()):
         raise RuntimeError(
-            'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated'
-            ' (create_graph=True); use memory="default"'
+            'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated or'
+            ' batched (create_graph=True, vmap); use memory="default"'
         )
     xhat = lean.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -264,7 +275,8 @@ def normalize_by_batch(
 ) -> Tensor:
     """Normalizes with the statistics of the global batch, as in training, and updates the running statistics.
 
-    A recomputation (activation checkpointing) uses the statistics of the first run and updates nothing.
+    A recomputation (activation checkpointing) uses the statistics of the first run and updates nothing. Where a tool
+    looks at operators (see `tracing`), ATen's do the work.
 
     Args:
         group: the ranks whose samples form the batch; None for this process alone.
@@ -282,7 +294,17 @@ def normalize_by_batch(
     Raises:
         ValueError: a single value per channel in a process that is not part of a job: the variance is undefined. (In a
             job, even of one rank, the output is then the bias, as the last batch of an epoch may be a single sample.)
+        RuntimeError: `torch.export`, `torch.jit.trace` or a transform of `torch.func` around a sum over ranks.
     """
+    if is_traced(input, weight, bias, residual):
+        if group is not None:
+            refuse_group(group.size())
+        if pool is not None or record is not None:
+            refuse_context()
+        statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
+        return normalize_by_local_batch(
+            input, weight, bias, statistics, mask, residual, activation, skip_nonfinite and running_mean is not None
+        )
     if mask is None and input.numel() == input.size(1) > 0 and not is_distributed():
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     recomputation = None
@@ -332,7 +354,10 @@ def normalize_by_running(
     else:
         shift = reference.per_channel(bias.to(dtype), input)
         output = torch.addcmul(shift, centred, reference.per_channel(scale, input))
-    return activations.apply_in_place(output.to(input.dtype), residual, activation)
+    output = output.to(input.dtype)
+    if not torch.compiler.is_compiling() and transforms_active():
+        return add_and_activate(output, residual, activation)
+    return activations.apply_in_place(output, residual, activation)
 
 
 def sync_batch_norm(

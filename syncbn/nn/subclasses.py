@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from syncbn.nn.bytecode import names_in
 from syncbn.nn.injected import own_class
+from syncbn.nn.tracing import PROXIES, record_call
 
 if TYPE_CHECKING:
 
@@ -82,6 +83,8 @@ class SyncSubclass(_Base):
         Raises:
             RuntimeError: a training forward made no normalization call that could be synchronized.
         """
+        if args and isinstance(args[0], PROXIES):
+            return record_call(self, SyncSubclass.forward, *args, **kwargs)
         # The attributes are missing if a lazy layer has just become an ordinary one, inside of this call.
         original_forward = getattr(type(self), "_original_forward", None)
         if original_forward is None:  # torch's forward, not overridden: use the synchronized layer's

@@ -51,6 +51,7 @@ def precise_bn(model: nn.Module, batches: Iterable[Any], *, num_batches: int | N
         ValueError: no batch on any rank; no layer that could take part; lazy layers that are not initialized;
             num_batches below 1.
         RuntimeError: a context of `accumulate_stats` or `disable_running_stats` is open for a layer.
+        TypeError: batches that cannot be cut to zero rows, on every rank (see `even_steps`).
 
     Example:
         >>> layer = SyncBatchNorm(3)
