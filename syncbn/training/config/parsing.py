@@ -24,6 +24,7 @@ from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
     ExportConfig,
+    ParityConfig,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -31,7 +32,8 @@ from syncbn.training.config.run import (
 from syncbn.training.config.schema import SCHEMAS, Config
 
 OPEN_GROUPS = ("model", "data", "loss")
-_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
+_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
+          ParityConfig)  # fmt: skip
 NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
 
@@ -167,10 +169,16 @@ def _without_unions(schema: type) -> type:
         return _without_unions(hint) if is_dataclass(hint) and isinstance(hint, type) else hint
 
     hints = _hints(schema)
+    types = {name: loosened(hint) for name, hint in hints.items()}
+    # A node that a file of an older version lacks has the default of its schema, loosened like that.
+    factories = {
+        one.name: types[one.name] if one.default_factory is hints[one.name] else one.default_factory
+        for one in fields(schema)
+    }
     loose: type = make_dataclass(
         schema.__name__,
         [
-            (one.name, loosened(hints[one.name]), field(default=one.default, default_factory=one.default_factory))
+            (one.name, types[one.name], field(default=one.default, default_factory=factories[one.name]))
             for one in fields(schema)
         ],
         kw_only=True,

@@ -1,0 +1,82 @@
+"""How far the ranks of a trial are from one process, and which tensor is the first that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from syncbn.auditing.parity.recorder import Place
+from syncbn.auditing.parity.steps import Measure, Outcome
+
+# Relative differences above which a tensor differs. In float64 rounding stays under 1e-12 for the networks of the
+# tests, and faults begin at 1e-4. In float32 rounding errors grow to 1e-4 within two steps (docs/parity.md), so that
+# smaller faults stay hidden.
+LIMITS = {torch.float64: 1e-8, torch.float32: 2e-3}
+_SMALLEST_RMS = 1e-4  # tensors of smaller values (a sum that cancels) are compared with this
+_SMALLEST_GRADIENT = 1e-4  # and gradients with this fraction of the largest one
+# What training leads to. Other tensors say where a difference begins; alone, they do not change what is trained.
+_DECIDING = ("loss", "gradient", "parameter", "buffer")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not that of one process."""
+
+    step: int
+    place: Place
+    size: float
+    """The norm of the difference relative to that of the tensor."""
+
+
+class Comparison:
+    """The differences of all ranks together, in the order of the network.
+
+    Args:
+        outcomes: by rank.
+    """
+
+    def __init__(self, outcomes: Sequence[Outcome], dtype: torch.dtype) -> None:
+        self.outcomes = outcomes
+        self.sizes = _sizes([outcome.measures for outcome in outcomes])
+        self.differences = [one for one in self.sizes if not one.size <= LIMITS[dtype]]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether loss, gradients, parameters and buffers are those of one process, in every step."""
+        return not any(one.place.kind in _DECIDING for one in self.differences)
+
+    @property
+    def first(self) -> Difference | None:
+        """The first tensor that differs, in the order of the network; None if the model trains the same."""
+        return None if self.is_clean else self.differences[0]
+
+    def size_at(self, kind: str, name: str) -> float:
+        """The largest difference of a module's output, or of a parameter or buffer; 0 if it does not differ."""
+        return max((one.size for one in self.sizes if (one.place.kind, one.place.name) == (kind, name)), default=0.0)
+
+
+def _sizes(by_rank: Sequence[Sequence[Measure]]) -> list[Difference]:
+    merged: list[Measure] = []
+    for measures in zip(*by_rank, strict=True):
+        first = measures[0]
+        if first.place.kind == "output":  # each rank has its samples
+            squares = sum(one.difference for one in measures), sum(one.reference for one in measures)
+        else:
+            squares = max(one.difference for one in measures), first.reference
+        merged.append(Measure(first.step, first.place, *squares, first.numel))
+    steepest: dict[int, float] = {}
+    for one in merged:
+        if one.place.kind == "gradient":
+            steepest[one.step] = max(steepest.get(one.step, 0.0), one.reference**0.5)
+    return [Difference(one.step, one.place, _relative(one, steepest)) for one in merged]
+
+
+def _relative(one: Measure, steepest: dict[int, float]) -> float:
+    if one.place.kind == "gradient":
+        floor = _SMALLEST_GRADIENT * steepest[one.step]
+    else:
+        floor = _SMALLEST_RMS * one.numel**0.5
+    scale = max(one.reference**0.5, floor)
+    return one.difference**0.5 / scale if scale else one.difference**0.5
