@@ -10,12 +10,11 @@ import torch
 from syncbn.auditing.parity.recorder import Place
 from syncbn.auditing.parity.steps import Measure, Outcome
 
-# Relative differences above which a tensor differs. In float64 rounding stays under 1e-12 for the networks of the
-# tests, and faults begin at 1e-4. In float32 rounding errors grow to 1e-4 within two steps (docs/parity.md), so that
-# smaller faults stay hidden.
-LIMITS = {torch.float64: 1e-8, torch.float32: 2e-3}
+# Relative differences above which a tensor differs. Measured on right models over four steps: at most 5e-14 in float64
+# and 5e-5 in float32, while planted faults begin at 4e-3 (docs/parity.md).
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
 _SMALLEST_RMS = 1e-4  # tensors of smaller values (a sum that cancels) are compared with this
-_SMALLEST_GRADIENT = 1e-4  # and gradients with this fraction of the largest one
+_SMALLEST_GRADIENT = 1e-2  # and gradients (of a bias in front of a normalization) with this fraction of the largest
 # What training leads to. Other tensors say where a difference begins; alone, they do not change what is trained.
 _DECIDING = ("loss", "gradient", "parameter", "buffer")
 

@@ -221,7 +221,7 @@ class Diagnosis:
     def _without_averaged_loss(self, trial: Trial, before: Comparison | None) -> tuple[Trial, Comparison | None]:
         cut, world_size = self._loss_cuts[trial.sizes], len(trial.sizes)
         if cut.weights is None:
-            self._add("mixes-samples", LOSS, cut.difference, detail="")
+            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=_GATHER)
             return trial, before
         if self.facts.has_count or self._is_even(cut):
             return trial, before
@@ -249,7 +249,7 @@ class Diagnosis:
             size = size if 0 < size < float("inf") else self._mixing[name]
             state = [buffer for buffer in local if self._is_state_of(name, owner_of(buffer))]
             detail = f"; state fed by local samples: {', '.join(state)}" if state else ""
-            self._add("mixes-samples", name, size, detail=detail)
+            self._add("mixes-samples", name, size, detail=detail, cure=_FEED if state else _GATHER)
         is_mixed = bool(self._mixing) or (LOSS, "mixes-samples") in self._findings
         if not is_mixed and first.place.kind == "buffer":
             for name in local:
@@ -331,6 +331,11 @@ _CALL = (
     " finds"
 )
 _GROUP = "let it sum over all ranks (bn.group=world), unless groups are meant"
+_GATHER = (
+    "let it see the samples of all ranks (torch.distributed.nn.functional.all_gather), or compare within a fixed number"
+    " of samples"
+)
+_FEED = "average or gather over the ranks what feeds the state, before it does"
 _COUNT = (
     "return the sum and the count, multiply the sum by the world size and divide it by the count over all ranks"
     " (docs/own-loop.md)"

@@ -21,8 +21,7 @@ RULES = {
     ),
     "mixes-samples": Rule.error(
         "one sample changes the outputs of others, and a rank has its own samples alone{detail}",
-        "let it see the samples of all ranks (torch.distributed.nn.functional.all_gather), or compare within a fixed"
-        " number of samples",
+        "{cure}",
     ),
     "no-gradient": Rule.error(
         "its parameters have no gradient on {ranks}: DDP waits for it, or raises",

@@ -340,3 +340,46 @@ def plain_resnet():
     from syncbn.training.models.resnet import ResnetSmall
 
     return ResnetSmall(3, 3, 8, 1, 2, nn.BatchNorm2d)
+
+
+class Standardized(Net):
+    """Standardizes its weights by `F.batch_norm` (weight standardization), which looks at no sample."""
+
+    def forward(self, x):
+        weight = self.stem.weight
+        flat = F.batch_norm(weight.reshape(1, 4, -1), None, None, training=True)
+        x = F.relu(self.bn(F.conv2d(x, flat.reshape(weight.shape), self.stem.bias, padding=1)))
+        return self.head((self.left(x) + self.right(x)).mean((2, 3)))
+
+
+class Torchvision:
+    """Builds a network of torchvision, converted and without dropout."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self):
+        import torchvision
+
+        options = {"image_size": 64} if self.name.startswith("vit") else {}
+        return without_dropout(torchvision.models.get_model(self.name, num_classes=3, **options))
+
+
+class Timm:
+    """Builds a network of timm, converted and without dropout."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self):
+        import timm
+
+        options = {"img_size": 64} if self.name.startswith("vit") else {}
+        return without_dropout(timm.create_model(self.name, num_classes=3, **options))
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return convert_sync_batchnorm(model)
