@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
 from syncbn.auditing.parity.recorder import Place
 from syncbn.auditing.parity.steps import Measure, Outcome
+from syncbn.auditing.parity.worker import Failure
 
 # Relative differences above which a tensor differs. Measured on right models over four steps: at most 5e-14 in float64
 # and 5e-5 in float32, while planted faults begin at 4e-3 (docs/parity.md).
@@ -79,3 +81,42 @@ def _relative(one: Measure, steepest: dict[int, float]) -> float:
         floor = _SMALLEST_RMS * one.numel**0.5
     scale = max(one.reference**0.5, floor)
     return one.difference**0.5 / scale if scale else one.difference**0.5
+
+
+@dataclass(frozen=True)
+class SizeResult:
+    """What came out at one world size, without any remedy."""
+
+    world_size: int
+    cut: tuple[int, ...]
+    """Samples of the ranks."""
+    first: str | None
+    """The first tensor that differs, in words; None if the model trains the same."""
+    difference: float | None
+    """Its relative difference."""
+
+    def in_words(self) -> str:
+        """What came out."""
+        if self.first is None:
+            return "the same as one process"
+        return f"differs, first {self.first}" + ("" if self.difference is None else f" ({self.difference:.2g})")
+
+    def __str__(self) -> str:
+        return f"world size {self.world_size}, samples {list(self.cut)}: {self.in_words()}"
+
+
+def in_words(one: Difference) -> str:
+    """Which tensor of which step."""
+    name = one.place.name or "the model"
+    what = "the loss" if one.place.kind == "loss" else f"the {one.place.kind} of {name}"
+    return f"{what} in step {one.step}"
+
+
+def result_of(cut: tuple[int, ...], base: Comparison | Failure) -> SizeResult:
+    """The result of a world size without remedies."""
+    if isinstance(base, Failure):
+        return SizeResult(len(cut), cut, f"an error on rank {base.rank} in {base.where or 'the model'}", None)
+    first = base.first
+    if first is None:
+        return SizeResult(len(cut), cut, None, None)
+    return SizeResult(len(cut), cut, in_words(first), first.size if isfinite(first.size) else None)

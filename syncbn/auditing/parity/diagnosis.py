@@ -15,13 +15,14 @@ Remedies stay in place, so that a second cause behind a first one is seen too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import isfinite
 from typing import Any
 
+from syncbn.auditing.parity import cures
 from syncbn.auditing.parity.batches import other_cuts, uneven
-from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference
+from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference, SizeResult, in_words, result_of
 from syncbn.auditing.parity.errors import ParityError
 from syncbn.auditing.parity.probes import LossCut
 from syncbn.auditing.parity.processes import JobError, Ranks
@@ -33,28 +34,6 @@ from syncbn.auditing.parity.worker import Failure
 from syncbn.auditing.rules import Finding
 
 _ONE_VALUE = "Expected more than 1 value per channel"
-
-
-@dataclass(frozen=True)
-class SizeResult:
-    """What came out at one world size, without any remedy."""
-
-    world_size: int
-    cut: tuple[int, ...]
-    """Samples of the ranks."""
-    first: str | None
-    """The first tensor that differs, in words; None if the model trains the same."""
-    difference: float | None
-    """Its relative difference."""
-
-    def in_words(self) -> str:
-        """What came out."""
-        if self.first is None:
-            return "the same as one process"
-        return f"differs, first {self.first}" + ("" if self.difference is None else f" ({self.difference:.2g})")
-
-    def __str__(self) -> str:
-        return f"world size {self.world_size}, samples {list(self.cut)}: {self.in_words()}"
 
 
 class Diagnosis:
@@ -73,6 +52,7 @@ class Diagnosis:
         self.sizes: list[SizeResult] = []
         self._findings: dict[tuple[str, str], tuple[float, Finding]] = {}
         self._references: set[bool] = set()
+        self._losses: dict[tuple[int, ...], LossCut] = {}
 
     def run(self) -> list[Finding]:
         """Compares at every size; returns the findings in the order of the network."""
@@ -80,7 +60,7 @@ class Diagnosis:
         self.report(f"one process, {self.num} samples, {self.steps} steps, {str(facts.dtype).removeprefix('torch.')}")
         if facts.refusal is not None:
             self._add("float64-refused", "", error=facts.refusal, limit=LIMITS[facts.dtype])
-        for cut in self._loss_cuts:
+        for cut in self._cuts:
             self._judge(cut)
         if facts.empty_shard is not None:
             self._add("empty-shard", facts.empty_shard[0], error=facts.empty_shard[1])
@@ -118,7 +98,7 @@ class Diagnosis:
     def _judge(self, cut: tuple[int, ...]) -> None:
         trial = Trial(cut, self.steps)
         base = self._train(trial)
-        self.sizes.append(_result(cut, base))
+        self.sizes.append(result_of(cut, base))
         self.report(str(self.sizes[-1]))
         if isinstance(base, Failure) and not (_ONE_VALUE in base.text and self._train_synchronized(trial)):
             self._add_failure(base, cut)
@@ -167,11 +147,17 @@ class Diagnosis:
             difference, whole = (sum(parts) for parts in zip(*squares, strict=True))
             size = (difference / whole) ** 0.5 if whole else 0.0
             if size > limit:
-                self._add("local-batch-norm", name, size, detail="", cure=_CONVERT if self._is_layer(name) else _CALL)
+                self._add(
+                    "local-batch-norm",
+                    name,
+                    size,
+                    detail="",
+                    cure=cures.CONVERT if self._is_layer(name) else cures.CALL,
+                )
         for name in after.outcomes[0].sub_groups:
             size = before.size_at("output", name) if before is not None else 0.0
             if size > limit:
-                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", cure=_GROUP)
+                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", cure=cures.GROUP)
         return remedied, after
 
     def _is_layer(self, name: str) -> bool:
@@ -196,16 +182,19 @@ class Diagnosis:
         return found
 
     @cached_property
-    def _loss_cuts(self) -> dict[tuple[int, ...], LossCut]:
-        """For each world size an uneven cut of the batch, and what it does to the loss.
+    def _cuts(self) -> list[tuple[int, ...]]:
+        """An uneven cut of the batch for each world size.
 
         By chance a mean can have equal weights in an uneven cut (of pixels that count, say); then another one is taken.
         """
         candidates = [other_cuts(uneven(self.num, size)) for size in self.world_sizes]
-        flat = [cut for cuts in candidates for cut in cuts]
-        known = dict(zip(flat, self._alone("loss", self.facts, flat), strict=True))
-        chosen = [next((cut for cut in cuts if not self._is_even(known[cut])), cuts[0]) for cuts in candidates]
-        return {cut: known[cut] for cut in chosen}
+        if self.facts.has_count:
+            return [cuts[0] for cuts in candidates]
+        self._look_at_loss([cut for cuts in candidates for cut in cuts])
+        return [next((cut for cut in cuts if not self._is_even(self._losses[cut])), cuts[0]) for cuts in candidates]
+
+    def _look_at_loss(self, cuts: list[tuple[int, ...]]) -> None:
+        self._losses |= zip(cuts, self._alone("loss", self.facts, cuts), strict=True)
 
     def _is_even(self, cut: LossCut) -> bool:
         """Whether DDP's average weighs the ranks' losses as the whole batch does; False for a sum and a count."""
@@ -219,9 +208,11 @@ class Diagnosis:
         return found
 
     def _without_averaged_loss(self, trial: Trial, before: Comparison | None) -> tuple[Trial, Comparison | None]:
-        cut, world_size = self._loss_cuts[trial.sizes], len(trial.sizes)
+        if trial.sizes not in self._losses:
+            self._look_at_loss(self._cuts)
+        cut, world_size = self._losses[trial.sizes], len(trial.sizes)
         if cut.weights is None:
-            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=_GATHER)
+            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=cures.GATHER)
             return trial, before
         if self.facts.has_count or self._is_even(cut):
             return trial, before
@@ -233,10 +224,10 @@ class Diagnosis:
         size = cut.difference if cut.is_known or before is None else before.size_at("loss", LOSS)
         weights = ", ".join(f"{weight:.3g}" for weight in cut.weights)
         if all(abs(weight - 1) < LIMITS[self.facts.dtype] for weight in cut.weights):
-            what, cure = f"it is a sum, and DDP takes the average of {world_size} ranks", _SCALE
+            what, cure = f"it is a sum, and DDP takes the average of {world_size} ranks", cures.SCALE
         else:
             what = f"it is a mean over what each rank has ({weights} of the whole), and DDP weighs all ranks equally"
-            cure = _COUNT
+            cure = cures.COUNT
         self._add("loss-per-rank", LOSS, size, found=what, cure=cure)
         return remedied, after
 
@@ -249,14 +240,14 @@ class Diagnosis:
             size = size if 0 < size < float("inf") else self._mixing[name]
             state = [buffer for buffer in local if self._is_state_of(name, owner_of(buffer))]
             detail = f"; state fed by local samples: {', '.join(state)}" if state else ""
-            self._add("mixes-samples", name, size, detail=detail, cure=_FEED if state else _GATHER)
+            self._add("mixes-samples", name, size, detail=detail, cure=cures.FEED if state else cures.GATHER)
         is_mixed = bool(self._mixing) or (LOSS, "mixes-samples") in self._findings
         if not is_mixed and first.place.kind == "buffer":
             for name in local:
                 size = current.size_at("buffer", name)
                 self._add("buffer-of-local-samples", owner_of(name), size, buffer=name)
         if not (self._has_unused(cut) or self._explains(first, some, local, is_mixed)):
-            self._add("unexplained", first.place.name, first.size, what=_in_words(first))
+            self._add("unexplained", first.place.name, first.size, what=in_words(first))
 
     def _is_state_of(self, name: str, owner: str) -> bool:
         """Whether a buffer's module belongs to the one of this name, and is no batch normalization."""
@@ -325,38 +316,5 @@ class Diagnosis:
             self._findings[layer, rule] = (self._position(layer), found(rule, shown, difference, **details))
 
 
-_CONVERT = "convert it with syncbn.convert_sync_batchnorm (bn.sync=true)"
-_CALL = (
-    "call syncbn.sync_batch_norm in the place of F.batch_norm, or use a layer, which syncbn.convert_sync_batchnorm"
-    " finds"
-)
-_GROUP = "let it sum over all ranks (bn.group=world), unless groups are meant"
-_GATHER = (
-    "let it see the samples of all ranks (torch.distributed.nn.functional.all_gather), or compare within a fixed number"
-    " of samples"
-)
-_FEED = "average or gather over the ranks what feeds the state, before it does"
-_COUNT = (
-    "return the sum and the count, multiply the sum by the world size and divide it by the count over all ranks"
-    " (docs/own-loop.md)"
-)
-_SCALE = "multiply it by the world size, or divide it by the count over all ranks (docs/own-loop.md)"
-
-
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _in_words(one: Difference) -> str:
-    name = one.place.name or "the model"
-    what = "the loss" if one.place.kind == "loss" else f"the {one.place.kind} of {name}"
-    return f"{what} in step {one.step}"
-
-
-def _result(cut: tuple[int, ...], base: Comparison | Failure) -> SizeResult:
-    if isinstance(base, Failure):
-        return SizeResult(len(cut), cut, f"an error on rank {base.rank} in {base.where or 'the model'}", None)
-    first = base.first
-    if first is None:
-        return SizeResult(len(cut), cut, None, None)
-    return SizeResult(len(cut), cut, _in_words(first), first.size if isfinite(first.size) else None)

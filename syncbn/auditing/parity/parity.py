@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from syncbn.auditing.parity.batches import num_samples, uneven
-from syncbn.auditing.parity.diagnosis import Diagnosis, SizeResult
+from syncbn.auditing.parity.comparison import SizeResult
+from syncbn.auditing.parity.diagnosis import Diagnosis
 from syncbn.auditing.parity.processes import Ranks, refuse_recursion
 from syncbn.auditing.rules import Finding
 

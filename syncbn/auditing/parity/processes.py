@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +21,7 @@ from syncbn.auditing.parity.worker import Failure, Job, serve
 
 _NAME = "syncbn-parity-"
 _NO_GUARD = 77  # exit code of a process whose import of the script called parity again
+_GRACE = 5.0  # seconds
 _ADVICE = "use a smaller batch, model or images, fewer steps, smaller world sizes, or a longer timeout"
 
 
@@ -111,7 +113,7 @@ class Ranks:
             try:
                 connection.send((self._payload, str(self.directory)))
             except (BrokenPipeError, ConnectionResetError):
-                self._died(rank)
+                raise self._death(rank) from None
         try:
             self._gather(self.num)
         except JobError as error:
@@ -123,42 +125,51 @@ class Ranks:
     def _gather(self, num: int) -> dict[int, Any]:
         """What the first `num` processes send next; ends all of them if one fails."""
         results: dict[int, Any] = {}
+        failures: list[Failure] = []
+        until = self._deadline
         while len(results) < num:
             waited = {self._ranks[rank][1]: rank for rank in range(num) if rank not in results}
-            ready = wait([*waited], max(0.0, self._deadline - time.monotonic()))
-            if not ready:
-                places = "; ".join(f"rank {rank} in {self._place(rank)}" for rank in sorted(waited.values()))
-                self.end()
-                raise ParityError(f"timeout: {self._timeout:g} s are over ({places}); {_ADVICE}")
-            failures: list[Failure] = []
+            ready = wait([*waited], max(0.0, until - time.monotonic()))
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waited[connection]
                 try:
                     results[rank] = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    self._died(rank)
+                    raise self._death(rank) from None
                 if isinstance(results[rank], Failure):
                     failures.append(results[rank])
-            if failures:
-                self.end()
-                raise JobError(min(failures, key=lambda failure: (failure.is_waiting, failure.rank)))
+            if any(not failure.is_waiting for failure in failures) or (failures and not ready):
+                break
+            if failures:  # waited for a rank, whose own failure may be on its way
+                until = min(self._deadline, time.monotonic() + _GRACE)
+            elif not ready:
+                raise self._is_late([*waited.values()])
+        if failures:
+            self.end()
+            raise JobError(min(failures, key=lambda failure: (failure.is_waiting, failure.rank)))
         return results
+
+    def _is_late(self, waited: Sequence[int]) -> ParityError:
+        places = "; ".join(f"rank {rank} in {self._place(rank)}" for rank in sorted(waited))
+        self.end()
+        return ParityError(f"timeout: {self._timeout:g} s are over ({places}); {_ADVICE}")
 
     def _place(self, rank: int) -> str:
         return self._ranks[rank][2].value.decode(errors="replace") or "the model"
 
-    def _died(self, rank: int) -> None:
+    def _death(self, rank: int) -> ParityError:
+        """Why a process is gone; ends the others."""
         process, place = self._ranks[rank][0], self._place(rank)
         process.join(10)
         code = process.exitcode
         self.end()
         if code == _NO_GUARD:
-            raise ParityError(
+            return ParityError(
                 "the script calls parity when it is imported, which a new process has to do; put the call below"
                 ' `if __name__ == "__main__":`'
             )
-        raise ParityError(
+        return ParityError(
             f"the process of rank {rank} ended with exit code {code} in {place}; what it printed is above (negative:"
             " killed by that signal; -9 may mean that memory ran out: use a smaller batch or model)"
         )

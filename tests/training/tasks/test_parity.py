@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from syncbn.auditing.parity.diagnosis import SizeResult
+from syncbn.auditing.parity.comparison import SizeResult
 from syncbn.auditing.parity.parity import Result
 from syncbn.auditing.parity.rules import found
 from syncbn.training.config.errors import ConfigError, TrainingError
