@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from syncbn.auditing.parity.errors import ParityError
 from syncbn.auditing.parity.worker import Failure, Job, serve
@@ -204,8 +206,10 @@ def _packed(subject: tuple[Any, Any, Any]) -> bytes:
         if getattr(part, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
             raise ParityError(f"{name}: is defined in a notebook or console, where no new process finds it; {remedy}")
         try:
-            pickle.dumps(part)
+            torch.save(part, io.BytesIO())
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ParityError(f"{name}: cannot be sent to a new process ({reason}); {remedy}") from None
-    return pickle.dumps(subject)
+    packed = io.BytesIO()
+    torch.save(subject, packed)
+    return packed.getvalue()

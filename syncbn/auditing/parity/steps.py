@@ -115,7 +115,7 @@ class Steps:
         if self.world_size == 1:
             torch.save(self.seen, self.path)
         else:
-            self.outcome.measures = self._compare(torch.load(self.path, weights_only=False))
+            self.outcome.measures = self._compare(torch.load(self.path, weights_only=False))  # rank 0 has written it
         return self.outcome
 
     def _train_step(self, wrapped: nn.Module) -> None:

@@ -97,7 +97,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def of_command(config: Config) -> dict[str, Any]:
     """The keys that `to_dict` leaves out, with their values."""
-    return {key: getattr(config, key) for key in OF_COMMAND}
+    return {key: _plain(getattr(config, key)) for key in OF_COMMAND}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,9 +146,10 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: required, and not given") from None
     except ValidationError as error:
-        expected = _expected_type(schema, str(error.full_key).split("."))
-        value = reduce(lambda part, key: part.get(key, {}), str(error.full_key).split("."), dict(node))
-        raise ConfigError(f"{_join(prefix, error.full_key)}: expected {expected}, got {value!r}") from None
+        full_key = str(error.full_key).partition("[")[0]  # of a list, not of what lies in it
+        expected = _expected_type(schema, full_key.split("."))
+        value = reduce(lambda part, key: part.get(key, {}), full_key.split("."), dict(node))
+        raise ConfigError(f"{_join(prefix, full_key)}: expected {expected}, got {value!r}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
 

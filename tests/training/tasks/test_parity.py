@@ -83,6 +83,11 @@ def test_world_sizes_that_compare_nothing_are_an_error(given):
         compose_config("task=parity", f"parity.world_sizes={given}")
 
 
+def test_what_is_no_list_of_numbers_names_the_key():
+    with pytest.raises(ConfigError, match=r"^parity\.world_sizes: expected list\[int\], got \['a'\]"):
+        compose_config("task=parity", "parity.world_sizes=[a]")
+
+
 @pytest.mark.slow
 def test_the_default_model_trains_the_same_and_without_synchronization_it_does_not(tmp_path):
     done = start(tmp_path, "task=parity", "run=a")
