@@ -24,12 +24,14 @@ _HOMES = {
     "Monitor": "syncbn.stats.monitor",
     "precise_bn": "syncbn.stats.precise_bn",
     "audit": "syncbn.auditing.audit",
+    "parity": "syncbn.auditing.parity.parity",
     "Finding": "syncbn.auditing.rules",
 }
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from syncbn.auditing.audit import audit as audit
+    from syncbn.auditing.parity.parity import parity as parity
     from syncbn.auditing.rules import Finding as Finding
     from syncbn.nn.accumulate import accumulate_stats as accumulate_stats
     from syncbn.nn.batchnorm import SyncBatchNorm as SyncBatchNorm

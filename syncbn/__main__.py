@@ -1,7 +1,8 @@
 """Command line: `python -m syncbn audit PATH` audits a checkpoint, `python -m syncbn report RUN...` writes a report.
 
-Neither needs the code of the model. Exit code 0: success, without findings of severity error; 1: findings of severity
-error; 2: a mistake in the command, or a file that cannot be read or written.
+Neither needs the code of the model. `python -m syncbn parity MODULE:BUILD MODULE:LOSS` imports it, and compares
+training on several ranks with training in one process. Exit code 0: success, without findings of severity error (of
+parity: any that is no info); 1: such findings; 2: a mistake in the command, or a file that cannot be read or written.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_audit(commands)
     _add_report(commands)
+    _add_parity(commands)
     options = parser.parse_args(arguments)
     exit_code: int = options.run(options)
     return exit_code
@@ -53,6 +55,27 @@ def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     command = commands.add_parser("report", help="an HTML report of runs", description=description)
     write.add_arguments(command)
     command.set_defaults(run=write.command)
+
+
+def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
+    description = "Does a model train the same on several ranks as in one process? See docs/parity.md."
+    command = commands.add_parser("parity", help="whether a model trains the same on several ranks",
+                                  description=description)  # fmt: skip
+    command.add_argument("build", metavar="MODULE:BUILD", help="a function that returns the model in training mode")
+    command.add_argument("loss", metavar="MODULE:LOSS", help="loss(outputs, targets): a scalar, or a sum and a count")
+    command.add_argument("batch", metavar="MODULE:BATCH", nargs="?", help="(inputs, targets), or a function that"
+                         " returns them; without it, batch in the module of BUILD")  # fmt: skip
+    command.add_argument("--world-sizes", default="1,2", metavar="1,2", help="numbers of ranks to compare")
+    command.add_argument("--steps", type=int, default=2, help="training steps (2)")
+    command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for everything (600)")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.set_defaults(run=_parity)
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from syncbn.auditing.parity.command import command
+
+    return command(options)
 
 
 def _audit(options: argparse.Namespace) -> int:

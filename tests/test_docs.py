@@ -115,7 +115,7 @@ def test_every_command_composes(page, command):
         pytest.skip("somebody's own package: tests/training/test_own_package.py")
     if any("," in word and "[" not in word for word in words):
         words = [word if "[" in word else word.split(",")[0] for word in words]  # a sweep: its first job
-    assert compose_config(*words).task in ("train", "eval", "audit", "recalibrate", "export", "data")
+    assert compose_config(*words).task in ("train", "eval", "audit", "recalibrate", "export", "data", "parity")
 
 
 def test_there_are_commands_of_many_pages_to_check():

@@ -29,7 +29,7 @@ def test_every_command_composes(command):
     arguments = [argument for argument in shlex.split(command) if not argument.startswith("-") and argument != "job"]
     if any("," in argument and "[" not in argument for argument in arguments):
         arguments = [argument.split(",")[0] for argument in arguments]  # a sweep: its first job
-    assert compose_config(*arguments).task in ("train", "eval", "audit", "recalibrate", "export", "data")
+    assert compose_config(*arguments).task in ("train", "eval", "audit", "recalibrate", "export", "data", "parity")
 
 
 def test_every_make_target_that_is_named_exists():

@@ -20,10 +20,13 @@ class Finding:
     """"error" (results are wrong, or the job will fail), "warning" (probably not what was meant), or "info"."""
     remedy: str
     why: str = ""
+    difference: float | None = None
+    """Of `parity`: how far the layer's results are from those of one process, relative; None where it is no number."""
 
-    def as_dict(self) -> dict[str, str]:
-        """The finding as a dictionary, for JSON."""
-        return {name: getattr(self, name) for name in ("layer", "rule", "severity", "why", "remedy")}
+    def as_dict(self) -> dict[str, str | float]:
+        """The finding as a dictionary, for JSON; without `difference` where there is none."""
+        texts = {name: getattr(self, name) for name in ("layer", "rule", "severity", "why", "remedy")}
+        return texts if self.difference is None else {**texts, "difference": self.difference}
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,9 @@ def table(findings: Iterable[Finding], width: int = 110) -> str:
     """Findings as text of `width` columns: a block for each kind, with its layers, why it matters, and the remedy."""
     kinds: dict[tuple[str, str, str, str], list[str]] = {}
     for one in ordered(findings):
-        kinds.setdefault((one.severity, one.rule, one.why, one.remedy), []).append(one.layer or "(the model)")
+        size = "" if one.difference is None else f" (differs by {one.difference:.2g})"
+        layer = f"{one.layer or '(the model)'}{size}"
+        kinds.setdefault((one.severity, one.rule, one.why, one.remedy), []).append(layer)
     if not kinds:
         return "no findings"
     lines = []

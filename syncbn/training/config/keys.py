@@ -7,12 +7,13 @@ from typing import Any
 
 from syncbn.training.config.errors import ConfigError
 
-TASKS = ("train", "eval", "audit", "recalibrate", "export", "data")
+TASKS = ("train", "eval", "audit", "recalibrate", "export", "data", "parity")
 
 _EVERY = TASKS
 _WITH_LOAD = ("eval", "audit", "recalibrate", "export")
 _WITH_MODEL = ("train", *_WITH_LOAD)
 _TRAIN = ("train",)
+_WITH_COMPUTATION = ("train", "eval", "audit", "recalibrate", "export", "data")  # parity has its own ranks and types
 
 # The tasks that read a key, for every root key. A key below it has an entry where fewer tasks read it.
 READERS: dict[str, tuple[str, ...]] = {
@@ -25,17 +26,17 @@ READERS: dict[str, tuple[str, ...]] = {
     "trust": _WITH_MODEL,
     "seed": _EVERY,
     "device": ("train", "eval", "audit", "recalibrate", "data"),  # an export is made on the CPU
-    "precision": _EVERY,
+    "precision": _WITH_COMPUTATION,
     "compile": _TRAIN,
-    "channels_last": _EVERY,
+    "channels_last": _WITH_COMPUTATION,
     "tf32": _TRAIN,
     "deterministic": _TRAIN,
-    "batch_size": ("train", "eval", "audit", "recalibrate", "data"),  # eval: of eval.precise_bn
+    "batch_size": ("train", "eval", "audit", "recalibrate", "data", "parity"),  # eval: of eval.precise_bn
     "accumulate": ("train", "eval", "audit", "recalibrate", "data"),
     "clip_norm": _TRAIN,
     "ema": _TRAIN,
     "on_nonfinite": _TRAIN,
-    "collective_timeout": _EVERY,
+    "collective_timeout": _WITH_COMPUTATION,
     "best": _TRAIN,
     "duration": ("train", "data"),
     "eval_every": _TRAIN,
@@ -43,12 +44,12 @@ READERS: dict[str, tuple[str, ...]] = {
     "overfit": _TRAIN,
     "profile": _TRAIN,
     "save": _TRAIN,
-    "bn": _WITH_MODEL,
-    "bn.group": ("train", "audit"),
+    "bn": (*_WITH_MODEL, "parity"),
+    "bn.group": ("train", "audit", "parity"),
     "bn.own_group": _TRAIN,
     "bn.buffers": _TRAIN,
     "bn.virtual_ranks": _TRAIN,
-    "bn.momentum": ("train", "audit"),
+    "bn.momentum": ("train", "audit", "parity"),
     "bn.debug": _TRAIN,
     "bn.skip_nonfinite": _TRAIN,
     "audit": ("train", "audit"),
@@ -56,19 +57,20 @@ READERS: dict[str, tuple[str, ...]] = {
     "eval.precise_bn": ("eval",),
     "recalibrate": ("recalibrate",),
     "export": ("export",),
+    "parity": ("parity",),
     "tracker": _TRAIN,
     "data": _EVERY,
-    "data.shift": ("train", "audit", "data"),
-    "data.flip": ("train", "audit", "data"),
+    "data.shift": ("train", "audit", "data", "parity"),
+    "data.flip": ("train", "audit", "data", "parity"),
     "data.workers": ("train", "eval", "recalibrate", "data"),
     "data.prefetch": ("train", "eval", "recalibrate", "data"),
-    "model": _WITH_MODEL,
-    "loss": ("train", "eval", "recalibrate"),
+    "model": (*_WITH_MODEL, "parity"),
+    "loss": ("train", "eval", "recalibrate", "parity"),
     "metrics": ("train", "eval", "recalibrate"),
     "optimizer": _TRAIN,
     "schedule": _TRAIN,
-    "freeze": ("train", "audit", "recalibrate"),
-    "init": _WITH_MODEL,
+    "freeze": ("train", "audit", "recalibrate", "parity"),
+    "init": (*_WITH_MODEL, "parity"),
 }
 
 # What a task without a tracker does anyway may stand on every command line.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from syncbn.training.config.errors import ConfigError, printable, require, require_choice
 
-# Root keys that say where and for whom a command writes, and what it trusts: they are the command's, a run stores none.
-OF_COMMAND = ("output_dir", "share", "trust")
+# Root keys that say where and for whom a command writes, what it trusts, and how task=parity compares: they are the
+# command's, a run stores none.
+OF_COMMAND = ("output_dir", "share", "trust", "parity")
 
 # The bits that files and directories of a run lack.
 _MASKS = {"private": 0o077, "group": 0o027, "all": 0o022}

@@ -24,6 +24,7 @@ from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
     ExportConfig,
+    ParityConfig,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -31,7 +32,8 @@ from syncbn.training.config.run import (
 from syncbn.training.config.schema import SCHEMAS, Config
 
 OPEN_GROUPS = ("model", "data", "loss")
-_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig)
+_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
+          ParityConfig)  # fmt: skip
 NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
 
@@ -95,7 +97,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def of_command(config: Config) -> dict[str, Any]:
     """The keys that `to_dict` leaves out, with their values."""
-    return {key: getattr(config, key) for key in OF_COMMAND}
+    return {key: _plain(getattr(config, key)) for key in OF_COMMAND}
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -144,9 +146,10 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: required, and not given") from None
     except ValidationError as error:
-        expected = _expected_type(schema, str(error.full_key).split("."))
-        value = reduce(lambda part, key: part.get(key, {}), str(error.full_key).split("."), dict(node))
-        raise ConfigError(f"{_join(prefix, error.full_key)}: expected {expected}, got {value!r}") from None
+        full_key = str(error.full_key).partition("[")[0]  # of a list, not of what lies in it
+        expected = _expected_type(schema, full_key.split("."))
+        value = reduce(lambda part, key: part.get(key, {}), full_key.split("."), dict(node))
+        raise ConfigError(f"{_join(prefix, full_key)}: expected {expected}, got {value!r}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
 
@@ -167,10 +170,16 @@ def _without_unions(schema: type) -> type:
         return _without_unions(hint) if is_dataclass(hint) and isinstance(hint, type) else hint
 
     hints = _hints(schema)
+    types = {name: loosened(hint) for name, hint in hints.items()}
+    # A node that a file of an older version lacks has the default of its schema, loosened like that.
+    factories = {
+        one.name: types[one.name] if one.default_factory is hints[one.name] else one.default_factory
+        for one in fields(schema)
+    }
     loose: type = make_dataclass(
         schema.__name__,
         [
-            (one.name, loosened(hints[one.name]), field(default=one.default, default_factory=one.default_factory))
+            (one.name, types[one.name], field(default=one.default, default_factory=factories[one.name]))
             for one in fields(schema)
         ],
         kw_only=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from syncbn.training.config.errors import parse_duration as parse_duration
 from syncbn.training.config.errors import require as require
@@ -75,6 +75,24 @@ class RecalibrateConfig:
     def __post_init__(self) -> None:
         require(self.batches is None or self.batches >= 1, "recalibrate.batches", "null or 1 or more global batches",
                 self.batches)  # fmt: skip
+
+
+@dataclass
+class ParityConfig:
+    """Comparison of training on several ranks with training in one process (task=parity)."""
+
+    world_sizes: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of ranks; 1 stands for the one process that all are compared with."""
+    steps: int = 2
+    timeout: float = 600.0
+    """Seconds for the whole comparison."""
+
+    def __post_init__(self) -> None:
+        sizes = self.world_sizes
+        valid = bool(sizes) and all(isinstance(size, int) and size >= 1 for size in sizes) and max(sizes) > 1
+        require(valid, "parity.world_sizes", "a list of numbers of ranks, one of them above 1", sizes)
+        require(self.steps >= 1, "parity.steps", "1 or more", self.steps)
+        require(self.timeout > 0, "parity.timeout", "a number of seconds above 0", self.timeout)
 
 
 EXPORT_FORMATS = ("safetensors", "pt2", "onnx")

@@ -35,6 +35,7 @@ from syncbn.training.config.run import (
     AuditConfig,
     EvalConfig,
     ExportConfig,
+    ParityConfig,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -87,6 +88,7 @@ class Config:
     trust: list[str] = field(default_factory=list)
     output_dir: str = "outputs"
     share: str = "private"
+    parity: ParityConfig = field(default_factory=ParityConfig)
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
@@ -104,7 +106,7 @@ class Config:
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
-        require(self.task in ("train", "data") or self.load is not None, "load",
+        require(self.task in ("train", "data", "parity") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         for key in ("overfit", "profile"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, "null or 1 or more", getattr(self, key))

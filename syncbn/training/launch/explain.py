@@ -162,6 +162,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         reason = printable(" ".join(error.message.split()))
         return f"{printable(str(error.override))}: not a valid override, {reason}; quote it for Hydra and for the shell"
+    if isinstance(error, TypeError) and (index := re.fullmatch(r"Index '(.*)' \(str\) is not an int", str(error))):
+        return f"{printable(index[1])}: stands below a list, which has no keys; give the whole list, KEY=[1,2]"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None

@@ -32,7 +32,7 @@ def test_what_has_an_entry_of_its_own_is_read_by_fewer_tasks_than_what_it_lies_i
 def test_a_key_below_another_is_read_by_the_same_tasks():
     assert readers("data.path") == READERS["data"]
     assert readers("save.every") == READERS["save"]
-    assert readers("bn.momentum") == ("train", "audit")
+    assert readers("bn.momentum") == ("train", "audit", "parity")
     assert readers("nope.x") is None
 
 
@@ -61,6 +61,9 @@ def test_a_key_below_another_is_read_by_the_same_tasks():
         ("export", "device=cuda", "device"),
         ("data", "model.width=8", "model.width"),
         ("data", "load=outputs/a", "load"),
+        ("parity", "precision=fp32", "precision"),
+        ("parity", "load=outputs/a", "load"),
+        ("train", "parity.steps=3", "parity.steps"),
     ],
 )
 def test_a_key_without_effect_is_an_error_that_names_the_task_and_those_that_read_it(task, override, key):
@@ -86,6 +89,8 @@ def test_a_key_without_effect_is_an_error_that_names_the_task_and_those_that_rea
         ("eval", "+tracker.mode=disabled"),
         ("recalibrate", "freeze.mine.match=stem"),
         ("data", "duration=200"),
+        ("parity", "parity.world_sizes=[1,4]"),
+        ("parity", "bn.sync=false"),
         ("data", "debug=data"),
         ("eval", "hydra.verbose=true"),
         ("train", "experiment=pretrain"),

@@ -1,0 +1,1 @@
+"""Parity: does a model train the same on several ranks as in one process, and if not, why not."""

@@ -1,0 +1,320 @@
+"""Finds out why a model does not train the same on several ranks, by taking one cause away after the other.
+
+for each world size:
+    train on uneven shards, and compare with one process on the whole batch
+    the same?                          once more under DDP, and done
+    synchronize every batch normalization, compare;  those whose output it changed are findings
+    silence randomness, compare;                     modules whose draws change the loss are findings
+    weigh the ranks' losses as the whole has them;   other weights than DDP's are a finding
+    what still differs: which module lets one sample move the outputs of others, which buffer went its own way,
+    which parameter had no gradient; else it is unexplained
+
+Remedies stay in place, so that a second cause behind a first one is seen too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from syncbn.auditing.parity import cures
+from syncbn.auditing.parity.batches import other_cuts, uneven
+from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference, SizeResult, in_words, result_of
+from syncbn.auditing.parity.errors import ParityError
+from syncbn.auditing.parity.probes import LossCut
+from syncbn.auditing.parity.processes import JobError, Ranks
+from syncbn.auditing.parity.recorder import LOSS
+from syncbn.auditing.parity.rules import found
+from syncbn.auditing.parity.steps import Trial
+from syncbn.auditing.parity.subject import Facts, owner_of
+from syncbn.auditing.parity.worker import Failure
+from syncbn.auditing.rules import Finding
+
+_ONE_VALUE = "Expected more than 1 value per channel"
+
+
+class Diagnosis:
+    """The comparison of one model at several world sizes.
+
+    Args:
+        num: samples of the batch.
+        report: told what is going on, a line at a time.
+    """
+
+    def __init__(
+        self, ranks: Ranks, num: int, world_sizes: Sequence[int], steps: int, report: Callable[[str], None]
+    ) -> None:
+        self.ranks, self.num, self.steps, self.report = ranks, num, steps, report
+        self.world_sizes = sorted({*world_sizes} - {1})
+        self.sizes: list[SizeResult] = []
+        self._findings: dict[tuple[str, str], tuple[float, Finding]] = {}
+        self._references: set[bool] = set()
+        self._losses: dict[tuple[int, ...], LossCut] = {}
+
+    def run(self) -> list[Finding]:
+        """Compares at every size; returns the findings in the order of the network."""
+        facts = self.facts
+        self.report(f"one process, {self.num} samples, {self.steps} steps, {str(facts.dtype).removeprefix('torch.')}")
+        if facts.refusal is not None:
+            self._add("float64-refused", "", error=facts.refusal, limit=LIMITS[facts.dtype])
+        for cut in self._cuts:
+            self._judge(cut)
+        if facts.empty_shard is not None:
+            self._add("empty-shard", facts.empty_shard[0], error=facts.empty_shard[1])
+        return [finding for _, finding in sorted(self._findings.values(), key=lambda one: one[0])]
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What one process has told."""
+        facts: Facts = self._alone("describe")
+        return facts
+
+    def _alone(self, name: str, *arguments: Any) -> Any:
+        """A job of one process; a ParityError if it fails."""
+        try:
+            return self.ranks.run(name, 1, *arguments)[0]
+        except JobError as error:
+            failure = error.failure
+            if failure.is_judged:
+                raise ParityError(failure.text) from None
+            where = failure.where or "the model"
+            raise ParityError(f"it fails in one process already, in {where}: {failure.text}") from None
+
+    def _train(self, trial: Trial) -> Comparison | Failure:
+        """One comparison with the reference that belongs to it."""
+        path = self.ranks.directory / f"reference{int(trial.silent)}.pt"
+        if trial.silent not in self._references:
+            self._alone("train", self.facts, Trial((self.num,), self.steps, silent=trial.silent), path)
+            self._references.add(trial.silent)
+        try:
+            outcomes = self.ranks.run("train", len(trial.sizes), self.facts, trial, path)
+        except JobError as error:
+            return error.failure
+        return Comparison(outcomes, self.facts.dtype)
+
+    def _judge(self, cut: tuple[int, ...]) -> None:
+        trial = Trial(cut, self.steps)
+        base = self._train(trial)
+        self.sizes.append(result_of(cut, base))
+        self.report(str(self.sizes[-1]))
+        if isinstance(base, Failure) and not (_ONE_VALUE in base.text and self._train_synchronized(trial)):
+            self._add_failure(base, cut)
+            return
+        if isinstance(base, Comparison):
+            self._find_unused(base, cut)
+            if base.is_clean:
+                self._confirm(trial)
+                return
+        stages = (self._without_local_statistics, self._without_randomness, self._without_averaged_loss)
+        current = base if isinstance(base, Comparison) else None
+        for stage in stages:
+            if current is None or not current.is_clean:
+                trial, current = stage(trial, current)
+        if current is not None and not current.is_clean:
+            self._explain_rest(current, cut)
+
+    def _confirm(self, trial: Trial) -> None:
+        """Trains the same under DDP too."""
+        self.report(f"world size {len(trial.sizes)}: once more, under DistributedDataParallel")
+        if any(rule == "no-gradient" for _, rule in self._findings):
+            return
+        wrapped = self._train(replace(trial, under_ddp=True))
+        if isinstance(wrapped, Failure):
+            self._add("ddp-refused", wrapped.where, error=wrapped.text)
+        elif wrapped.first is not None:
+            self._add("ddp-refused", wrapped.first.place.name, wrapped.first.size, error="they differ")
+
+    def _train_synchronized(self, trial: Trial) -> bool:
+        return isinstance(self._train(replace(trial, synchronized=True)), Comparison)
+
+    def _without_local_statistics(self, trial: Trial, before: Comparison | None) -> tuple[Trial, Comparison | None]:
+        outcomes = before.outcomes if before is not None else []
+        calls = [outcome.normalizations for outcome in outcomes]
+        names = {name for one in calls for name in one}
+        left = {name for name in names if len({one[name] for one in calls}) > 1}
+        remedied = replace(trial, synchronized=True, left=frozenset(left))
+        self.report(f"world size {len(trial.sizes)}: with every batch normalization synchronized")
+        after = self._train(remedied)
+        if isinstance(after, Failure):
+            return trial, before
+        limit = LIMITS[self.facts.dtype]
+        layers = {name for outcome in after.outcomes for name in outcome.moved}
+        for name in layers:
+            squares = [outcome.moved.get(name, (0.0, 0.0)) for outcome in after.outcomes]
+            difference, whole = (sum(parts) for parts in zip(*squares, strict=True))
+            size = (difference / whole) ** 0.5 if whole else 0.0
+            if size > limit:
+                self._add(
+                    "local-batch-norm",
+                    name,
+                    size,
+                    detail="",
+                    cure=cures.CONVERT if self._is_layer(name) else cures.CALL,
+                )
+        for name in after.outcomes[0].sub_groups:
+            size = before.size_at("output", name) if before is not None else 0.0
+            if size > limit:
+                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", cure=cures.GROUP)
+        return remedied, after
+
+    def _is_layer(self, name: str) -> bool:
+        """Whether the module that calls `F.batch_norm` is a batch normalization layer: it has nothing below it."""
+        return name in self.facts.layers
+
+    def _without_randomness(self, trial: Trial, before: Comparison | None) -> tuple[Trial, Comparison | None]:
+        if not self.facts.draws:
+            return trial, before
+        self.report(f"world size {len(trial.sizes)}: without randomness")
+        remedied = replace(trial, silent=True)
+        after = self._train(remedied)
+        if isinstance(after, Failure):
+            return trial, before
+        for name, size in self._random.items():
+            self._add("random-per-rank", name, size)
+        return remedied, after
+
+    @cached_property
+    def _random(self) -> dict[str, float]:
+        found: dict[str, float] = self._alone("random", self.facts)
+        return found
+
+    @cached_property
+    def _cuts(self) -> list[tuple[int, ...]]:
+        """An uneven cut of the batch for each world size.
+
+        By chance a mean can have equal weights in an uneven cut (of pixels that count, say); then another one is taken.
+        """
+        candidates = [other_cuts(uneven(self.num, size)) for size in self.world_sizes]
+        if self.facts.has_count:
+            return [cuts[0] for cuts in candidates]
+        self._look_at_loss([cut for cuts in candidates for cut in cuts])
+        return [next((cut for cut in cuts if not self._is_even(self._losses[cut])), cuts[0]) for cuts in candidates]
+
+    def _look_at_loss(self, cuts: list[tuple[int, ...]]) -> None:
+        self._losses |= zip(cuts, self._alone("loss", self.facts, cuts), strict=True)
+
+    def _is_even(self, cut: LossCut) -> bool:
+        """Whether DDP's average weighs the ranks' losses as the whole batch does; False for a sum and a count."""
+        if self.facts.has_count or cut.weights is None:
+            return False
+        return all(abs(weight - 1 / len(cut.weights)) < LIMITS[self.facts.dtype] for weight in cut.weights)
+
+    @cached_property
+    def _mixing(self) -> dict[str, float]:
+        found: dict[str, float] = self._alone("mixing", self.facts, self.steps)
+        return found
+
+    def _without_averaged_loss(self, trial: Trial, before: Comparison | None) -> tuple[Trial, Comparison | None]:
+        if trial.sizes not in self._losses:
+            self._look_at_loss(self._cuts)
+        cut, world_size = self._losses[trial.sizes], len(trial.sizes)
+        if cut.weights is None:
+            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=cures.GATHER)
+            return trial, before
+        if self.facts.has_count or self._is_even(cut):
+            return trial, before
+        self.report(f"world size {world_size}: with the loss divided by the global count")
+        remedied = replace(trial, weights=cut.weights)
+        after = self._train(remedied)
+        if isinstance(after, Failure) or (not cut.is_known and not after.is_clean):
+            return trial, before
+        size = cut.difference if cut.is_known or before is None else before.size_at("loss", LOSS)
+        weights = ", ".join(f"{weight:.3g}" for weight in cut.weights)
+        if all(abs(weight - 1) < LIMITS[self.facts.dtype] for weight in cut.weights):
+            what, cure = f"it is a sum, and DDP takes the average of {world_size} ranks", cures.SCALE
+        else:
+            what = f"it is a mean over what each rank has ({weights} of the whole), and DDP weighs all ranks equally"
+            cure = cures.COUNT
+        self._add("loss-per-rank", LOSS, size, found=what, cure=cure)
+        return remedied, after
+
+    def _explain_rest(self, current: Comparison, cut: tuple[int, ...]) -> None:
+        first = current.first
+        assert first is not None
+        some, local = self._find_buffers(current)
+        for name in self._mixing:
+            size = current.size_at("output", name)
+            size = size if 0 < size < float("inf") else self._mixing[name]
+            state = [buffer for buffer in local if self._is_state_of(name, owner_of(buffer))]
+            detail = f"; state fed by local samples: {', '.join(state)}" if state else ""
+            self._add("mixes-samples", name, size, detail=detail, cure=cures.FEED if state else cures.GATHER)
+        is_mixed = bool(self._mixing) or (LOSS, "mixes-samples") in self._findings
+        if not is_mixed and first.place.kind == "buffer":
+            for name in local:
+                size = current.size_at("buffer", name)
+                self._add("buffer-of-local-samples", owner_of(name), size, buffer=name)
+        if not (self._has_unused(cut) or self._explains(first, some, local, is_mixed)):
+            self._add("unexplained", first.place.name, first.size, what=in_words(first))
+
+    def _is_state_of(self, name: str, owner: str) -> bool:
+        """Whether a buffer's module belongs to the one of this name, and is no batch normalization."""
+        return owner not in self.facts.layers and (name in ("", owner) or owner.startswith(f"{name}."))
+
+    def _explains(self, first: Difference, some: list[str], local: list[str], is_mixed: bool) -> bool:
+        if first.place.kind == "buffer" and (some or local):
+            return True
+        if some and (first.step > 0 or first.place.name in map(owner_of, some)):
+            return True
+        if not is_mixed:
+            return False
+        if first.step > 0 or first.place.kind != "output":
+            return True
+        return any(
+            self._position(first.place.name) >= self._position(name) or name == "" or
+            first.place.name.startswith(f"{name}.")
+            for name in self._mixing
+        )  # fmt: skip
+
+    def _find_buffers(self, current: Comparison) -> tuple[list[str], list[str]]:
+        """Buffers that differ: those that some of the ranks move, which are findings, and all others."""
+        names = dict.fromkeys(one.place.name for one in current.differences if one.place.kind == "buffer")
+        some, local = [], []
+        for name in names:
+            ranks = [rank for rank, outcome in enumerate(current.outcomes) if name in outcome.buffers_moved]
+            if 0 < len(ranks) < len(current.outcomes):
+                some.append(name)
+                size = current.size_at("buffer", name)
+                self._add("buffer-of-some-ranks", owner_of(name), size, buffer=name, ranks=_ranks(ranks))
+            else:
+                local.append(name)
+        return some, local
+
+    def _find_unused(self, base: Comparison, cut: tuple[int, ...]) -> None:
+        """Adds a finding for each module with parameters that had no gradient, on the ranks where that is so."""
+        modules: dict[str, set[int]] = {}
+        for rank, outcome in enumerate(base.outcomes):
+            for name in outcome.without_gradient:
+                modules.setdefault(owner_of(name), set()).add(rank)
+        for name, ranks in modules.items():
+            self._add("no-gradient", name, ranks="all ranks" if len(ranks) == len(cut) else _ranks(sorted(ranks)))
+
+    def _has_unused(self, cut: tuple[int, ...]) -> bool:
+        return any(rule == "no-gradient" for _, rule in self._findings)
+
+    def _add_failure(self, failure: Failure, cut: tuple[int, ...]) -> None:
+        if failure.is_waiting:
+            self._add("ranks-part-ways", failure.where, rank=failure.rank, error=failure.text)
+        else:
+            self._add("shard-refused", failure.where, rank=failure.rank, samples=cut[failure.rank], whole=self.num,
+                      error=failure.text)  # fmt: skip
+
+    def _position(self, name: str) -> float:
+        if name in ("loss", LOSS):
+            return len(self.facts.order)
+        position = {module: index for index, module in enumerate(self.facts.order)}
+        while name and name not in position:  # a module that did not run in one process: its parent's place
+            name = owner_of(name)
+        return position.get(name, len(position))
+
+    def _add(self, rule: str, layer: str, difference: float | None = None, **details: object) -> None:
+        shown = "loss" if layer in (LOSS, "the loss") else "" if layer == "the backward pass" else layer
+        difference = difference if difference is not None and isfinite(difference) else None
+        if (layer, rule) not in self._findings:
+            self._findings[layer, rule] = (self._position(layer), found(rule, shown, difference, **details))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
