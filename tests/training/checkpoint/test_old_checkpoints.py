@@ -21,6 +21,7 @@ from tests.training.jobs import run_rank
 
 WRITTEN = Path(__file__).parents[2] / "data/v0.1.0"
 OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its trajectory
+NEW = {"config.bn.skip_nonfinite": False}  # keys that 0.1.0 did not have, and the value that computes as it did
 
 
 def go_on(cwd):
@@ -32,8 +33,9 @@ def go_on(cwd):
 
 def check_same_values(content):
     now, then = (dict(flatten(part)) for part in (content, read(WRITTEN / "step_00000016.pt", "resume")))
-    assert now.keys() == then.keys()
-    for key in now.keys() - OWN:
+    assert now.keys() == then.keys() | NEW.keys()
+    assert {key: now[key] for key in NEW} == NEW
+    for key in then.keys() - OWN:
         if isinstance(then[key], torch.Tensor):
             torch.testing.assert_close(
                 now[key], then[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
@@ -61,4 +63,6 @@ def test_at_two_ranks_too(ranks, tmp_path):
 def test_its_configuration_is_not_another_one_now(tmp_path):
     shutil.copytree(WRITTEN, tmp_path / "old")
     stored = read(WRITTEN / "step_00000008.pt", "resume")["config"]
-    assert go_on(tmp_path)["config"] == {**stored, "run": "again", "resume": str(tmp_path / "old/step_00000008.pt")}
+    expected = dict(flatten({"config": stored})) | NEW
+    expected |= {"config.run": "again", "config.resume": str(tmp_path / "old/step_00000008.pt")}
+    assert dict(flatten({"config": go_on(tmp_path)["config"]})) == expected
