@@ -116,7 +116,12 @@ def _prepare_directory(key: str, mode: str, config: DictConfig) -> None:
         )
     make_directory("run", directory)
     debug = config.hydra.runtime.choices.get("debug")
-    if debug is not None and world.attempt() == "0" and _holds_run(directory):
+    # Rank 0 alone looks, before it writes: another rank may come later, and find what rank 0 has just begun.
+    if (
+        debug is not None
+        and world.attempt() == "0"
+        and world.agree(f"{directory} holds a run", lambda: str(_holds_run(directory))) == "True"
+    ):
         raise ConfigError(
             f"run: {short(directory)} holds a run already, which debug={debug} would go on with and change; leave run"
             " out, or choose another name"

@@ -27,6 +27,7 @@ def _configs():
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(world, "agreed", {})
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -66,6 +67,12 @@ def test_debug_does_not_open_a_directory_that_holds_a_run(tmp_path, capsys, mark
     assert line.startswith("error: run: outputs/first holds a run already, which debug=one_batch would ")
     assert [path.name for path in (tmp_path / "outputs/first").iterdir()] == [mark]
     begin("run=first")  # which resumes it
+
+
+def test_a_rank_that_comes_later_takes_what_rank_0_has_begun_for_no_other_run(tmp_path, monkeypatch):
+    (tmp_path / "outputs/first/checkpoints").mkdir(parents=True)  # made by rank 0, which has looked before
+    monkeypatch.setattr(world, "agree", lambda key, _: {"outputs/first holds a run": "False"}[key])
+    begin("debug=one_batch", "run=first")
 
 
 def test_nor_that_of_a_multirun(tmp_path, capsys):
