@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import tempfile
 import traceback
@@ -24,6 +25,7 @@ from tests.warm import SERVER_IMPORTS
 
 TIMEOUT = 90.0  # seconds for one call, on two busy cores
 _GROUP_TIMEOUT = timedelta(seconds=60)
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 class RankError(AssertionError):
@@ -47,7 +49,12 @@ class Pool:
         while len(self._workers) < world_size:
             tasks = self._context.Queue()
             process = self._context.Process(target=_work, args=(tasks, self._results), daemon=True)
-            process.start()
+            # What the first one forks from serves the data loader's workers too, and must outlive signals as theirs.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._workers.append((process, tasks))
         store = Path(self._directory.name) / f"store{self._num_calls}"
         for rank in range(world_size):
@@ -81,6 +88,7 @@ class Pool:
 
 
 def _work(tasks: Any, results: Any) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = sys.stderr
     import torch

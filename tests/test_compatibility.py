@@ -21,10 +21,11 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm, even_steps, freeze, revert_sync_batchnorm, unfreeze
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, even_steps, freeze, fuse, revert_sync_batchnorm, unfreeze
 from syncbn.torch_compat import ddp_without_buffer_sync
 from tests.nn.test_empty_batches import Encoding
 from tests.nn.test_subclasses import CallsTheFunction
@@ -248,13 +249,23 @@ def check_ddp(ranks):
 
 
 def check_fsdp_ranks():
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     theirs, ours = make_pair()
     fully_shard(ours)
     rank = dist.get_rank()
     assert max_error(ours(X.chunk(2)[rank]), theirs(X).chunk(2)[rank]) < 1e-11
     assert max_error(ours[1].running_var, theirs[1].running_var) < 1e-11
+    _, other = make_pair(nn.BatchNorm2d)
+    other = revert_sync_batchnorm(other)
+    fully_shard(other[1])
+    convert_sync_batchnorm(other)
+    assert isinstance(other[1], SyncBatchNorm)
+    fuse(other)
+    revert_sync_batchnorm(other)
+    assert isinstance(other[1], FSDPModule)
+    assert isinstance(other[1], nn.BatchNorm2d)
+    assert max_error(other.eval()(X), make_pair()[0].eval()(X)) < 1e-11
 
 
 @case("`fully_shard` (FSDP2)")
@@ -303,6 +314,19 @@ def check_parametrizations():
     unfreeze(pair[1])
     assert all(parameter.requires_grad for parameter in pair[1].parameters())
     compare(*pair)
+    assert not isinstance(revert_sync_batchnorm(pair[1])[1], SyncBatchNorm)
+    compare(*pair)
+
+
+@case("`torch.nn.utils.fusion`")
+def check_folding():
+    theirs, ours = (model.eval() for model in make_pair())
+    assert max_error(fuse_conv_bn_eval(ours[0], ours[1])(X), fuse_conv_bn_eval(theirs[0], theirs[1])(X)) < 1e-11
+    fuse(ours)
+    messages = [refusal(fuse_conv_bn_eval, ours[0], ours[1])]
+    reverted = revert_sync_batchnorm(ours)
+    assert max_error(nn.ReLU()(fuse_conv_bn_eval(reverted[0], reverted[1])(X)), theirs(X)) < 1e-11
+    return messages
 
 
 @case("`torch.ao.quantization`")

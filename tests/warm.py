@@ -23,7 +23,7 @@ import sys
 SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress", "rich.table", "numpy", "torch",
                   "torch.distributed", "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim.swa_utils",
                   "torch.distributed.run", "torch._dynamo", "torchmetrics", "torchmetrics.classification",
-                  "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "wandb", "safetensors.torch",
+                  "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "safetensors.torch",
                   "bokeh.plotting", "hydra.core.override_parser.overrides_parser",
                   "hydra.experimental.callback")  # fmt: skip
 _LARGEST = 2**20  # bytes of a request
