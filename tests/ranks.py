@@ -90,6 +90,7 @@ class Pool:
 def _work(tasks: Any, results: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("WANDB_SERVICE", None)  # that of the test process, which may end it
     sys.stdout = sys.stderr
     import torch
     import torch.distributed as dist

@@ -71,7 +71,7 @@ def test_debug_does_not_open_a_directory_that_holds_a_run(tmp_path, capsys, mark
 
 def test_a_rank_that_comes_later_takes_what_rank_0_has_begun_for_no_other_run(tmp_path, monkeypatch):
     (tmp_path / "outputs/first/checkpoints").mkdir(parents=True)  # made by rank 0, which has looked before
-    monkeypatch.setattr(world, "agree", lambda key, _: {"outputs/first holds a run": "False"}[key])
+    monkeypatch.setitem(world.agreed, "outputs/first holds a run", "False")
     begin("debug=one_batch", "run=first")
 
 
