@@ -12,20 +12,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.warm import SERVER_IMPORTS
 
 TIMEOUT = 90.0  # seconds for one call, on two busy cores
 _GROUP_TIMEOUT = timedelta(seconds=60)
-_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 class RankError(AssertionError):
@@ -37,7 +37,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(SERVER_IMPORTS))
+        self._server = forkserver.ForkServer()  # not the one that data loaders in this process fork their workers from
+        self._server.set_forkserver_preload(list(SERVER_IMPORTS))
         self._workers: list[tuple[Any, Any]] = []  # process, its task queue
         self._results: Any = self._context.Queue()
         self._directory = tempfile.TemporaryDirectory()
@@ -49,12 +50,8 @@ class Pool:
         while len(self._workers) < world_size:
             tasks = self._context.Queue()
             process = self._context.Process(target=_work, args=(tasks, self._results), daemon=True)
-            # What the first one forks from serves the data loader's workers too, and must outlive signals as theirs.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            try:
+            with mock.patch.object(forkserver, "connect_to_new_process", self._server.connect_to_new_process):
                 process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._workers.append((process, tasks))
         store = Path(self._directory.name) / f"store{self._num_calls}"
         for rank in range(world_size):
@@ -88,7 +85,6 @@ class Pool:
 
 
 def _work(tasks: Any, results: Any) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.pop("WANDB_SERVICE", None)  # that of the test process, which may end it
     sys.stdout = sys.stderr
