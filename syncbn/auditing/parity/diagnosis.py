@@ -114,12 +114,12 @@ class Diagnosis:
             if current is None or not current.is_clean:
                 trial, current = stage(trial, current)
         if current is not None and not current.is_clean:
-            self._explain_rest(current, cut)
+            self._explain_rest(current)
 
     def _confirm(self, trial: Trial) -> None:
         """Trains the same under DDP too."""
         self.report(f"world size {len(trial.sizes)}: once more, under DistributedDataParallel")
-        if any(rule == "no-gradient" for _, rule in self._findings):
+        if self._has_unused():
             return
         wrapped = self._train(replace(trial, under_ddp=True))
         if isinstance(wrapped, Failure):
@@ -231,7 +231,7 @@ class Diagnosis:
         self._add("loss-per-rank", LOSS, size, found=what, cure=cure)
         return remedied, after
 
-    def _explain_rest(self, current: Comparison, cut: tuple[int, ...]) -> None:
+    def _explain_rest(self, current: Comparison) -> None:
         first = current.first
         assert first is not None
         some, local = self._find_buffers(current)
@@ -246,7 +246,7 @@ class Diagnosis:
             for name in local:
                 size = current.size_at("buffer", name)
                 self._add("buffer-of-local-samples", owner_of(name), size, buffer=name)
-        if not (self._has_unused(cut) or self._explains(first, some, local, is_mixed)):
+        if not (self._has_unused() or self._explains(first, some, local, is_mixed)):
             self._add("unexplained", first.place.name, first.size, what=in_words(first))
 
     def _is_state_of(self, name: str, owner: str) -> bool:
@@ -291,7 +291,8 @@ class Diagnosis:
         for name, ranks in modules.items():
             self._add("no-gradient", name, ranks="all ranks" if len(ranks) == len(cut) else _ranks(sorted(ranks)))
 
-    def _has_unused(self, cut: tuple[int, ...]) -> bool:
+    def _has_unused(self) -> bool:
+        """Whether some parameter had no gradient, which explains what differs, and which DDP would not take."""
         return any(rule == "no-gradient" for _, rule in self._findings)
 
     def _add_failure(self, failure: Failure, cut: tuple[int, ...]) -> None:

@@ -75,12 +75,12 @@ def compare(
     loss: Callable[[Any, Any], Any],
     batch: tuple[Any, Any],
     *,
-    world_sizes: Sequence[int] = (1, 2),
-    steps: int = 2,
-    timeout: float = TIMEOUT,
-    report: Callable[[str], None] | None = None,
+    world_sizes: Sequence[int],
+    steps: int,
+    timeout: float,
+    report: Callable[[str], None] | None,
 ) -> Result:
-    """`parity`, with a result for each world size beside the findings."""
+    """What `parity` does with these arguments, with a result for each world size beside the findings."""
     refuse_recursion()
     if not world_sizes or not all(isinstance(size, int) and size >= 1 for size in world_sizes):
         raise ValueError(f"world_sizes: expected numbers of ranks, 1 or more, got {world_sizes!r}")
