@@ -7,6 +7,7 @@ import logging
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.groups import new_bn_groups, new_world_group
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.fuse import FusionOutcome, fuse
@@ -39,10 +40,13 @@ def set_up(model: nn.Module, bn: BnConfig) -> None:
         except ValueError as error:
             raise ConfigError(f"bn.group: {error}") from None
         try:
-            convert_sync_batchnorm(model, group, skip_nonfinite=bn.skip_nonfinite)
+            convert_sync_batchnorm(model, group)
         except TypeError as error:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"bn.sync: {reason}; set bn.sync=false") from None
+        for layer in model.modules():  # those that the model was built with, too
+            if bn.skip_nonfinite and isinstance(layer, SyncBatchNorm):
+                layer.skip_nonfinite = True
     if bn.fuse:
         reports = fuse(model, memory=bn.memory)
         left = [report for report in reports if report.reason]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from syncbn import SyncBatchNorm
 from syncbn.training.models.normalization import set_up
 from syncbn.training.models.virtual_ranks import make_virtual
 from tests.training.jobs import compose_config
@@ -19,6 +20,12 @@ def test_the_key_of_a_run_sets_it():
         model = nn.Sequential(nn.BatchNorm2d(3))
         set_up(model, config.bn)
         assert model[0].skip_nonfinite is given
+
+
+def test_it_reaches_the_layers_that_a_model_was_built_with_too():
+    model = nn.Sequential(SyncBatchNorm(3), nn.BatchNorm2d(3))
+    set_up(model, compose_config("bn.skip_nonfinite=true").bn)
+    assert [layer.skip_nonfinite for layer in model] == [True, True]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
