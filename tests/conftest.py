@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import signal
 
 os.environ["WANDB_MODE"] = "offline"  # no test may reach for a server
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 
 from tests.ranks import Pool
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background of a shell: jobs would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("syncbn", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("syncbn")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -86,8 +87,19 @@ def pipes(**variables):
     }
 
 
+@contextmanager
+def started(*code, **variables):
+    """A process that runs Python code, and is gone with all that it has started when the context ends, however."""
+    with subprocess.Popen([sys.executable, "-c", *code], **pipes(**variables), start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_ctrl_c_ends_a_process_whose_main_thread_is_blocked():
-    with subprocess.Popen([sys.executable, "-c", BLOCKED], **pipes()) as process:
+    with started(BLOCKED) as process:
         assert process.stdout.readline() == "blocked\n"
         process.send_signal(signal.SIGINT)
         assert (process.stdout.read(), process.wait(60)) == (LEFT, 130)
@@ -95,7 +107,7 @@ def test_ctrl_c_ends_a_process_whose_main_thread_is_blocked():
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", LEFT), ("1", "")])
 def test_of_several_ranks_one_says_so(rank, prints):
-    with subprocess.Popen([sys.executable, "-c", BLOCKED], **pipes(RANK=rank, LOCAL_RANK=rank)) as process:
+    with started(BLOCKED, RANK=rank, LOCAL_RANK=rank) as process:
         assert process.stdout.readline() == "blocked\n"
         process.send_signal(signal.SIGINT)
         assert (process.stdout.read(), process.wait(60)) == (prints, 130)
@@ -121,14 +133,13 @@ def test_ctrl_c_of_a_fork_is_not_that_of_the_rank():
 def test_a_job_in_the_background_ignores_ctrl_c_as_the_shell_has_asked():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits
     try:
-        process = subprocess.Popen([sys.executable, "-c", WAITING], **pipes())
+        with started(WAITING) as process:
+            assert process.stdout.readline() == "waiting\n"
+            process.send_signal(signal.SIGINT)
+            process.terminate()
+            assert process.stdout.read() == "asked to stop\n"
     finally:
         signal.signal(signal.SIGINT, before)
-    with process:
-        assert process.stdout.readline() == "waiting\n"
-        process.send_signal(signal.SIGINT)
-        process.terminate()
-        assert process.stdout.read() == "asked to stop\n"
 
 
 # Starts a process, and dies as soon as that has printed a line.
@@ -152,7 +163,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_rank_whose_torchrun_has_died_is_asked_to_stop_and_leaves_for_good(code, seconds, outcome):
     variables = {"TORCHELASTIC_RUN_ID": "a", "RANK": "3", "LOCAL_RANK": "0"}
     variables |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds)}
-    with subprocess.Popen([sys.executable, "-c", AGENT, code], **pipes(**variables)) as agent:
+    with started(AGENT, code, **variables) as agent:
         said = agent.stdout.read()  # until the rank, which has it open too, is gone
         told = f"torchrun (process {agent.pid}) has died: this job saves and leaves, within {seconds} s\n"
         assert said == told + outcome
