@@ -250,15 +250,15 @@ def test_the_real_checkpoint_is_taken_by_every_entry_point(run, configs, entry, 
 @pytest.mark.parametrize(
     "given",
     [
-        ("resume=file.pt", "run=x"),
+        (*RUN, "resume=file.pt", "run=x"),
         pytest.param(("task=eval", "load=file.pt"), marks=pytest.mark.slow),
-        pytest.param(("init.backbone.path=file.pt", "run=x"), marks=pytest.mark.slow),
+        pytest.param((*RUN, "init.backbone.path=file.pt", "run=x"), marks=pytest.mark.slow),
     ],
 )
 def test_on_the_command_line_it_is_one_line_too(run, tmp_path, given):
     content = files.read(run / "checkpoints/step_00000001.pt", "resume")
     FAMILIES["inside of parts"]["weights by number"](tmp_path / "file.pt", content)
-    done = start(tmp_path, *RUN, *given)
+    done = start(tmp_path, *given)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.endswith("'file.pt' is malformed: model has the key 0, expected a string")
