@@ -293,9 +293,8 @@ def test_plans_cover_every_value_once(shape, itemsize, rows):
     assert sums.moments["INT64_OFFSETS"] == passes.backward_elementwise["INT64_OFFSETS"] == (input.numel() > 2**31)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16", "float64"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])

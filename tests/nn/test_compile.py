@@ -89,10 +89,15 @@ def check_compiled(backend, sizes, dynamic, wrapped):
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sizes", "dynamic", "wrapped"),
-    [(SAME_SHAPE, None, False), (SAME_SHAPE, None, True), (MANY_SHAPES, None, True), (MANY_SHAPES, True, False),
-     (WITH_EMPTY, None, True), (WITH_EMPTY, True, True)],
-    ids=["same", "same-ddp", "many-ddp", "many-dynamic", "empty-ddp", "empty-dynamic-ddp"],
-)  # fmt: skip
+    [
+        pytest.param(SAME_SHAPE, None, False, id="same"),
+        pytest.param(SAME_SHAPE, None, True, id="same-ddp", marks=pytest.mark.slow),
+        pytest.param(MANY_SHAPES, None, True, id="many-ddp", marks=pytest.mark.slow),
+        pytest.param(MANY_SHAPES, True, False, id="many-dynamic", marks=pytest.mark.slow),
+        pytest.param(WITH_EMPTY, None, True, id="empty-ddp", marks=pytest.mark.slow),
+        pytest.param(WITH_EMPTY, True, True, id="empty-dynamic-ddp"),
+    ],
+)
 def test_one_graph_with_the_same_numbers_over_ranks(ranks, backend, world_size, sizes, dynamic, wrapped):
     ranks(world_size, check_compiled, backend, sizes, dynamic, wrapped, timeout=280)
 

@@ -165,7 +165,8 @@ SEGMENTATION = ["experiment=segmentation", "tracker=none", "precision=fp64", "da
                 "duration=12", "model.width=4", "model.depth=2", "log_every=1", "eval_every=6"]  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_segmentation_with_ragged_masks_is_exact_at_any_world_size(ranks, tmp_path, world_size):
     one = ranks(1, run_rank, tmp_path, (*SEGMENTATION, "run=one"))[0]
     many = ranks(world_size, run_rank, tmp_path, (*SEGMENTATION, "run=many"))[0]

@@ -165,12 +165,12 @@ class OtherTasks(Load):
 ENTRIES = (Resume, ResumeAuto, Load, LoadRun, Init, Audit, AuditRun, OtherTasks)
 # Entry points that look at what makes a family; the others read these files as they read those of other families.
 QUICK = {
-    "parts gone": (Resume, ResumeAuto, Load, Init, Audit),
-    "parts changed": (Resume, Load, Audit),
-    "inside of parts": (Resume, Load),
-    "config": (Resume, Load),
-    "statistics": (Resume, Load, Init, Audit),
-    "foreign": (Resume, ResumeAuto, Load, Init, Audit),
+    "parts gone": (Load, Audit),
+    "parts changed": (Resume,),
+    "inside of parts": (),
+    "config": (Load,),
+    "statistics": (Audit,),
+    "foreign": (Resume, Init, Audit),
     "bytes": (Resume, ResumeAuto, LoadRun, Init, Audit),
     "places": ENTRIES,
     "pickles": ENTRIES,

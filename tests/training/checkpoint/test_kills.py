@@ -89,6 +89,7 @@ def test_ctrl_c_without_torchrun_saves_and_leaves_with_one_line_and_exit_code_13
     assert re.search(r"stopped after step \d+; the same command with this run's name goes on", told[0])
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process_saves_too(tmp_path):
     # A service manager signals all of them: the ranks then get it twice, once through torchrun.
     with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True) as job:
@@ -101,7 +102,8 @@ def test_sigterm_to_every_process_saves_too(tmp_path):
     assert load_last(tmp_path / "outputs/job")["step"] == int(stopped.group(1))
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 23])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 23])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_weights(tmp_path, undisturbed, step):
     with LiveJob(tmp_path, *JOB, num_ranks=2, warm_ranks=True, options=("--max-restarts", "1")) as job:
         job.wait_for(f"step {step}/")
@@ -140,6 +142,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_whose_torchrun_is_killed_save_leave_and_the_same_command_ends_with_the_same_weights(
     tmp_path, undisturbed
 ):
@@ -213,6 +216,7 @@ def killed(tmp_path_factory):
     return made_once(tmp_path_factory, "killed", make)
 
 
+@pytest.mark.slow
 def test_metrics_are_readable_after_a_kill_of_everything(killed):
     lines = (killed[0] / "outputs/job/metrics.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) >= 12
@@ -231,6 +235,7 @@ def test_a_rank_that_raises_ends_all_and_is_reported_once_with_its_rank(tmp_path
     assert ours.count("Traceback") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_step(tmp_path):
     # The signal handler goes first: otherwise torchrun waits 30 s for the hung rank to save and leave.
     hang = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), threading.Event().wait())"

@@ -31,9 +31,7 @@ def without_speed(record):
     return {key: value for key, value in record.items() if key != "train/samples_per_second"}
 
 
-@pytest.mark.parametrize(
-    "num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4))])
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks):
     # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum; a sub-network that
     # stays frozen and one that is released on the way.
@@ -161,7 +159,7 @@ def test_another_shape_is_one_message(job, tmp_path):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [[], ["ema=0.8"]], ids=str)
+@pytest.mark.parametrize("options", [[], pytest.param(["ema=0.8"], marks=pytest.mark.slow)], ids=str)
 def test_eval_prints_the_numbers_of_the_run_bit_for_bit(job, tmp_path, num_ranks, options):
     run = job(*SMALL, *options, "duration=20", "eval_every=3", "run=a", num_ranks=num_ranks)
     told = json.loads((run / "summary.json").read_text())["metrics"]
@@ -357,7 +355,7 @@ def test_after_a_restart_a_run_goes_on_whatever_it_began_with(job, tmp_path, mon
     assert checkpoint_to_resume(config, tmp_path / "fresh").path == first / "checkpoints/step_00000002.pt"
 
 
-@pytest.mark.parametrize("options", [["bn.sync=false"], ["bn.group=1"]], ids=str)
+@pytest.mark.parametrize("options", [pytest.param(["bn.sync=false"], marks=pytest.mark.slow), ["bn.group=1"]], ids=str)
 def test_how_often_a_run_is_saved_does_not_change_it(job, tmp_path, options):
     same = [*SMALL, *options, "duration=9", "eval_every=9"]
     rarely, often = (job(*same, f"save.every={n}", f"run=n{n}", num_ranks=2) for n in (50, 1))

@@ -109,6 +109,7 @@ def failures(commands, stored, capsys):
     return found
 
 
+@pytest.mark.slow
 def test_no_odd_override_ends_with_a_traceback(stored, capsys):
     assert failures([[text] for text in odd_overrides(300)], stored, capsys) == []
 

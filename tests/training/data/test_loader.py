@@ -190,6 +190,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_rank_is_killed(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
@@ -250,6 +251,7 @@ def test_a_killed_rank_is_restarted_with_workers(tmp_path):
     assert load_last(tmp_path / "outputs/job")["step"] == 60
 
 
+@pytest.mark.slow
 def test_the_loader_alone_prints_its_speed_and_trains_nothing(tmp_path):
     done = start(tmp_path, "debug=data", "data.workers=1", "batch_size=100", "run=a", num_ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,8 +17,14 @@ FREEZE = ["freeze.a.match=backbone.stage1", "freeze.a.stats=true", "freeze.a.aff
 UNET = ["model=unet_small", "data=shapes", "model.depth=1", "loss.ignore_index=255"]
 
 
-@pytest.mark.parametrize("extra", [[], FREEZE, UNET],
-                         ids=["plain", "freeze plan", "unet"])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(FREEZE, id="freeze plan"),
+        pytest.param(UNET, id="unet", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_trajectory_is_that_of_the_operators_one_by_one(job, num_ranks, extra):
     if "data=shapes" in extra:

@@ -30,8 +30,8 @@ def numbers(run):
     ("num_ranks", "virtual", "processes", "extra"),
     [
         (2, 2, 1, ["batch_size=16", "bn.momentum=cumulative"]),
-        (4, 4, 1, ["batch_size=17", "ema=0.5"]),
-        (4, 4, 2, ["batch_size=17", "accumulate=2"]),
+        pytest.param(4, 4, 1, ["batch_size=17", "ema=0.5"], marks=pytest.mark.slow),
+        pytest.param(4, 4, 2, ["batch_size=17", "accumulate=2"], marks=pytest.mark.slow),
     ],
     ids=["2 in 1", "4 in 1", "4 in 2"],
 )

@@ -7,8 +7,9 @@ import torch
 
 from syncbn.__main__ import main
 from syncbn.training.config.errors import ConfigError
-from tests.training.jobs import read_metrics, start
+from tests.training.jobs import EXPERIMENTS, read_metrics, start
 
+QUICK = ("finetune_frozen", "finetune_mistake", "pretrain")
 SMALL = ["model.width=4", "tracker=none", "duration=2"]
 MISTAKE = ["freeze.a.match=backbone", "freeze.a.stats=false", "freeze.a.weights=true"]
 
@@ -19,6 +20,11 @@ def findings(run_dir):
     return content["step"], {(one["rule"], one["severity"]) for one in content["findings"]}
 
 
+@pytest.mark.parametrize(
+    "experiment",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS],
+    indirect=True,
+)
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, experiment, num_ranks):
     name = f"{experiment[0].removeprefix('experiment=')}_{num_ranks}"

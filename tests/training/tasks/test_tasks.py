@@ -227,7 +227,7 @@ def test_a_model_without_statistics_that_may_move_is_an_error(job, averaged):
         job("task=recalibrate", f"load={frozen}", "run=r")
 
 
-@pytest.mark.parametrize("bn", ["bn.sync=false", "bn.group=1"])
+@pytest.mark.parametrize("bn", [pytest.param("bn.sync=false", marks=pytest.mark.slow), "bn.group=1"])
 def test_local_batch_normalization_is_recalibrated_over_the_world_too(job, bn):
     run = job(*TRAIN, bn, "run=a", num_ranks=2)
     alone, pair = (job("task=recalibrate", f"load={run}", f"run=r{n}", num_ranks=n) for n in (1, 2))
@@ -303,7 +303,7 @@ def evaluated_by_hand(run):
                                                                           loaded.context.dtype)[0])  # fmt: skip
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_file_computes_what_the_model_does_from_what_export_json_says(job, num_ranks):
     trained = job(*TRAIN, "precision=fp32", "run=a")
     run = job("task=export", f"load={trained}", "run=x", num_ranks=num_ranks)
@@ -337,7 +337,7 @@ def test_kept_classes_are_labels_by_their_names(job):
     assert told["output"]["labels"] == ["7", "2", "5"]
 
 
-@pytest.mark.parametrize("last", ["BatchNorm1d", "SyncBatchNorm"])
+@pytest.mark.parametrize("last", [pytest.param("BatchNorm1d", marks=pytest.mark.slow), "SyncBatchNorm"])
 def test_a_model_of_ones_own_gets_its_own_classes_back(job, own_modules, last):
     model = ("model=custom", "model._target_=mine_of_tasks.Net", f"+model.last={last}")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "precision=fp32", "run=a")
@@ -365,7 +365,7 @@ def check_a_broken_export(cwd, run):
         run_rank(cwd, ("task=export", f"load={run}", "run=x"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_file_that_computes_something_else_is_an_error_on_every_rank_and_leaves_nothing_behind(
     job, ranks, averaged, tmp_path, num_ranks
 ):

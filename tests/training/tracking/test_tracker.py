@@ -187,6 +187,7 @@ def warnings_of(done):
 ONLINE = [*SMALL, "tracker=wandb", "tracker.mode=online", "tracker.timeout=3", "log_every=1", "run=a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "server", [wandb_servers.refusing, pytest.param(wandb_servers.hanging, marks=pytest.mark.slow)]
 )
@@ -295,6 +296,7 @@ print("ended")
 """
 
 
+@pytest.mark.slow
 def test_a_wandb_process_that_dies_costs_a_warning_and_the_next_run_has_another(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED],

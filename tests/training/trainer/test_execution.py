@@ -36,7 +36,8 @@ FREEZES = ["freeze.a.match=backbone.stem", "freeze.a.start=2", "freeze.a.until=4
 
 
 # Of three ranks, one has no sample in the last step of the epoch.
-@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_compiled_run_follows_the_same_trajectory(ranks, tmp_path, world_size):
     common = [*SHORT, *FREEZES, "accumulate=2", "model.stages=1", "log_every=4"]
     runs = [

@@ -97,7 +97,7 @@ def test_skip_leaves_the_step_out_bit_for_bit_and_goes_on(poisoned, num_ranks, c
 
 
 @pytest.mark.parametrize("num_ranks", WORLDS)
-@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
 def test_raise_names_step_and_samples_and_keeps_the_state_before_it(poisoned, clean, num_ranks, lag):
     # A lag is what a GPU brings: the fault is noticed steps later, and the steps in between must not count.
     overrides = [*JOB, "log_every=50", "save.every=5", "eval_every=50"]

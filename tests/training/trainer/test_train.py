@@ -212,6 +212,7 @@ def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(job
     assert [(record["step"], record["freeze/backbone.stem.bn/stats"]) for record in switches] == [(3, 1.0), (8, 0.0)]
 
 
+@pytest.mark.slow
 def test_the_finetune_experiments_end_in_a_table_with_a_drift_of_zero_where_it_must_be(pretrained):
     names = ["finetune_frozen", "finetune_bn_unfrozen", "finetune_gradual", "finetune_mistake"]
     sweep = [f"experiment={','.join(names)}", "duration=20", "tracker=none", "run=sweep"]
@@ -371,6 +372,7 @@ def test_a_model_draws_other_numbers_in_every_step_and_on_every_rank(ranks, tmp_
     assert len({number for of_rank in drawn for number in of_rank}) == 2 * 3
 
 
+@pytest.mark.slow
 def test_a_ragged_last_window_follows_the_same_trajectory_at_any_world_size(job, tmp_path):
     # 104 samples in steps of 24: the last one has 8 for 3 micro-batches, of which 4 ranks get 1 each or none.
     overrides = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none",
@@ -575,6 +577,7 @@ def test_a_run_ends_with_a_report_of_its_layers(default_run):
     assert "no between-rank share" not in report
 
 
+@pytest.mark.slow
 def test_a_run_whose_ranks_all_fail_has_a_report_though_torchrun_ends_the_first_when_another_is_gone(tmp_path):
     done = start(tmp_path, "optimizer.lr=1e12", "duration=5", "log_every=1", "run=far", num_ranks=2)
     assert done.returncode == 1
