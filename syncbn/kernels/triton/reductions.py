@@ -29,7 +29,7 @@ from syncbn.kernels.triton.double_double import (
     two_product,
     two_sum,
 )
-from syncbn.kernels.triton.elementwise import normalized, sigmoid, with_residual
+from syncbn.kernels.triton.elementwise import normalized, through_activation, with_residual
 from syncbn.kernels.triton.tiles import SIZES, channels_of, reduced_tile, row_length, total_per_channel
 
 
@@ -101,11 +101,15 @@ def combine_moments(
 
 
 @triton.jit
-def _finish_channels(
+def finish_channels(
     channel, num_channels, count, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var, mean,
     invstd, rate, eps,
 ):  # fmt: skip
-    """`reference.finish` for the channels of one program, by their packed moments and the rate of the update."""
+    """`reference.finish` for the channels of one program, by their packed moments and the rate of the update.
+
+    Returns:
+        both parts of the mean, and the inverse standard deviation, as they are stored.
+    """
     inside = channel < num_channels
     n = tl.maximum(count, 1.0)
     sum_high, sum_low = two_sum(sum_part, sum_rest)
@@ -132,8 +136,9 @@ def _finish_channels(
     narrow_low = ((mean_high - narrow.to(tl.float64)) + mean_low).to(mean.dtype.element_ty)
     tl.store(mean + channel, narrow, mask=inside)
     tl.store(mean + num_channels + channel, narrow_low, mask=inside)
-    inverse = 1.0 / tl.sqrt(variance + eps)
-    tl.store(invstd + channel, inverse.to(invstd.dtype.element_ty), mask=inside)
+    inverse = (1.0 / tl.sqrt(variance + eps)).to(invstd.dtype.element_ty)
+    tl.store(invstd + channel, inverse, mask=inside)
+    return narrow, narrow_low, inverse
 
 
 @triton.jit(do_not_specialize=["num_channels"])
@@ -166,7 +171,7 @@ def finish(
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         inside = channel < num_channels
         part = packed + 1 + channel
-        _finish_channels(
+        finish_channels(
             channel, num_channels, count, counts,
             tl.load(part, mask=inside, other=0.0), tl.load(part + num_channels, mask=inside, other=0.0),
             tl.load(part + 2 * num_channels, mask=inside, other=0.0),
@@ -188,7 +193,7 @@ def combine_and_finish(
     sum_part, sum_rest, square_part, square_rest = pack(n, pivot, first, second)
     counts = tl.zeros([BLOCK_CHANNELS], tl.float64) + n
     rate = tl.zeros([BLOCK_CHANNELS], tl.float64) + momentum
-    _finish_channels(
+    finish_channels(
         channel, num_channels, n, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var,
         mean, invstd, rate, eps,
     )  # fmt: skip
@@ -246,15 +251,7 @@ def backward_sums(
             else:
                 z = normalized(x, mean, invstd, weight, bias, num_channels, channel, inside, x.dtype)
                 z = with_residual(z, kept, offset, exists, x.dtype)
-            wide = g.to(z.dtype)
-            if ACTIVATION == "relu":
-                wide = tl.where(z <= 0.0, 0.0, wide)
-            elif ACTIVATION == "leaky_relu":
-                wide = tl.where(z > 0.0, wide, wide * 0.01)
-            else:
-                s = sigmoid(z)
-                wide = wide * s * (1.0 + z * (1.0 - s))
-            g = tl.where(exists, wide, 0.0).to(x.dtype)
+            g = tl.where(exists, through_activation(g, z, ACTIVATION), 0.0).to(x.dtype)
             tl.store(through + offset, g, mask=exists)
         g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - high) - low, 0.0)
