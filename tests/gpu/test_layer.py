@@ -180,6 +180,34 @@ def test_compiled_in_one_graph_with_our_operators():
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3)  # the convolution's, mostly
 
 
+def test_reduce_overhead_skips_no_cuda_graph_because_of_our_operators():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    net = convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).cuda()
+    plain = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+    input = torch.randn(4, 3, 8, 8, device="cuda")
+
+    def step(model):
+        torch.compiler.cudagraph_mark_step_begin()
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(input).square().sum().backward()
+
+    for _ in range(4):  # warm-up, capture, replays
+        step(compiled), step(plain)
+    for one, other in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3)  # the convolution's, mostly
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(compiled)
+    assert any("GraphLaunch" in event.name for event in profiler.events())
+
+
 def kernels_of(function):
     """The names of the kernels that it launches; copies and fills by the driver are none."""
     function()
@@ -195,17 +223,18 @@ def kernels_of(function):
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [7, 56])
-def test_at_most_four_kernels_forward_and_three_backward(size, dtype, layout):
+def test_at_most_three_kernels_each_way_and_one_where_programs_have_channels_to_themselves(size, dtype, layout):
     layer = SyncBatchNorm(64, device="cuda")
     input = (
         torch.randn(32, 64, size, size, device="cuda", dtype=dtype).to(memory_format=FORMATS[layout]).requires_grad_()
     )
     grad = torch.randn_like(input)
     forward, output = kernels_of(lambda: layer(input))
-    assert 3 <= len(forward) <= 4, forward
+    is_whole = size == 7 and layout == "contiguous"
+    assert len(forward) == (1 if is_whole else 3), forward
     inputs = (input, layer.weight, layer.bias)
     backward, _ = kernels_of(lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True))
-    assert 2 <= len(backward) <= 3, backward
+    assert len(backward) == 1 if is_whole else 2 <= len(backward) <= 3, backward
 
 
 @pytest.mark.parametrize("layout", FORMATS)

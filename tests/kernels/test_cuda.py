@@ -305,8 +305,7 @@ def test_every_program_compiles_for_an_h100_and_fits_into_its_registers(dtype, t
     programs = done.stdout.splitlines()
     assert {line.split()[0] for line in programs} == {
         "moments", "combine_moments", "combine_and_finish", "finish", "normalize", "backward_sums",
-        "combine_backward_sums",
-        "backward_elementwise",
+        "combine_backward_sums", "backward_elementwise", "forward_channel", "backward_channel",
     }  # fmt: skip
     assert all("spilled=0" in line for line in programs), done.stdout
     if dtype == "float32":

@@ -107,16 +107,16 @@ def backward_elementwise(
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
     inverse = tl.load(invstd + channel, mask=known)
-    scale, slope, grad_mean = of_gradient(
-        tl.load(sums + channel, mask=known), tl.load(sums + num_channels + channel, mask=known), tl.load(count), inverse,
-        weight, channel, known,
+    scale, slope, grad_mean = gradient_terms(
+        tl.load(sums + channel, mask=known), tl.load(sums + num_channels + channel, mask=known), tl.load(count),
+        inverse, weight, channel, known,
     )  # fmt: skip
     projected = tl.fma((x - high) - low, slope, g - grad_mean)
     tl.store(output + offset, (projected * scale).to(output.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def of_gradient(first, second, count, inverse, weight, channel, known):
+def gradient_terms(first, second, count, inverse, weight, channel, known):
     """Scale, slope and mean of `backward_elementwise`, by the two sums over a channel of N = count values."""
     share = 1.0 / tl.maximum(count, 1.0)  # one division per program, not one per value
     scale = inverse

@@ -21,6 +21,8 @@ _WIDEST_PLANE, _WIDEST_ROW = 1024, 64
 _MOST_PLANES = 16
 # Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program.
 _PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
+# Most tiles of a channel that a program of `whole_channels` reads twice.
+_MOST_TILES_TWICE = 8
 # Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
 _COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
 
@@ -62,6 +64,16 @@ class Sums(NamedTuple):
     combine_moments: Blocks
     combine_and_finish: Blocks
     combine_backward_sums: Blocks
+    channels: Channels | None
+
+
+class Channels(NamedTuple):
+    """Launch plan of the kernels of `whole_channels`, for activations that they are made for."""
+
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across
+    forward: dict[str | None, Blocks]  # by activation
+    backward: dict[str | None, Blocks]
 
 
 class Passes(NamedTuple):
@@ -101,7 +113,20 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
         _with_activations(backward),
         (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
         *(Blocks(combine) for _ in range(3)),
+        _plan_channels(layout, unit, (height, width), tiles, tiles_across, itemsize) if splits == 1 else None,
     )
+
+
+def _plan_channels(
+    layout: Layout, unit: int, tile: tuple[int, int], tiles: int, tiles_across: int, itemsize: int
+) -> Channels | None:
+    if layout.last or tiles > _MOST_TILES_TWICE:
+        return None
+    blocks = {**_common(layout, unit, *tile), "enable_fp_fusion": False}
+    del blocks["CHANNELS_LAST"]
+    blocks["num_warps"] = _MANY_SUM_WARPS if itemsize == 8 or unit == 1 else _SUM_WARPS
+    sizes = (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across)
+    return Channels((layout.channels, 1, 1), sizes, _with_activations(blocks), _with_activations(blocks))
 
 
 @lru_cache(maxsize=4096)
