@@ -32,6 +32,7 @@ def _tiles(request, monkeypatch):
             monkeypatch.setattr(launch_plan, name, 128)
         monkeypatch.setattr(launch_plan, "_PROGRAMS_PER_PROCESSOR", 16)
         monkeypatch.setattr(launch_plan, "_TILES_PER_PROGRAM", 1)
+        monkeypatch.setattr(launch_plan, "_TILES_PER_ROWS_PROGRAM", 1)
         monkeypatch.setattr(launch_plan, "_COMBINED_NUMBERS", 32)
     clear_plans()
     yield

@@ -21,7 +21,7 @@ from syncbn.kernels.triton.elementwise import (
     with_residual,
 )
 from syncbn.kernels.triton.reductions import finish_channels
-from syncbn.kernels.triton.tiles import SIZES, reduced_tile, row_length, total_per_channel
+from syncbn.kernels.triton.tiles import SIZES, accumulator, folded, reduced_tile, row_length, total_per_channel
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -29,7 +29,7 @@ def forward_channel(
     input, output, running_mean, running_var, num_batches_tracked, mean, invstd, count_copy, weight, bias, residual,
     momentum: tl.float64, eps: tl.float64, count, num_channels, planes, units, tiles, tiles_across,
     ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
+    FOLD: tl.constexpr, STAGES: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """`moments`, `finish` and `normalize` of a batch that is not summed over ranks; not for the cumulative average."""
     channel = tl.program_id(0)
@@ -38,15 +38,15 @@ def forward_channel(
     size = row_length(units, UNIT, INT64_OFFSETS)
     inside = channel < num_channels
     pivot = tl.load(input + channel * size).to(tl.float64)
-    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    for tile in range(tiles):
+    first = accumulator(False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    second = accumulator(False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         offset, exists = reduced_tile(
             tile, channel, num_channels, planes, size, tiles_across, False, BLOCK_ROWS, BLOCK_COLS
         )
         centred = tl.where(exists, tl.load(input + offset, mask=exists, other=0.0).to(tl.float64) - pivot, 0.0)
-        first += centred
-        second = tl.fma(centred, centred, second)
+        first += folded(centred, False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+        second += folded(centred * centred, False, BLOCK_ROWS, BLOCK_COLS, FOLD)
 
     n = count.to(tl.float64)
     sum_part, sum_rest, square_part, square_rest = pack(
@@ -64,7 +64,7 @@ def forward_channel(
             tl.store(num_batches_tracked, counted)
 
     scale, shift = scale_and_shift(low, inverse, weight, bias, channel, inside)
-    for step in range(tiles):  # backwards: the end of the channel is what caches still hold
+    for step in tl.range(0, tiles, num_stages=STAGES):  # backwards: the end of the channel is what caches still hold
         offset, exists = reduced_tile(
             tiles - 1 - step, channel, num_channels, planes, size, tiles_across, False, BLOCK_ROWS, BLOCK_COLS
         )
@@ -77,7 +77,7 @@ def forward_channel(
 def backward_channel(
     grad, input, output, mean, invstd, weight, bias, kept, through, affine, count, num_channels, planes, units, tiles,
     tiles_across, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
+    FOLD: tl.constexpr, STAGES: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """`backward_sums` and `backward_elementwise` of a batch whose sums are not summed over ranks."""
     channel = tl.program_id(0)
@@ -91,9 +91,9 @@ def backward_channel(
     if ACTIVATION is not None:
         scale, shift = scale_and_shift(low, inverse, weight, bias, channel, inside)
     wide_high, wide_low = high.to(tl.float64), low.to(tl.float64)
-    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    for tile in range(tiles):
+    first = accumulator(False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    second = accumulator(False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         offset, exists = reduced_tile(
             tile, channel, num_channels, planes, size, tiles_across, False, BLOCK_ROWS, BLOCK_COLS
         )
@@ -108,8 +108,8 @@ def backward_channel(
             tl.store(through + offset, g, mask=exists)
         g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - wide_high) - wide_low, 0.0)
-        first += g
-        second = tl.fma(g, centred, second)
+        first += folded(g, False, BLOCK_ROWS, BLOCK_COLS, FOLD)
+        second += folded(g * centred, False, BLOCK_ROWS, BLOCK_COLS, FOLD)
     first_total, second_total = total_per_channel(first, False), total_per_channel(second, False)
     second_total *= inverse.to(tl.float64)
     store_float64(affine + channel, first_total, inside)
@@ -122,7 +122,7 @@ def backward_channel(
     if ACTIVATION is not None:
         source = through
         tl.debug_barrier()  # other threads may read what this one has stored
-    for step in range(tiles):
+    for step in tl.range(0, tiles, num_stages=STAGES):
         offset, exists = reduced_tile(
             tiles - 1 - step, channel, num_channels, planes, size, tiles_across, False, BLOCK_ROWS, BLOCK_COLS
         )
