@@ -40,7 +40,7 @@ class _Kind(NamedTuple):
 
     programs: ModuleType
     num_channels: int
-    count: int  # values of a channel
+    values: int  # of a channel
     compute_dtype: torch.dtype
     sums: Sums
     passes: Passes
@@ -96,7 +96,7 @@ def forward(
     read = (weight, bias, residual)
     is_normalized = False
     if sum_over_ranks is None and not is_cumulative and sums.channels is not None:
-        scalars = (rate, float(eps), kind.count, *sums.channels.sizes)
+        scalars = (rate, float(eps), kind.values, *sums.channels.sizes)
         written = (input, output, *results, *read)
         launch(programs.forward_channel, sums.channels.grid, written, scalars, sums.channels.forward[activation])
         is_normalized = True

@@ -127,7 +127,7 @@ def main(dtypes: list[str]) -> None:
         source = ASTSource(program, types, fixed, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         registers, spilled = resources(compiled.asm["ptx"], 90)
-        loads = sorted(set(re.findall(r"ld\.global\S*", compiled.asm["ptx"])))
+        loads = sorted(set(re.findall(r"ld\.global\S*|cp\.async\.c\S*", compiled.asm["ptx"])))
         blocks = {key: value for key, value in fixed.items() if value is not None}
         print(name, types.get("input", ""), blocks, f"registers={registers} spilled={spilled}", *loads)
 

@@ -11,10 +11,11 @@ from syncbn.kernels.activations import ACTIVATIONS
 # Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
 # which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers.
 _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Values per thread of a small tile in a reduction, and of a sum that is accumulated (see `tiles.folded`).
-_THREAD_VALUES, _FOLD = 8, 4
-# Tiles of a reduction that are on their way from memory at a time, unless they are of float64 and would not fit.
-_STAGES = 3
+# Values per thread of a small tile in a reduction.
+_THREAD_VALUES = 8
+# Of a reduction with many tiles per program (more than _FEW_TILES in planes): how many values are added up before they
+# are accumulated (see `tiles.folded`), and how many tiles are on their way from memory at a time.
+_FOLD, _STAGES, _FEW_TILES = 4, 3, 4
 # Warps per program: of reductions (where 4 would not do for their registers, 8), of the kernels that combine partial
 # sums, and of elementwise kernels.
 _SUM_WARPS, _MANY_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 8, 4
@@ -110,8 +111,7 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
     common = {
         **_common(layout, unit, height, width),
-        "FOLD": min(_FOLD, height if layout.last else width),
-        "STAGES": 1 if itemsize == 8 else _STAGES,
+        **_ways(layout, itemsize, unit, per_split, height if layout.last else width),
         "enable_fp_fusion": False,
     }
     few = max(1, height * width // (32 * _THREAD_VALUES))
@@ -128,7 +128,9 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
         Blocks({**moments, "SINGLE_SPLIT": False}),
         _with_activations({**backward, **is_single}),
         (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
-        *(Blocks(combine) for _ in range(3)),
+        Blocks(combine),
+        Blocks(combine),
+        Blocks(combine),
         _plan_channels(layout, unit, tiles, tiles_across, moments, backward) if splits == 1 else None,
     )
 
@@ -165,6 +167,29 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
     )
 
 
+def _ways(layout: Layout, itemsize: int, unit: int, tiles: int, length: int) -> dict[str, int]:
+    """FOLD and STAGES of a reduction, whose programs take `tiles` tiles each, of `length` values in a sum's direction.
+
+    As measured: tiles on their way take memory of the multiprocessor, too much of it in float64; they are copied there
+    at least 4 bytes at a time, and slowly so; and rows of half types have to be rearranged to be folded.
+    """
+    fold, stages = min(_FOLD, length), _STAGES
+    if itemsize == 8:
+        fold, stages = 1, 1
+    elif unit * itemsize < 8:
+        stages = 1
+    elif not layout.last and tiles <= _FEW_TILES:
+        fold, stages = 1, 1
+    if layout.last and (itemsize < 4 or _is_small(layout, itemsize)):
+        fold = 1
+    return {"FOLD": fold, "STAGES": stages}
+
+
+def _is_small(layout: Layout, itemsize: int) -> bool:
+    """Whether an activation in rows has few of them."""
+    return layout.planes * layout.size * itemsize <= _SMALL_ROWS
+
+
 def _with_activations(blocks: dict[str, Any]) -> dict[str | None, Blocks]:
     return {activation: Blocks({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
 
@@ -173,8 +198,7 @@ def _block(layout: Layout, tile: int, itemsize: int) -> tuple[int, int]:
     """Columns and rows of a tile of `tile` values."""
     widest = _WIDEST_PLANE
     if layout.last:
-        is_small = layout.planes * layout.size * itemsize <= _SMALL_ROWS
-        widest = _WIDEST_SMALL_ROW if is_small else _WIDEST_ROW
+        widest = _WIDEST_SMALL_ROW if _is_small(layout, itemsize) else _WIDEST_ROW
     width = min(_power_of_two(layout.size), widest, tile)
     return width, tile // width
 
