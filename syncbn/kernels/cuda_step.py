@@ -40,6 +40,7 @@ class _Kind(NamedTuple):
 
     programs: ModuleType
     num_channels: int
+    values: int  # of a channel
     compute_dtype: torch.dtype
     sums: Sums
     passes: Passes
@@ -83,7 +84,7 @@ def forward(
         or not (running_var is None or (running_var.is_contiguous() and running_var.dtype in cuda.TYPES))
     ):
         return None
-    programs, num_channels, dtype, sums, passes, *_ = kind
+    programs, num_channels, _, dtype, sums, passes, *_ = kind
     launch = programs.launch
     mean = input.new_empty((2, num_channels), dtype=dtype)
     invstd = input.new_empty(num_channels, dtype=dtype)
@@ -91,7 +92,15 @@ def forward(
     results = (running_mean, running_var, num_batches_tracked, mean, invstd, count)
     is_cumulative = momentum is None and num_batches_tracked is not None
     rate = 0.0 if momentum is None else float(momentum)
-    if sum_over_ranks is None and not is_cumulative:
+    output = torch.empty_like(input)
+    read = (weight, bias, residual)
+    is_normalized = False
+    if sum_over_ranks is None and not is_cumulative and sums.channels is not None:
+        scalars = (rate, float(eps), kind.values, *sums.channels.sizes)
+        written = (input, output, *results, *read)
+        launch(programs.forward_channel, sums.channels.grid, written, scalars, sums.channels.forward[activation])
+        is_normalized = True
+    elif sum_over_ranks is None and not is_cumulative:
         partial = input.new_empty(kind.partial, dtype=torch.float64)
         launch(programs.moments, sums.grid, (input, partial, partial), kind.moments, sums.partial_moments)
         scalars = (rate, float(eps), *kind.combine)
@@ -119,9 +128,9 @@ def forward(
         increment_version(statistics[:3])  # type: ignore[arg-type]  # see `cuda.mark_as_written`
     elif running_mean is not None:
         cuda.mark_as_written(running_mean, running_var, num_batches_tracked)
-    output = torch.empty_like(input)
-    read = (mean, invstd, weight, bias, residual)
-    launch(programs.normalize, passes.grid, (input, output, *read), passes.sizes, passes.normalize[activation])
+    if not is_normalized:
+        tensors = (input, output, mean, invstd, *read)
+        launch(programs.normalize, passes.grid, tensors, passes.sizes, passes.normalize[activation])
     return output, mean, invstd, count
 
 
@@ -164,21 +173,28 @@ def backward(
         or not (bias is None or bias.is_contiguous())
     ):
         return None
-    programs, num_channels, _, plan, passes, *_ = kind
+    programs, num_channels, _, _, plan, passes, *_ = kind
     launch = programs.launch
-    sums = input.new_empty(2 * num_channels, dtype=torch.float64)
     affine = input.new_empty((2, num_channels), dtype=dtype)
-    partial = sums if plan.grid[1] == 1 else input.new_empty(kind.partial, dtype=torch.float64)
     through = grad if activation is None else torch.empty_like(input)
     written = None if activation is None else through
+    grad_input = None
+    if plan.channels is not None and sum_over_ranks is None and needs_input:
+        grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
+        vectors = (mean, invstd, weight, bias)
+        tensors: tuple[Tensor | None, ...] = (grad, input, grad_input, *vectors, kept, written, affine, count)
+        channels = plan.channels
+        launch(programs.backward_channel, channels.grid, tensors, channels.sizes, channels.backward[activation])
+        return grad_input, affine, through
+    sums = input.new_empty(2 * num_channels, dtype=torch.float64)
+    partial = sums if plan.grid[1] == 1 else input.new_empty(kind.partial, dtype=torch.float64)
     vectors = (mean, invstd, weight, bias) if activation is not None else (mean, invstd, None, None)
-    tensors: tuple[Tensor | None, ...] = (grad, input, *vectors, kept, written, partial, sums, affine)
+    tensors = (grad, input, *vectors, kept, written, partial, sums, affine)
     launch(programs.backward_sums, plan.grid, tensors, plan.sizes, plan.backward_sums[activation])
     if partial is not sums:
         scalars = (num_channels, plan.grid[1])
         tensors = (partial, invstd, sums, affine)
         launch(programs.combine_backward_sums, plan.combine_grid, tensors, scalars, plan.combine_backward_sums)
-    grad_input = None
     if needs_input:
         if sum_over_ranks is not None:
             sum_over_ranks(sums)
@@ -210,6 +226,7 @@ def _new_kind(input: Tensor) -> _Kind | None:
     return _Kind(
         programs,
         num_channels,
+        count,
         reference.compute_dtype(input.dtype),
         sums,
         plan_passes(layout, input.dtype.itemsize, multiprocessors),

@@ -24,6 +24,7 @@ from syncbn.kernels.cuda_step import Statistics
 from syncbn.kernels.triton import programs
 
 SHAPES = [(64, 64, 56, 56), (64, 2048, 7, 7), (2, 256, 14, 14), (256, 128), (1, 1, 2**31 + 8)]
+CHANNELS = (64, 2048, 7, 7)  # a program for each channel
 
 
 class Recorder:
@@ -85,6 +86,12 @@ def record(dtypes: list[torch.dtype]) -> list[tuple]:
                             mean.dtype)  # fmt: skip
                 moved = Statistics(vector, vector, torch.empty((), dtype=torch.int64, device="meta"), 0.1, 1e-5)
                 cuda_step.forward(input, vector, vector, None, None, moved, None)
+                saved = (input, input, mean, invstd, vector, vector)
+                cuda_step.backward(*saved, None, None, count, vector.dtype, None, False, True)
+                if shape == CHANNELS and not rows:
+                    for activation, kept in (("relu", input), ("leaky_relu", None), ("silu", None)):
+                        cuda_step.forward(input, vector, vector, kept, activation, moved, None)
+                        cuda_step.backward(*saved, kept, activation, count, vector.dtype, None, False, True)
                 cuda.normalize(input, mean, invstd, vector, vector)
                 cuda.normalize(input, mean, invstd, None, None)
                 if shape == SHAPES[0]:
@@ -120,7 +127,7 @@ def main(dtypes: list[str]) -> None:
         source = ASTSource(program, types, fixed, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         registers, spilled = resources(compiled.asm["ptx"], 90)
-        loads = sorted(set(re.findall(r"ld\.global\S*", compiled.asm["ptx"])))
+        loads = sorted(set(re.findall(r"ld\.global\S*|cp\.async\.c\S*", compiled.asm["ptx"])))
         blocks = {key: value for key, value in fixed.items() if value is not None}
         print(name, types.get("input", ""), blocks, f"registers={registers} spilled={spilled}", *loads)
 

@@ -6,9 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.kernels import cuda, cuda_step
 from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.triton import launch_plan
 from tests.kernels.test_cuda import DEVICE, _tiles, make
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
+from syncbn.kernels.triton import programs
+
 tiles = _tiles
 
 OPTIONS = {
@@ -68,6 +71,24 @@ def test_the_same_bits_as_by_operators(options, monkeypatch):
     for one, other in zip(by_steps(**options), by_operators(**options), strict=True):
         assert (one is None) == (other is None)
         assert one is None or (torch.equal(one, other) and one.stride() == other.stride())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_same_bits_where_a_program_reads_several_tiles_of_its_channel(options, monkeypatch):
+    monkeypatch.setattr(launch_plan, "_SUM_TILE", 64)
+    monkeypatch.setattr(launch_plan, "_TILES_PER_PROGRAM", 7)
+    test_the_same_bits_as_by_operators(options, monkeypatch)
+
+
+def test_a_channel_that_one_program_can_hold_takes_one_launch_each_way(monkeypatch):
+    names = []
+    monkeypatch.setattr(cuda_step, "_kinds", {})
+    monkeypatch.setattr(programs, "launch", lambda program, *_: names.append(program.fn.__name__))
+    by_steps()
+    assert names == ["forward_channel", "backward_channel"]
+    names.clear()
+    by_steps(ranks=2)
+    assert names == ["moments", "finish", "normalize", "backward_sums", "backward_elementwise"]
 
 
 class Seeing(TorchDispatchMode):

@@ -14,14 +14,51 @@ def normalized(x, mean, invstd, weight, bias, num_channels, channel, known, dtyp
     """Normalized values, rounded to `dtype` as by a separate operator, but returned in the compute type."""
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
-    scale = tl.load(invstd + channel, mask=known)
+    scale, shift = scale_and_shift(low, tl.load(invstd + channel, mask=known), weight, bias, channel, known)
+    return scaled(x, high, scale, shift, dtype)
+
+
+@triton.jit
+def scale_and_shift(low, invstd, weight, bias, channel, known):
+    """What `scaled` takes, by the low part of the mean; of the channels of one program."""
+    scale = invstd
     if weight is not None:
         scale *= tl.load(weight + channel, mask=known).to(scale.dtype)
     shift = -low * scale
     if bias is not None:
         shift += tl.load(bias + channel, mask=known).to(scale.dtype)
+    return scale, shift
+
+
+@triton.jit
+def scaled(x, high, scale, shift, dtype: tl.constexpr):
     y = tl.fma(x.to(high.dtype) - high, scale, shift)
     return y.to(dtype).to(y.dtype)
+
+
+@triton.jit
+def activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0.0, 0.0, y)  # not a maximum, which would lose NaN
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(y > 0.0, y, y * 0.01)
+    elif ACTIVATION == "silu":
+        y *= sigmoid(y)
+    return y
+
+
+@triton.jit
+def through_activation(g, z, ACTIVATION: tl.constexpr):
+    """The gradient of an activation's input z, by that of its output; in the type of z."""
+    wide = g.to(z.dtype)
+    if ACTIVATION == "relu":
+        wide = tl.where(z <= 0.0, 0.0, wide)
+    elif ACTIVATION == "leaky_relu":
+        wide = tl.where(z > 0.0, wide, wide * 0.01)
+    else:
+        s = sigmoid(z)
+        wide = wide * s * (1.0 + z * (1.0 - s))
+    return wide
 
 
 @triton.jit
@@ -51,12 +88,7 @@ def normalize(
     x = tl.load(input + offset, mask=exists)
     y = normalized(x, mean, invstd, weight, bias, num_channels, channel, known, x.dtype)
     y = with_residual(y, residual, offset, exists, x.dtype)
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0.0, 0.0, y)  # not a maximum, which would lose NaN
-    elif ACTIVATION == "leaky_relu":
-        y = tl.where(y > 0.0, y, y * 0.01)
-    elif ACTIVATION == "silu":
-        y *= sigmoid(y)
+    y = activated(y, ACTIVATION)
     tl.store(output + offset, y.to(output.dtype.element_ty), mask=exists)
 
 
@@ -75,12 +107,19 @@ def backward_elementwise(
     high = tl.load(mean + channel, mask=known)
     low = tl.load(mean + num_channels + channel, mask=known)
     inverse = tl.load(invstd + channel, mask=known)
-    share = 1.0 / tl.maximum(tl.load(count), 1.0)  # 1 / N: one division per program, not one per value
-    grad_mean = (tl.load(sums + channel, mask=known) * share).to(high.dtype)
-    projection = (tl.load(sums + num_channels + channel, mask=known) * share).to(high.dtype)
+    scale, slope, grad_mean = gradient_terms(
+        tl.load(sums + channel, mask=known), tl.load(sums + num_channels + channel, mask=known), tl.load(count),
+        inverse, weight, channel, known,
+    )  # fmt: skip
+    projected = tl.fma((x - high) - low, slope, g - grad_mean)
+    tl.store(output + offset, (projected * scale).to(output.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def gradient_terms(first, second, count, inverse, weight, channel, known):
+    """Scale, slope and mean of `backward_elementwise`, by the two sums over a channel of N = count values."""
+    share = 1.0 / tl.maximum(count, 1.0)  # one division per program, not one per value
     scale = inverse
     if weight is not None:
         scale *= tl.load(weight + channel, mask=known).to(scale.dtype)
-    slope = -inverse * projection
-    projected = tl.fma((x - high) - low, slope, g - grad_mean)
-    tl.store(output + offset, (projected * scale).to(output.dtype.element_ty), mask=exists)
+    return scale, -inverse * (second * share).to(inverse.dtype), (first * share).to(inverse.dtype)

@@ -11,16 +11,26 @@ from syncbn.kernels.activations import ACTIVATIONS
 # Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
 # which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers.
 _SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
+# Values per thread of a small tile in a reduction.
+_THREAD_VALUES = 8
+# Of a reduction with many tiles per program (more than _FEW_TILES in planes): how many values are added up before they
+# are accumulated (see `tiles.folded`), and how many tiles are on their way from memory at a time.
+_FOLD, _STAGES, _FEW_TILES = 4, 3, 4
 # Warps per program: of reductions (where 4 would not do for their registers, 8), of the kernels that combine partial
 # sums, and of elementwise kernels.
 _SUM_WARPS, _MANY_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 8, 4
-# Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum).
-_WIDEST_PLANE, _WIDEST_ROW = 1024, 64
+# Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum; and
+# fewer in a small activation, of at most so many bytes, which has few rows).
+_WIDEST_PLANE, _WIDEST_ROW, _WIDEST_SMALL_ROW, _SMALL_ROWS = 1024, 32, 16, 2**23
 # Most rows of a tile in an elementwise kernel over small planes, unless the tile has at most _SMALL_TILE values: each
 # row has a channel of its own, whose per-channel values take registers.
 _MOST_PLANES = 16
-# Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program.
-_PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM = 4, 4
+# Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program, in planes and in
+# rows.
+_PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM, _TILES_PER_ROWS_PROGRAM = 4, 4, 2
+# Most tiles of a channel that a program of `whole_channels` reads twice, and the fewest channels that are not split
+# although there are as many (there should be a program for each multiprocessor, or nearly).
+_MOST_TILES_TWICE, _UNSPLIT_CHANNELS = 8, 128
 # Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
 _COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
 
@@ -62,6 +72,16 @@ class Sums(NamedTuple):
     combine_moments: Blocks
     combine_and_finish: Blocks
     combine_backward_sums: Blocks
+    channels: Channels | None
+
+
+class Channels(NamedTuple):
+    """Launch plan of the kernels of `whole_channels`, for activations that they are made for."""
+
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across
+    forward: dict[str | None, Blocks]  # by activation
+    backward: dict[str | None, Blocks]
 
 
 class Passes(NamedTuple):
@@ -76,32 +96,56 @@ class Passes(NamedTuple):
 @lru_cache(maxsize=4096)
 def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     """Plans a reduction: its tiles, and over how many programs (`grid[1]`) each channel is split."""
-    width, height = _block(layout, _SUM_TILE)
+    width, height = _block(layout, _SUM_TILE, itemsize)
     height = min(height, _power_of_two(layout.planes))
     tiles_across = 1 if layout.last else ceil_div(layout.size, width)
     tiles = ceil_div(layout.planes, height) * tiles_across
     programs = ceil_div(layout.channels, width) if layout.last else layout.channels
     wanted = ceil_div(_PROGRAMS_PER_PROCESSOR * multiprocessors, programs)
-    splits = max(1, min(wanted, tiles // _TILES_PER_PROGRAM))
+    splits = max(1, min(wanted, tiles // (_TILES_PER_ROWS_PROGRAM if layout.last else _TILES_PER_PROGRAM)))
+    if not layout.last and layout.channels >= _UNSPLIT_CHANNELS and tiles <= _MOST_TILES_TWICE:
+        splits = 1
     per_split = ceil_div(tiles, splits)
     splits = ceil_div(tiles, per_split)
     unit = _unit(layout.size, itemsize)
     at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
-    common = {**_common(layout, unit, height, width), "SINGLE_SPLIT": splits == 1, "enable_fp_fusion": False}
-    moments = {**common, "num_warps": _MANY_SUM_WARPS if itemsize == 8 else _SUM_WARPS}
+    common = {
+        **_common(layout, unit, height, width),
+        **_ways(layout, itemsize, unit, per_split, height if layout.last else width),
+        "enable_fp_fusion": False,
+    }
+    few = max(1, height * width // (32 * _THREAD_VALUES))
+    moments = {**common, "num_warps": min(few, _MANY_SUM_WARPS if itemsize == 8 else _SUM_WARPS)}
     # Loads of single values keep more addresses in registers.
-    backward = {**common, "num_warps": _MANY_SUM_WARPS if itemsize == 8 or unit == 1 else _SUM_WARPS}
+    backward = {**common, "num_warps": min(few, _MANY_SUM_WARPS if itemsize == 8 or unit == 1 else _SUM_WARPS)}
+    is_single = {"SINGLE_SPLIT": splits == 1}
     combine = {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, "num_warps": _COMBINE_WARPS,
                "enable_fp_fusion": False}  # fmt: skip
     return Sums(
         (programs, splits, 1),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        Blocks(moments),
+        Blocks({**moments, **is_single}),
         Blocks({**moments, "SINGLE_SPLIT": False}),
-        _with_activations(backward),
+        _with_activations({**backward, **is_single}),
         (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
-        *(Blocks(combine) for _ in range(3)),
+        Blocks(combine),
+        Blocks(combine),
+        Blocks(combine),
+        _plan_channels(layout, unit, tiles, tiles_across, moments, backward) if splits == 1 else None,
     )
+
+
+def _plan_channels(
+    layout: Layout, unit: int, tiles: int, tiles_across: int, moments: dict[str, Any], backward: dict[str, Any]
+) -> Channels | None:
+    """Plans the kernels of `whole_channels`, by the constants of those that they share their sums with."""
+    if layout.last or tiles > _MOST_TILES_TWICE:
+        return None
+    sizes = (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across)
+    forward, backward = (
+        {name: value for name, value in blocks.items() if name != "CHANNELS_LAST"} for blocks in (moments, backward)
+    )
+    return Channels((layout.channels, 1, 1), sizes, _with_activations(forward), _with_activations(backward))
 
 
 @lru_cache(maxsize=4096)
@@ -109,7 +153,7 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
     """Plans an elementwise kernel."""
     rows = layout.planes if layout.last else layout.planes * layout.channels
     is_small = rows * layout.size < 4 * _TILE * multiprocessors
-    width, height = _block(layout, _SMALL_TILE if is_small else _TILE)
+    width, height = _block(layout, _SMALL_TILE if is_small else _TILE, itemsize)
     if not layout.last:
         height = min(height, max(_MOST_PLANES, _SMALL_TILE // width))
     tiles_across = ceil_div(layout.size, width)
@@ -123,13 +167,39 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
     )
 
 
+def _ways(layout: Layout, itemsize: int, unit: int, tiles: int, length: int) -> dict[str, int]:
+    """FOLD and STAGES of a reduction, whose programs take `tiles` tiles each, of `length` values in a sum's direction.
+
+    As measured: tiles on their way take memory of the multiprocessor, too much of it in float64; they are copied there
+    at least 4 bytes at a time, and slowly so; and rows of half types have to be rearranged to be folded.
+    """
+    fold, stages = min(_FOLD, length), _STAGES
+    if itemsize == 8:
+        fold, stages = 1, 1
+    elif unit * itemsize < 8:
+        stages = 1
+    elif not layout.last and tiles <= _FEW_TILES:
+        fold, stages = 1, 1
+    if layout.last and (itemsize < 4 or _is_small(layout, itemsize)):
+        fold = 1
+    return {"FOLD": fold, "STAGES": stages}
+
+
+def _is_small(layout: Layout, itemsize: int) -> bool:
+    """Whether an activation in rows has few of them."""
+    return layout.planes * layout.size * itemsize <= _SMALL_ROWS
+
+
 def _with_activations(blocks: dict[str, Any]) -> dict[str | None, Blocks]:
     return {activation: Blocks({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
 
 
-def _block(layout: Layout, tile: int) -> tuple[int, int]:
+def _block(layout: Layout, tile: int, itemsize: int) -> tuple[int, int]:
     """Columns and rows of a tile of `tile` values."""
-    width = min(_power_of_two(layout.size), _WIDEST_ROW if layout.last else _WIDEST_PLANE, tile)
+    widest = _WIDEST_PLANE
+    if layout.last:
+        widest = _WIDEST_SMALL_ROW if _is_small(layout, itemsize) else _WIDEST_ROW
+    width = min(_power_of_two(layout.size), widest, tile)
     return width, tile // width
 
 

@@ -9,3 +9,5 @@ from syncbn.kernels.triton.reductions import combine_backward_sums as combine_ba
 from syncbn.kernels.triton.reductions import combine_moments as combine_moments
 from syncbn.kernels.triton.reductions import finish as finish
 from syncbn.kernels.triton.reductions import moments as moments
+from syncbn.kernels.triton.whole_channels import backward_channel as backward_channel
+from syncbn.kernels.triton.whole_channels import forward_channel as forward_channel

@@ -10,8 +10,9 @@ that matters. Each program sums a fixed part in a fixed order, and no two progra
 are bitwise reproducible on the same device. Double-double arithmetic is as in `packing`. Kernels are compiled without
 floating-point contraction, which would break it, and call `tl.fma` where a fused multiply-add is wanted.
 
-`UNIT` is a power of two that divides the length of a row; it tells the compiler how wide its loads may be. With
-`INT64_OFFSETS`, offsets are computed in 64 bits.
+`UNIT` is a power of two that divides the length of a row; it tells the compiler how wide its loads may be. `FOLD` is
+how many values of a tile are added up before their sum is accumulated (see `tiles.folded`), and `STAGES` how many tiles
+are on their way at a time. With `INT64_OFFSETS`, offsets are computed in 64 bits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,15 +30,23 @@ from syncbn.kernels.triton.double_double import (
     two_product,
     two_sum,
 )
-from syncbn.kernels.triton.elementwise import normalized, sigmoid, with_residual
-from syncbn.kernels.triton.tiles import SIZES, channels_of, reduced_tile, row_length, total_per_channel
+from syncbn.kernels.triton.elementwise import normalized, through_activation, with_residual
+from syncbn.kernels.triton.tiles import (
+    SIZES,
+    accumulator,
+    channels_of,
+    folded,
+    reduced_tile,
+    row_length,
+    total_per_channel,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def moments(
     input, partial, packed, count, num_channels, planes, units, tiles, tiles_across, tiles_per_split,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
+    FOLD: tl.constexpr, STAGES: tl.constexpr, INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Sums of (x - pivot) and (x - pivot)^2 over a part of a channel, where pivot is the channel's first value.
 
@@ -54,17 +63,17 @@ def moments(
         pivot = tl.load(input + channel, mask=inside, other=0.0).to(tl.float64)
     else:
         pivot = tl.load(input + block * size).to(tl.float64)
-    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
+    first = accumulator(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    second = accumulator(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
     start = split * tiles_per_split
-    for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
+    for tile in tl.range(start, tl.minimum(start + tiles_per_split, tiles), num_stages=STAGES):
         offset, exists = reduced_tile(
             tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
         )
         x = tl.load(input + offset, mask=exists, other=0.0).to(tl.float64)
         centred = tl.where(exists, x - pivot, 0.0)
-        first += centred
-        second = tl.fma(centred, centred, second)
+        first += folded(centred, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
+        second += folded(centred * centred, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
     first_total, second_total = total_per_channel(first, CHANNELS_LAST), total_per_channel(second, CHANNELS_LAST)
     if SINGLE_SPLIT:
         store_packed(packed, channel, num_channels, count, pivot, first_total, second_total)
@@ -101,11 +110,15 @@ def combine_moments(
 
 
 @triton.jit
-def _finish_channels(
+def finish_channels(
     channel, num_channels, count, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var, mean,
     invstd, rate, eps,
 ):  # fmt: skip
-    """`reference.finish` for the channels of one program, by their packed moments and the rate of the update."""
+    """`reference.finish` for the channels of one program, by their packed moments and the rate of the update.
+
+    Returns:
+        both parts of the mean, and the inverse standard deviation, as they are stored.
+    """
     inside = channel < num_channels
     n = tl.maximum(count, 1.0)
     sum_high, sum_low = two_sum(sum_part, sum_rest)
@@ -132,8 +145,9 @@ def _finish_channels(
     narrow_low = ((mean_high - narrow.to(tl.float64)) + mean_low).to(mean.dtype.element_ty)
     tl.store(mean + channel, narrow, mask=inside)
     tl.store(mean + num_channels + channel, narrow_low, mask=inside)
-    inverse = 1.0 / tl.sqrt(variance + eps)
-    tl.store(invstd + channel, inverse.to(invstd.dtype.element_ty), mask=inside)
+    inverse = (1.0 / tl.sqrt(variance + eps)).to(invstd.dtype.element_ty)
+    tl.store(invstd + channel, inverse, mask=inside)
+    return narrow, narrow_low, inverse
 
 
 @triton.jit(do_not_specialize=["num_channels"])
@@ -166,7 +180,7 @@ def finish(
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         inside = channel < num_channels
         part = packed + 1 + channel
-        _finish_channels(
+        finish_channels(
             channel, num_channels, count, counts,
             tl.load(part, mask=inside, other=0.0), tl.load(part + num_channels, mask=inside, other=0.0),
             tl.load(part + 2 * num_channels, mask=inside, other=0.0),
@@ -188,7 +202,7 @@ def combine_and_finish(
     sum_part, sum_rest, square_part, square_rest = pack(n, pivot, first, second)
     counts = tl.zeros([BLOCK_CHANNELS], tl.float64) + n
     rate = tl.zeros([BLOCK_CHANNELS], tl.float64) + momentum
-    _finish_channels(
+    finish_channels(
         channel, num_channels, n, counts, sum_part, sum_rest, square_part, square_rest, running_mean, running_var,
         mean, invstd, rate, eps,
     )  # fmt: skip
@@ -214,7 +228,8 @@ def _store_sums(sums, affine, invstd, channel, num_channels, first, second):
 def backward_sums(
     grad, input, mean, invstd, weight, bias, kept, through, partial, sums, affine, num_channels, planes, units,
     tiles, tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and g * (x - mean) over a part of a channel.
 
@@ -231,10 +246,10 @@ def backward_sums(
     # One float64 number holds both float32 parts of the mean; of a float64 mean it is the high part.
     high = tl.load(mean + channel, mask=inside, other=0.0).to(tl.float64)
     low = tl.load(mean + num_channels + channel, mask=inside, other=0.0).to(tl.float64)
-    first = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
-    second = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float64)
+    first = accumulator(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
+    second = accumulator(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
     start = split * tiles_per_split
-    for tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
+    for tile in tl.range(start, tl.minimum(start + tiles_per_split, tiles), num_stages=STAGES):
         offset, exists = reduced_tile(
             tile, block, num_channels, planes, size, tiles_across, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS
         )
@@ -246,20 +261,12 @@ def backward_sums(
             else:
                 z = normalized(x, mean, invstd, weight, bias, num_channels, channel, inside, x.dtype)
                 z = with_residual(z, kept, offset, exists, x.dtype)
-            wide = g.to(z.dtype)
-            if ACTIVATION == "relu":
-                wide = tl.where(z <= 0.0, 0.0, wide)
-            elif ACTIVATION == "leaky_relu":
-                wide = tl.where(z > 0.0, wide, wide * 0.01)
-            else:
-                s = sigmoid(z)
-                wide = wide * s * (1.0 + z * (1.0 - s))
-            g = tl.where(exists, wide, 0.0).to(x.dtype)
+            g = tl.where(exists, through_activation(g, z, ACTIVATION), 0.0).to(x.dtype)
             tl.store(through + offset, g, mask=exists)
         g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - high) - low, 0.0)
-        first += g
-        second = tl.fma(g, centred, second)
+        first += folded(g, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
+        second += folded(g * centred, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)
     first_total, second_total = total_per_channel(first, CHANNELS_LAST), total_per_channel(second, CHANNELS_LAST)
     if SINGLE_SPLIT:
         _store_sums(sums, affine, invstd, channel, num_channels, first_total, second_total)

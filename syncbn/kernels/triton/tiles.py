@@ -47,6 +47,33 @@ def channels_of(block, CHANNELS_LAST: tl.constexpr, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
+def accumulator(CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, FOLD: tl.constexpr):
+    """Zeros in the shape of `folded` values, float64."""
+    if CHANNELS_LAST:
+        zeros = tl.zeros([BLOCK_ROWS // FOLD, BLOCK_COLS], tl.float64)
+    else:
+        zeros = tl.zeros([BLOCK_ROWS, BLOCK_COLS // FOLD], tl.float64)
+    return zeros
+
+
+@triton.jit
+def folded(
+    values, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, FOLD: tl.constexpr
+):  # fmt: skip
+    """Sums of `FOLD` values of a tile each, of one channel, and as a rule of one thread.
+
+    A tile whose sums are kept takes fewer registers so, which leaves some for values on their way from memory.
+    """
+    if FOLD == 1:
+        sums = values
+    elif CHANNELS_LAST:
+        sums = tl.sum(tl.reshape(values, [FOLD, BLOCK_ROWS // FOLD, BLOCK_COLS]), 0)
+    else:
+        sums = tl.sum(tl.reshape(values, [BLOCK_ROWS, BLOCK_COLS // FOLD, FOLD]), 2)
+    return sums
+
+
+@triton.jit
 def total_per_channel(values, CHANNELS_LAST: tl.constexpr):
     """Sums the values of a tile per channel: (BLOCK_COLS,) with `CHANNELS_LAST`, else a scalar."""
     if CHANNELS_LAST:
