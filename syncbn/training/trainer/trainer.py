@@ -366,7 +366,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, float]:
         """Evaluates the test set once, with the weights that validated best; returns the final metrics."""
-        if self.ends_early():
+        if self.ends_early() and self.counters.step < self.num_steps:
             log.info("no validation was better than that of step %d for early_stop=%s: training ends at step %d",
                      self.counters.best_step, self.config.early_stop, self.counters.step)  # fmt: skip
         if self.counters.evaluated_step == 0:
