@@ -332,7 +332,7 @@ class Trainer:
             self.num_steps,
             epoch=self.counters.step / self.steps_per_epoch,
             loss=loss,
-            lr=self.optimizer.param_groups[0]["lr"] / self.built.groups[0].lr_scale,
+            lr=float(self.optimizer.param_groups[0]["lr"]) / self.built.groups[0].lr_scale,
             samples_per_second=self.clock.samples_per_second(),
             gradient_norm=None if self.config.clip_norm is None else gradient_norm,
             steps_left_out=self.counters.steps_left_out,
