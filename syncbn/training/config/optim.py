@@ -16,6 +16,7 @@ class GroupConfig:
     """A group of parameters with settings of its own: those of the modules that the patterns select."""
 
     match: str | list[str]
+    """Patterns of module names; a group holds all parameters of the modules."""
     exclude: str | list[str] | None = None
     lr_scale: float = 1.0
     """Factor of the learning rate that the schedule gives."""
@@ -38,6 +39,7 @@ class SgdConfig:
     decay_norm_and_bias: bool = True
     """False: no weight decay for parameters of one dimension (gamma and beta of norms) and for biases."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Groups by name; parameters that none selects form the group "rest"."""
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -148,8 +150,10 @@ class StepConfig:
     name: str
     warmup: str
     milestones: list[str] | None
+    """Durations that increase; None where there is a `step_size`."""
     step_size: str | None
     gamma: float
+    """Factor of the learning rate at each of these times."""
 
     def __post_init__(self) -> None:
         parse_duration("schedule.warmup", self.warmup)
