@@ -117,7 +117,7 @@ def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) 
     model = build_model(config, data, context)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, context.rank, context.world_size)
     wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    optimizer = optimizers.build_optimizer(config.optimizer, model)
+    optimizer = optimizers.build_optimizer(config.optimizer, model).optimizer
     schedule = LambdaLR(optimizer, schedules.build_schedule(config.schedule, num_steps, sampler.steps_per_epoch))
     loss = losses.build_loss(config.loss, data)
     model.train()

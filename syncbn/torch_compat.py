@@ -268,3 +268,8 @@ def has_non_finite(tensors: list[Tensor]) -> Tensor:
 def scaler_state(scaler: torch.amp.GradScaler) -> list[Tensor]:
     """Scale and growth tracker of a loss scaler, on its device; the public `state_dict` would wait for the device."""
     return [scaler._scale, scaler._growth_tracker]  # type: ignore[list-item]
+
+
+def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Keeps a learning rate schedule from warning that it steps before its optimizer, whose first step is left out."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -123,7 +123,7 @@ MUTATIONS = [
       "training/checkpoint/test_resume.py::test_what_may_not_change_is_named"),
     M("training/optim/update.py", "norm = norm / self.scaler.scale(self._one)", "pass",
       "training/trainer/test_execution.py::test_a_gradient_is_scaled_down_to_the_norm_and_a_shorter_one_left_alone"),
-    M("training/optim/schedules.py", "return (step + 1) / (warmup + 1)", "return step / (warmup + 1)",
+    M("training/optim/schedules.py", "rising = (step + 1) / (warmup + 1)", "rising = step / (warmup + 1)",
       "training/tracking/test_tracker.py::test_warmup_is_linear_and_the_cosine_ends_at_its_final_share"),
     M("training/data/sampler.py", "mix_key(seed, epoch, Draw.SHUFFLE)", "mix_key(seed, Draw.SHUFFLE)",
       "training/data/test_data.py"),

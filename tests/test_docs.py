@@ -19,6 +19,7 @@ import pytest
 
 import syncbn
 from syncbn.training.config.model import FreezeRuleConfig, InitConfig
+from syncbn.training.config.optim import GroupConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.launch.explain import known_keys
 from tests.training.jobs import ROOT, compose_config, warm_command
@@ -133,6 +134,8 @@ def is_key(key):
     root, _, rest = key.partition(".")
     if root in _NAMED and rest.count(".") == 1:
         return rest.partition(".")[2] in {"*", *(field.name for field in fields(_NAMED[root]))}
+    if found := re.fullmatch(r"optimizer\.groups\.[^.]+\.(\w+)", key):
+        return found[1] in {field.name for field in fields(GroupConfig)}
     known = known_keys()
     return any(one.startswith(key[:-1]) for one in known) if key.endswith(".*") else key in known
 

@@ -311,3 +311,11 @@ def test_a_replica_of_data_parallel_is_known_and_is_given_its_buffers():
     replica.num_batches_tracked = layer.num_batches_tracked
     replica.running_mean = mean = layer.running_mean.clone()
     assert replica.running_mean is mean
+
+
+def test_a_schedule_may_step_before_an_optimizer_that_counts_as_stepped():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    torch_compat.count_as_stepped(optimizer)
+    schedule.step()  # a warning would be an error
+    assert schedule.last_epoch == 1

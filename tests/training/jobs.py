@@ -22,7 +22,7 @@ from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch import overrides as command_line
-from syncbn.training.launch.overrides import open_override
+from syncbn.training.launch.overrides import open_overrides
 from syncbn.training.launch.resolvers import register_resolvers
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
@@ -31,6 +31,13 @@ from tests import warm
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+# What a run trains with; the custom one draws in every step, and waits for the host to skip one.
+OPTIMIZERS = {
+    "sgd": [],
+    "adamw": ["optimizer=adamw", "schedule=step", "schedule.milestones=[3,0.5ep]", "schedule.warmup=4"],
+    "custom": ["optimizer=custom", "optimizer._target_=tests.training.optim.test_optimizers.Noisy", "optimizer.lr=0.05",
+               "optimizer.momentum=0.9", "optimizer.on_unfreeze=keep", "schedule=constant"],
+}  # fmt: skip
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 
@@ -39,7 +46,7 @@ def compose_config(*overrides: str) -> Config:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return parse(compose("train", [open_override(override) for override in overrides]))
+        return parse(compose("train", open_overrides(overrides)))
 
 
 def torchrun(num_ranks: int) -> list[str]:
@@ -171,7 +178,7 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
     os.chdir(cwd)
     sys.path.append(str(cwd))  # modules of its own; their names differ between tests, as a process imports them once
     try:
-        kept = command_line._hold_back([open_override(override) for override in overrides])
+        kept = command_line._hold_back(open_overrides(overrides))
         config = compose_config(*kept)
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         run_dir = Path("outputs", config.run or "unnamed").resolve()

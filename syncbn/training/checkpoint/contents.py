@@ -135,6 +135,7 @@ _PARTS: dict[str, Any] = {
     "weights": ("raw", "ema"),
     "data": {"classes": [str], "mean": Tensor, "std": Tensor},
     "optimizer": {"state": {int: {str: object}}, "param_groups": [{"params": [int], "lr": (float, Tensor)}]},
+    "parameter_groups": {str: [str]},
     "schedule": {"base_lrs": [float], "last_epoch": int, "_step_count": int, "lr_lambdas": [None]},
     "scaler": {str: float},
     "counters": {str: (int, {str: float})},

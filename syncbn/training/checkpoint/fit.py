@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# State of an optimizer that has the shape of its parameter; of any other (a step, factors of a matrix) nothing is said.
+# State of torch's optimizers that has the shape of its parameter; of any other (a step, factors of a matrix) nothing is
+# said, and nothing of optimizers from elsewhere.
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -57,7 +58,8 @@ def _fitted_to_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[st
     numbers = [number for group in stored for number in group["params"]]
     if len(set(numbers)) < len(numbers) or not state["state"].keys() <= set(numbers):
         raise ValueError("its optimizer has the state of parameters that it does not list, or lists one twice")
-    for number, parameter in zip(numbers, parameters, strict=True):
+    of_torch = type(optimizer).__module__.startswith("torch.optim.")
+    for number, parameter in zip(numbers, parameters, strict=True) if of_torch else ():
         for name, value in state["state"].get(number, {}).items():
             if name in _LIKE_PARAMETER and value is not None and not _is_like(value, parameter):
                 raise ValueError(f"the {name} of parameter {number} in its optimizer is no tensor like the parameter")

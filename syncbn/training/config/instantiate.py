@@ -23,11 +23,11 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
         ConfigError: the target cannot be imported or called, or does not return an instance of `kind`.
     """
     from hydra.errors import InstantiationException
-    from hydra.utils import get_object, instantiate
+    from hydra.utils import instantiate
 
     name = node["_target_"]
     try:
-        taken = _parameters(get_object(name))
+        taken = _parameters(find_target(key, name))
         built = instantiate({**{k: v for k, v in offered.items() if k in taken and v is not None}, **node})
     except InstantiationException as error:
         raise ConfigError(f"{key}._target_={name}: {_one_line(error.__cause__ or error)}") from None
@@ -36,6 +36,16 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
     if kind is not None and not isinstance(built, kind):
         raise ConfigError(f"{key}._target_={name}: expected a {_shown(kind)}, got {type(built).__name__}")
     return built
+
+
+def find_target(key: str, name: str) -> Any:
+    """The class or function that the `_target_` of the node `key` names; a ConfigError if it cannot be imported."""
+    from hydra.utils import get_object
+
+    try:
+        return get_object(name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{key}._target_={name}: {_one_line(error)}") from None
 
 
 def is_defined_in(name: str, package: str) -> bool:

@@ -40,6 +40,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "best": _TRAIN,
     "duration": ("train", "data"),
     "eval_every": _TRAIN,
+    "early_stop": _TRAIN,
     "log_every": _TRAIN,
     "overfit": _TRAIN,
     "profile": _TRAIN,

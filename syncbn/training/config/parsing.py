@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
 from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig
+from syncbn.training.config.optim import CustomOptimizer, GroupConfig, OptimizerConfig
 from syncbn.training.config.output import OF_COMMAND
 from syncbn.training.config.run import (
     AuditConfig,
@@ -31,7 +32,7 @@ from syncbn.training.config.run import (
 )
 from syncbn.training.config.schema import SCHEMAS, Config
 
-OPEN_GROUPS = ("model", "data", "loss")
+OPEN_GROUPS = ("model", "data", "loss", "optimizer")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
           ParityConfig)  # fmt: skip
 NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
@@ -60,6 +61,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
                       if node is not None}  # fmt: skip
     for name, rule in config.freeze.items():
         _check_rule(f"freeze.{name}", rule)
+    config.optimizer.groups = _parse_parameter_groups(config.optimizer)
     return config
 
 
@@ -118,7 +120,7 @@ def _parse_group(group: str, schemas: dict[str, type], node: Any) -> Any:
             raise ConfigError(f"{group}._target_: not supported here; choose one of {', '.join(schemas)}")
         if node["_target_"] in (None, "???"):
             raise ConfigError(f"{group}._target_: required; give a class or function, {group}._target_=my_package.Name")
-        return OpenData(dict(node)) if group == "data" else dict(node)
+        return {"data": OpenData, "optimizer": CustomOptimizer}.get(group, dict)(dict(node))
     require_choice(f"{group}.name", node.get("name"), tuple(schemas))
     return _typed(schemas[node["name"]], node, group)
 
@@ -215,14 +217,33 @@ def _check_keys(schema: type, node: Mapping[str, Any], prefix: str) -> None:
     for key, value in node.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {_join(prefix, near[0])}?" if near else f"known here: {', '.join(known)}"
+            here = f"to {prefix}={node['name']}" if "name" in known and prefix in SCHEMAS else "here"
+            hint = f"did you mean {_join(prefix, near[0])}?" if near else f"known {here}: {', '.join(known)}"
             raise ConfigError(f"{_join(prefix, str(key))}: no such key; {hint}")
         nested = NESTED.get(str(known[key]))
         if nested is not None and isinstance(value, Mapping):
             _check_keys(nested, value, _join(prefix, str(key)))
 
 
-def _check_rule(key: str, rule: FreezeRuleConfig) -> None:
+def _parse_parameter_groups(optimizer: OptimizerConfig) -> dict[str, GroupConfig]:
+    """The checked groups of an optimizer, without those that are null."""
+    entries: Any = {} if optimizer.groups is None else optimizer.groups
+    require(isinstance(entries, Mapping), "optimizer.groups", "groups by name, as in optimizer.groups.NAME.match=head",
+            entries)  # fmt: skip
+    groups = {}
+    for name, entry in entries.items():
+        if entry is None:
+            continue
+        key = f"optimizer.groups.{name}"
+        groups[str(name)] = group = _typed(GroupConfig, entry, key)
+        _check_patterns(key, group)
+        require(group.lr_scale > 0, f"{key}.lr_scale", "a number above 0 (freeze what is not to train)", group.lr_scale)
+        decay = group.weight_decay
+        require(decay is None or decay >= 0, f"{key}.weight_decay", "null or a number, 0 or more", decay)
+    return groups
+
+
+def _check_patterns(key: str, rule: FreezeRuleConfig | GroupConfig) -> None:
     for name in ("match", "exclude"):
         value = getattr(rule, name)
         empty_is_fine = name == "exclude"
@@ -231,6 +252,10 @@ def _check_rule(key: str, rule: FreezeRuleConfig) -> None:
             isinstance(strings, list) and all(isinstance(item, str) for item in strings) and (strings or empty_is_fine)
         )
         require(bool(valid), f"{key}.{name}", "a pattern or a list of patterns", value)
+
+
+def _check_rule(key: str, rule: FreezeRuleConfig) -> None:
+    _check_patterns(key, rule)
     for name in ("start", "until"):
         if getattr(rule, name) is not None:
             parse_duration(f"{key}.{name}", getattr(rule, name))

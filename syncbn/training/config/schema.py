@@ -29,7 +29,15 @@ from syncbn.training.config.model import (
     ResnetSmallConfig,
     UnetSmallConfig,
 )
-from syncbn.training.config.optim import ConstantConfig, CosineConfig, OptimizerConfig, ScheduleConfig, SgdConfig
+from syncbn.training.config.optim import (
+    AdamwConfig,
+    ConstantConfig,
+    CosineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SgdConfig,
+    StepConfig,
+)
 from syncbn.training.config.output import mask_of, output_root
 from syncbn.training.config.run import (
     AuditConfig,
@@ -89,6 +97,7 @@ class Config:
     output_dir: str = "outputs"
     share: str = "private"
     parity: ParityConfig = field(default_factory=ParityConfig)
+    early_stop: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
@@ -113,7 +122,9 @@ class Config:
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)
         require(1 <= self.accumulate <= self.batch_size, "accumulate", "between 1 and batch_size", self.accumulate)
         require(self.best != "", "best", "auto, loss, or the name of a validation metric", self.best)
-        for key in ("duration", "eval_every", "log_every"):
+        for key in ("duration", "eval_every", "log_every", "early_stop"):
+            if getattr(self, key) is None and key == "early_stop":
+                continue
             duration = parse_duration(key, getattr(self, key))
             require(duration.value > 0, key, "more than 0", getattr(self, key))
 
@@ -131,6 +142,6 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
     "loss": {"cross_entropy": CrossEntropyConfig},
-    "optimizer": {"sgd": SgdConfig},
-    "schedule": {"cosine": CosineConfig, "constant": ConstantConfig},
+    "optimizer": {"sgd": SgdConfig, "adamw": AdamwConfig},
+    "schedule": {"cosine": CosineConfig, "constant": ConstantConfig, "step": StepConfig},
 }

@@ -21,6 +21,8 @@ class Draw(IntEnum):
     """Draws of the model in a step: dropout, stochastic depth."""
     ITEM = 6
     """Draws of a user-defined data set for a sample."""
+    OPTIMIZER = 20
+    """Draws of an optimizer in a step, the same on every rank."""
 
 
 _MASK = (1 << 64) - 1

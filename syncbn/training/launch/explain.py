@@ -185,14 +185,23 @@ def _explain_override(error: ConfigCompositionException) -> str:
         return f"{key}: is not there to be removed; leave out ~{key}"
     if key in keys:  # the schema has this key, but for another choice of the group
         group = key.split(".")[0]
-        return (
-            f"{key}: the chosen {group} has no such key; choose another {group}=..., or see python train.py --cfg job"
-        )
+        return f"{key}: the chosen {group} has no such key{_owners(key)}; python train.py --cfg job lists those it has"
     if key.startswith("model."):
         return f"{key}: no such key; an argument of a model of your own needs a +, as in +{key}=..."
     near = get_close_matches(key, keys, n=1, cutoff=0.6)
     near += [known for known in keys if known.endswith(f".{key}")]
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
+
+
+def _owners(key: str) -> str:
+    """The choices of a group that have a key, in words that follow those about the one that has not."""
+    from dataclasses import fields
+
+    from syncbn.training.config.schema import SCHEMAS
+
+    group, _, own = key.partition(".")
+    owners = [name for name, kind in SCHEMAS.get(group, {}).items() if own in {field.name for field in fields(kind)}]
+    return f", only {', '.join(f'{group}={name}' for name in owners)}" if owners else ""
 
 
 def known_keys() -> list[str]:

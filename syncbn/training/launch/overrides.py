@@ -33,8 +33,10 @@ _KEPT = re.compile(
 )
 _WITHOUT_LOAD = {"train", "data", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
-# Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
-_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+# Keys of named freeze rules, sub-networks, metrics and parameter groups: the schema does not declare them, so Hydra
+# needs "++". So it does for the arguments of an optimizer by `_target_`.
+_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|optimizer\.groups)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+_OPEN_OPTIMIZER = re.compile(r"optimizer\.[^=]+=.*", re.DOTALL)
 _GROUPS = (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug", "hydra", "")
 
 
@@ -53,7 +55,7 @@ def prepare() -> None:
     sys.path.append(os.getcwd())  # for modules of the user's own, as with `python -m`
     if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
         sys.exit()
-    sys.argv[1:] = _hold_back([open_override(argument) for argument in sys.argv[1:]])
+    sys.argv[1:] = _hold_back(open_overrides(sys.argv[1:]))
     register_resolvers()
 
 
@@ -97,6 +99,12 @@ def require_applied(task: str, overrides: Sequence[str]) -> None:
 def held_back() -> list[str]:
     """The overrides that were kept from Hydra, for the stored configuration that a task loads."""
     return list(_held_back)
+
+
+def open_overrides(arguments: Sequence[str]) -> list[str]:
+    """`open_override` of all arguments; with `optimizer=custom`, keys of the optimizer need no `+` either."""
+    is_open = "optimizer=custom" in arguments
+    return [f"++{a}" if is_open and _OPEN_OPTIMIZER.fullmatch(a) else open_override(a) for a in arguments]
 
 
 def open_override(argument: str) -> str:

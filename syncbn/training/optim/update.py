@@ -1,5 +1,7 @@
 """An optimizer step that is applied or skipped on the device, without synchronizing with the host.
 
+An optimizer that cannot skip a step there is not called; for that the host waits for the device once a step.
+
 A step whose loss or gradient is not finite on any rank is skipped: parameters, optimizer state, buffers (running
 statistics and their counters) and the weight average stay bitwise the same. The learning-rate schedule still advances,
 because it is a function of the step number.
@@ -7,6 +9,8 @@ because it is a function of the step number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
-from syncbn.torch_compat import scaler_state
+from syncbn.torch_compat import count_as_stepped, scaler_state
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
+from syncbn.training.optim.trial import zero_momentum
 
 
 class UpdateOutcome(NamedTuple):
@@ -37,7 +43,10 @@ class Update:
 
     Args:
         model: the complete model; lazy layers have their parameters already.
-        optimizer: a torch optimizer over all parameters, built with `fused=True`, which can skip a step on the device.
+        optimizer: a torch optimizer over all parameters.
+        skips_on_device: whether it can skip a step on the device (see `BuiltOptimizer`).
+        drawing: makes a context, from the number of a step, in which the optimizer draws the same random numbers on
+            every rank; None if it draws none.
         half: scale the loss, so that float16 gradients do not underflow.
         decay: decay of the weight average; None for no average.
         clip_norm: largest Euclidean norm over the gradients of all parameters; a larger one is scaled down to it.
@@ -50,12 +59,15 @@ class Update:
         schedule: LambdaLR,
         device: torch.device,
         *,
+        skips_on_device: bool = True,
+        drawing: Callable[[int], AbstractContextManager[None]] | None = None,
         half: bool = False,
         decay: float | None = None,
         clip_norm: float | None = None,
     ) -> None:
         self.clip_norm = clip_norm
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self._skips_on_device, self._drawing = skips_on_device, drawing
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.average = None if decay is None else WeightAverage(model, decay)
         self._buffers = BufferSnapshot(model)
@@ -85,7 +97,7 @@ class Update:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         trained = [id(parameter) for parameter in parameters if parameter.grad is not None]
         if trained != self._trained:
-            self._begin_momentum()
+            self._begin(parameters)
             self._trained = trained
         # A non-finite loss (or a halt) makes every gradient NaN, so that the scaler's own test agrees with `left_out`.
         loss_counts = loss.isfinite() & ~self._halted
@@ -121,26 +133,37 @@ class Update:
         self.schedule.last_epoch = step - 1
         self.schedule.step()
 
-    def _begin_momentum(self) -> None:
-        """Zero-initializes the momentum of parameters that gain a gradient.
-
-        torch's fused SGD would leave momentum uninitialized if the first step is skipped, and does not accept a
-        parameter that joins later. Starting from zeros gives the same sums.
-        """
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group.get("momentum") else ():
-                if parameter.grad is not None and "momentum_buffer" not in self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    def _begin(self, parameters: list[nn.Parameter]) -> None:
+        """Prepares parameters that gain a gradient; a ConfigError for a sparse one, which is sparse on every rank."""
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                names = [name for name, one in self.model.named_parameters() if one is parameter]
+                raise ConfigError(f"model: the gradient of {names[0]} is sparse, which no optimizer takes here; make it"
+                                  " dense (sparse=False)")  # fmt: skip
+        if self._skips_on_device:
+            zero_momentum(self.optimizer)
 
     def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
+        before = [state.clone() for state in scaler_state(self.scaler)] if self.scaler.is_enabled() else []
+        with nullcontext() if self._drawing is None else self._drawing(self.schedule.last_epoch):
+            if not self._skips_on_device:
+                self._step_by_host(left_out)
+            elif self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+            else:
+                self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as GradScaler does
+                self.optimizer.step()
         if self.scaler.is_enabled():
-            before = [state.clone() for state in scaler_state(self.scaler)]
-            self.scaler.step(self.optimizer)
             self.scaler.update()
             for state, value in zip(scaler_state(self.scaler), before, strict=True):
                 state.copy_(torch.where(at_fault, value, state))  # a fault must not change the loss scale
+
+    def _step_by_host(self, left_out: Tensor) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        if bool(left_out):  # waits for the device, because this optimizer has no other way to skip a step
+            count_as_stepped(self.optimizer)
         else:
-            self.optimizer.found_inf = left_out.to(torch.float32)  # type: ignore[attr-defined]  # as GradScaler does
             self.optimizer.step()
 
 

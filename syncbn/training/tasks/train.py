@@ -131,7 +131,7 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
     if THROUGHPUT not in summary["metrics"]:
         log.warning("%s is not that of a training run; it is passed over", run_dir / SUMMARY)
         return None
-    would_stop_again = summary["stopped"] and trainer.config.on_nonfinite == "stop"
+    would_stop_again = summary["stopped"] and (trainer.config.on_nonfinite == "stop" or trainer.ends_early())
     return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
 
 
@@ -165,6 +165,9 @@ def _announce(run_dir: Path, trainer: Trainer, overrides: Sequence[str]) -> None
     if context.is_first and trainer.plan.rules:
         rows = trainer.plan.table(trainer.model)
         console.print_rows("freeze plan", ("rule", "module", "frozen", "steps"), rows)
+    if context.is_first and len(trainer.built.groups) > 1:
+        header = ("group", "parameters", "tensors", "lr_scale", "weight decay")
+        console.print_rows("parameter groups of the optimizer", header, trainer.built.table())
 
 
 def _by_split(name: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.config.duration import Duration
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
@@ -23,8 +24,11 @@ from syncbn.training.losses.losses import Loss
 from syncbn.training.models.build import build_network
 from syncbn.training.models.pretrained import Drift, load_subnet
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
+from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
+from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
+from syncbn.training.trainer.early_stop import EarlyStop
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
@@ -64,6 +68,10 @@ class RunComponents:
     best: Best
     plan: FreezePlan
     drift: Drift
+    built: BuiltOptimizer
+    schedule: Callable[[int], float]
+    """From a step to its learning rate as a fraction of the peak."""
+    early_stop: EarlyStop
 
 
 def build_components(config: Config, context: RankContext, *, resumes: bool) -> RunComponents:
@@ -74,7 +82,7 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`.
+            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`.
     """
     data = registry.load_data(config.data)
     if config.overfit is not None:
@@ -91,9 +99,13 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
     metrics = build_metrics(config.metrics, data.num_classes)
     best = choose_best(config.best, metrics, data.num_classes, outputs, targets)
     warn_of_dropout(model)
+    num_steps = Duration.parse(config.duration).in_steps(sampler.steps_per_epoch)
     return RunComponents(
-        config, redacted(to_dict(config)), context, data, sampler, model, loss, metrics, best, plan, drift
-    )
+        config, redacted(to_dict(config)), context, data, sampler, model, loss, metrics, best, plan, drift,
+        built=build_optimizer(config.optimizer, model, scaled=context.autocast == torch.float16),
+        schedule=build_schedule(config.schedule, max(1, num_steps), sampler.steps_per_epoch),
+        early_stop=EarlyStop(config, plan, sampler.steps_per_epoch),
+    )  # fmt: skip
 
 
 def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sampler:

@@ -10,6 +10,7 @@ for step in range(start, num_steps):
     optimizer.step(); schedule.step()                 (left out on the device where loss or gradient is not finite)
     every log_every:  metrics and BN statistics to the tracker
     every eval_every: validation and a table of BN statistics; the best model so far is kept
+        none was the best for early_stop: a checkpoint, and the end
     every save.every: a checkpoint
         asked to stop:    a checkpoint, and leave
 test the best model, once
@@ -45,7 +46,7 @@ from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout, failing_together
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
-from syncbn.training.optim import optimizers, schedules
+from syncbn.training.optim.groups import names_of, require_same_groups
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
 from syncbn.training.tracking.progress import Progress
@@ -55,6 +56,7 @@ from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.checks import check_run_directory
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.trainer.deferred import DeferredResults
+from syncbn.training.trainer.drawing import drawing_alike
 from syncbn.training.trainer.faults import find_fault
 from syncbn.training.trainer.freezing import Freezing
 from syncbn.training.trainer.local_stats import LocalStatistics
@@ -85,13 +87,14 @@ class Trainer:
             for text in (config.duration, config.eval_every, config.log_every)
         )
         # how
-        self.optimizer = optimizers.build_optimizer(config.optimizer, model)
-        self.schedule = LambdaLR(
-            self.optimizer, schedules.build_schedule(config.schedule, self.num_steps, self.steps_per_epoch)
-        )
+        self.built, self.early_stop = components.built, components.early_stop
+        self.optimizer = self.built.optimizer
+        self.schedule = LambdaLR(self.optimizer, components.schedule)
         is_half = context.autocast == torch.float16
         self.update = Update(
             model, self.optimizer, self.schedule, context.device,
+            skips_on_device=self.built.skips_on_device,
+            drawing=drawing_alike(config.seed, context.device) if self.built.may_draw else None,
             half=is_half, decay=config.ema, clip_norm=config.clip_norm,
         )  # fmt: skip
         self.local_statistics = LocalStatistics(
@@ -107,7 +110,11 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.save.keep,
-            facts={"config": components.config_dict, **describe_data(self.data)},
+            facts={
+                "config": components.config_dict,
+                "parameter_groups": names_of(self.built.groups),
+                **describe_data(self.data),
+            },
             model=model,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -161,7 +168,7 @@ class Trainer:
         self.clock.start()
         if self._is_due(self.eval_every) and self.counters.evaluated_step != self.counters.step:
             self._validate()  # a signal came before or while it was evaluated
-        while self.counters.step < self.num_steps and not self._is_fitted():
+        while self.counters.step < self.num_steps and not self._is_fitted() and not self.ends_early():
             if self.stop_agreed or (self.context.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
@@ -183,8 +190,12 @@ class Trainer:
                 show(self.counters.step)
             if self._is_due(self.eval_every):
                 self._validate()
-            if save_is_due or self.counters.step == self.num_steps:
+            if save_is_due or self.counters.step == self.num_steps or self.ends_early():
                 self._save()
+
+    def ends_early(self) -> bool:
+        """Whether training ends after the present step because validation has not improved for `early_stop`."""
+        return self.early_stop.is_due(self.counters)
 
     def _is_fitted(self) -> bool:
         return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
@@ -241,8 +252,10 @@ class Trainer:
             self.checkpoints.begin(self.counters.step, best)
 
     def _load(self, stored: Stored) -> None:
-        self.checkpoints.load(stored, "resume")
         try:
+            if "parameter_groups" in stored.content:  # version 0.1.0 had one group, and did not name it
+                require_same_groups(self.built.groups, stored.content["parameter_groups"])
+            self.checkpoints.load(stored, "resume")
             self.drift.require_layers(self.model)
         except ValueError as error:
             raise ConfigError(f"resume: {stored.path} does not fit this configuration: {error}") from None
@@ -319,7 +332,7 @@ class Trainer:
             self.num_steps,
             epoch=self.counters.step / self.steps_per_epoch,
             loss=loss,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=float(self.optimizer.param_groups[0]["lr"]) / self.built.groups[0].lr_scale,
             samples_per_second=self.clock.samples_per_second(),
             gradient_norm=None if self.config.clip_norm is None else gradient_norm,
             steps_left_out=self.counters.steps_left_out,
@@ -353,6 +366,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, float]:
         """Evaluates the test set once, with the weights that validated best; returns the final metrics."""
+        if self.ends_early() and self.counters.step < self.num_steps:
+            log.info("no validation was better than that of step %d for early_stop=%s: training ends at step %d",
+                     self.counters.best_step, self.config.early_stop, self.counters.step)  # fmt: skip
         if self.counters.evaluated_step == 0:
             self._validate()  # training has ended before it was due
         self.checkpoints.wait()

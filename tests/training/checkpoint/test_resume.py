@@ -21,7 +21,7 @@ from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.trainer import Trainer
 from syncbn.training.trainer.validation import Validation
-from tests.training.jobs import compose_config, read_metrics, run_rank
+from tests.training.jobs import OPTIMIZERS, compose_config, read_metrics, run_rank
 from tests.training.trainer.test_train import load_last
 
 SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4", "tracker=none", "batch_size=16"]
@@ -31,11 +31,19 @@ def without_speed(record):
     return {key: value for key, value in record.items() if key != "train/samples_per_second"}
 
 
-@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4))])
-def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks):
-    # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum; a sub-network that
-    # stays frozen and one that is released on the way.
-    same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9",
+SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custom")]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "optimizer"), [(2, "custom"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)]
+)
+def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks, optimizer):
+    # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum, groups of parameters;
+    # a sub-network that stays frozen and one that is released on the way.
+    same = [*SMALL, *OPTIMIZERS[optimizer],
+            "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9", "early_stop=14",
+            "optimizer.groups.top.match=[head,backbone.stem]", "optimizer.groups.top.lr_scale=0.5",
+            "optimizer.groups.top.weight_decay=0.1", "optimizer.decay_norm_and_bias=false",
             "freeze.backbone.match=backbone.stage1", "freeze.backbone.weights=true",
             "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
     whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
@@ -382,12 +390,32 @@ def stored_run(directory, *overrides):
         (["++freeze.mine.match=head"], "freeze.mine.match"),
         (["data=synthetic"], "data.channels"),
         (["bn.momentum=0.01"], "bn.momentum"),
+        (["optimizer.groups.a.match=head"], "optimizer.groups.a.match"),
+        (["optimizer.decay_norm_and_bias=false"], "optimizer.decay_norm_and_bias"),
+        (["optimizer=adamw"], "optimizer.betas"),
     ],
 )
 def test_what_may_not_change_is_named(job, tmp_path, overrides, key):
     path = stored_run(tmp_path)
     with pytest.raises(ConfigError, match=f"^{key}: the run that"):
         merge_with_stored(compose_config(*overrides), Stored.read(path, "resume"), overrides)
+
+
+def test_early_stop_ends_a_run_that_counts_as_finished_until_it_may_go_on(job, monkeypatch, caplog):
+    monkeypatch.setattr(Counters, "is_best", lambda self, *_: self.step == 3 and setattr(self, "best_step", 3) is None)
+    same = [*SMALL, "eval_every=3", "run=a"]
+    with caplog.at_level(logging.INFO):
+        run = job(*same, "duration=15", "early_stop=5")
+    assert "no validation was better than that of step 3 for early_stop=5: training ends at step 9" in caplog.text
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["step"], summary["stopped"], load_last(run)["step"]) == (9, True, 9)
+    before = read_metrics(run)
+    monkeypatch.setattr(Trainer, "run", None)  # it has finished
+    job(*same, "duration=15")
+    monkeypatch.undo()
+    assert read_metrics(run) == before
+    job(*same, "duration=11", "early_stop=null")
+    assert load_last(run)["step"] == 11
 
 
 def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):

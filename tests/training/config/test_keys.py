@@ -54,6 +54,7 @@ def test_a_key_below_another_is_read_by_the_same_tasks():
         ("eval", "tracker.mode=online", "tracker.mode"),
         ("eval", "bn={eps: 1e-3, virtual_ranks: 4}", "bn.virtual_ranks"),
         ("eval", "~schedule", "schedule"),
+        ("eval", "early_stop=5ep", "early_stop"),
         ("eval", "ema=null", "ema"),  # as trained or not, eval.weights says it
         ("recalibrate", "eval.precise_bn=10", "eval.precise_bn"),
         ("audit", "loss.label_smoothing=0.1", "loss.label_smoothing"),

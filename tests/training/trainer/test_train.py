@@ -20,7 +20,7 @@ from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import deferred
 from syncbn.training.trainer.trainer import Trainer
 from tests.once import made_once
-from tests.training.jobs import read_metrics, run_job, run_rank, start
+from tests.training.jobs import OPTIMIZERS, read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
 
 
@@ -200,10 +200,17 @@ def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(
             assert (value - states[0]["model"][key]).abs().max() < 1e-5, key
 
 
-def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(job, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer", ["custom", *(pytest.param(one, marks=pytest.mark.slow) for one in ("sgd", "adamw"))]
+)
+def test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size(job, tmp_path, optimizer):
     plan = ["freeze.stem.match=backbone.stem", "freeze.stem.weights=true", "freeze.stem.start=3", "freeze.stem.until=8",
             "freeze.top.match=backbone.stage3", "freeze.top.stats=false", "freeze.top.until=6"]  # fmt: skip
-    overrides = [*INVARIANCE, "precision=fp64", "duration=12", "accumulate=2", "batch_size=60", *plan]
+    groups = ["optimizer.groups.stem.match=backbone.stem", "optimizer.groups.stem.lr_scale=0.1",
+              "optimizer.groups.top.match=backbone.stage3", "optimizer.groups.top.weight_decay=0",
+              "optimizer.decay_norm_and_bias=false"]  # fmt: skip
+    overrides = [*INVARIANCE, "precision=fp64", "duration=12", "accumulate=2", "batch_size=60", *plan,
+                 *OPTIMIZERS[optimizer], *groups]  # fmt: skip
     runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 3)]
     models = [load_last(run)["model"] for run in runs]
     for key, value in models[0].items():
@@ -544,7 +551,7 @@ def test_one_value_per_channel_without_synchronization_is_an_error_with_the_step
 def test_the_stored_configuration_is_resolved_and_complete(default_run):
     stored = yaml.safe_load((default_run / "config.yaml").read_text())
     assert stored["optimizer"] == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True,
-                                   "on_unfreeze": "reset"}  # fmt: skip
+                                   "on_unfreeze": "reset", "decay_norm_and_bias": True, "groups": {}}  # fmt: skip
     assert "${" not in (default_run / "config.yaml").read_text()
 
 
