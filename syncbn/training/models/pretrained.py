@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.report.metric_names import DRIFT
 from syncbn.training.checkpoint.contents import MalformedError, require_usable, shown
-from syncbn.training.checkpoint.files import read_model_weights
+from syncbn.training.checkpoint.weights import read_model_weights
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
 
