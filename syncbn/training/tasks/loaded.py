@@ -24,7 +24,7 @@ from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.metrics import build_metrics
 from syncbn.training.launch.overrides import held_back
 from syncbn.training.losses import losses
-from syncbn.training.models.pretrained import load_subnet
+from syncbn.training.models.pretrained import load_pretrained
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer.build import build_model, context_for
@@ -109,8 +109,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         model = build_model(trained, data, context)
     with failing_together():
         state.load_into(model, content, path, "load")
-        for name, init in trained.init.items():
-            load_subnet(model, name, init)
+        load_pretrained(model, trained.init)
     return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model)
 
 

@@ -22,7 +22,7 @@ from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
 from syncbn.training.losses import losses
 from syncbn.training.losses.losses import Loss
 from syncbn.training.models.build import build_network
-from syncbn.training.models.pretrained import Drift, load_subnet
+from syncbn.training.models.pretrained import Drift, load_pretrained
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
@@ -89,9 +89,10 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
         data = overfit.only_a_few(data, config.overfit)
     model = build_model(config, data, context)
     drift = Drift()
-    for name, init in config.init.items() if not resumes else ():
-        load_subnet(model, name, init)
-        drift.remember(model, name)
+    if not resumes:
+        load_pretrained(model, config.init)
+        for name in config.init:
+            drift.remember(model, name)
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build_loss(config.loss, data)
