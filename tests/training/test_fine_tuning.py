@@ -33,7 +33,7 @@ def tune(job, directory, num_ranks):
                "save.every=2ep", "save.keep=9", "run=tuned", num_ranks=num_ranks)  # fmt: skip
 
 
-def test_the_head_warms_up_alone_then_all_is_trained_but_batch_normalization(job, tmp_path):
+def test_the_head_warms_up_alone_then_all_but_batch_normalization_trains_at_a_tenth_of_its_rate(job, tmp_path):
     tuned = tune(job, tmp_path, num_ranks=1)
     file = load_file(tmp_path / "weights.safetensors")
     warm, after = (load_last(tuned, nth)["model"] for nth in (0, -1))
@@ -44,6 +44,8 @@ def test_the_head_warms_up_alone_then_all_is_trained_but_batch_normalization(job
             assert torch.equal(warm[name], value), name
             assert torch.equal(after[name], value) == (name in frozen), name
     assert not torch.equal(warm["fc.weight"], after["fc.weight"])
+    rates = [group["lr"] for group in load_last(tuned, 0)["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([rates[0], 0.1 * rates[0]])
     told = [record["drift/model"] for record in read_metrics(tuned) if "drift/model" in record]
     assert told == [0.0] * 4
 
