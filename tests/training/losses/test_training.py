@@ -68,7 +68,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("balanced", "mse")  # the one is in the tests of world sizes and of resumes, the other adds up as bce does
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_a_run_is_the_same_at_any_world_size_and_reports_what_matches_its_loss(job, case):
     options, expected = CASES[case]
     runs = [job(*SAME, *options, "duration=3", f"run=w{world}", num_ranks=world) for world in (1, 3)]
