@@ -81,7 +81,7 @@ def _parity(options: argparse.Namespace) -> int:
 def _audit(options: argparse.Namespace) -> int:
     from syncbn.auditing.rules import table
     from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
-    from syncbn.training.checkpoint.files import read_model_weights
+    from syncbn.training.checkpoint.weights import read_model_weights
     from syncbn.training.config.errors import ConfigError, printable
 
     try:

@@ -4,6 +4,7 @@ import pytest
 
 from tests.once import made_once
 from tests.training.data.test_data import fashion_files
+from tests.training.downloaded import SMALL_NETWORK, save_download
 from tests.training.jobs import EXPERIMENTS, ROOT, run_rank
 
 
@@ -20,8 +21,11 @@ def pretrained(_pool, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=EXPERIMENTS)
 def experiment(request, tmp_path_factory):
-    """The overrides for an experiment as it ships; where it wants Fashion-MNIST, on files of that format."""
+    """The overrides for an experiment as it ships; where it wants files, on such as a test can write."""
     name = request.param
+    if name == "fine_tuning":
+        files = tmp_path_factory.mktemp(name)
+        return (f"experiment={name}", *SMALL_NETWORK, *save_download(files))
     if "/data: fashion_mnist" not in (ROOT / f"configs/experiment/{name}.yaml").read_text():
         return (f"experiment={name}",)
     files = tmp_path_factory.mktemp(name)

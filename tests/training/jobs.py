@@ -49,6 +49,12 @@ def compose_config(*overrides: str) -> Config:
         return parse(compose("train", open_overrides(overrides)))
 
 
+def without_report(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides; a training with `tracker=none` that does not ask for report.html goes without, to save time."""
+    asks = any(override.startswith(("tracker.report=", "task=")) for override in overrides)
+    return (*overrides, "tracker.report=false") if "tracker=none" in overrides and not asks else tuple(overrides)
+
+
 def torchrun(num_ranks: int) -> list[str]:
     """What starts a program on ranks of this machine."""
     # Where a machine's own name leads nowhere torchrun waits for minutes, unless told where to listen.
@@ -68,7 +74,7 @@ def start(cwd: Path, *overrides: str, num_ranks: int = 0, timeout: float = 120.0
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
     return subprocess.run(
-        warm_command(str(ROOT / "train.py"), *overrides, num_ranks=num_ranks),
+        warm_command(str(ROOT / "train.py"), *without_report(overrides), num_ranks=num_ranks),
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -111,7 +117,7 @@ class LiveJob:
         on_host = [TORCHRUN, "--nproc-per-node", str(num_ranks)] if prefix else torchrun(num_ranks)
         script = str(ROOT / "train.py")
         rank = ["--no-python", *warm.command_of(script)] if warm_ranks else [script]
-        command = [*prefix, *(launcher or [*on_host, *options, *rank]), *overrides]
+        command = [*prefix, *(launcher or [*on_host, *options, *rank]), *without_report(overrides)]
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -174,7 +180,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
     """What train.py does, on this rank of a process group that exists (or in this process, without one)."""
-    before, stdout = Path.cwd(), sys.stdout
+    before, stdout, overrides = Path.cwd(), sys.stdout, without_report(overrides)
     os.chdir(cwd)
     sys.path.append(str(cwd))  # modules of its own; their names differ between tests, as a process imports them once
     try:

@@ -134,6 +134,7 @@ _PARTS: dict[str, Any] = {
     "average": {str: object},
     "weights": ("raw", "ema"),
     "data": {"classes": [str], "mean": Tensor, "std": Tensor},
+    "loss": {"class_weights": Tensor},
     "optimizer": {"state": {int: {str: object}}, "param_groups": [{"params": [int], "lr": (float, Tensor)}]},
     "parameter_groups": {str: [str]},
     "schedule": {"base_lrs": [float], "last_epoch": int, "_step_count": int, "lr_lambdas": [None]},

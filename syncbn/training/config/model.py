@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from syncbn.training.config.errors import require as require
@@ -117,14 +117,20 @@ class FreezeRuleConfig:
 
 @dataclass
 class InitConfig:
-    """A pretrained state to load into a sub-network of the model."""
+    """A pretrained state to load into a sub-network of the model, or into all of it; applied in this order."""
 
     path: str
     """A checkpoint of this package, a run directory, or a state dict saved by torch or safetensors."""
+    key: str | None = None
+    """Name of the state dict in the file, dotted if nested; None: `model` or `state_dict`, or the file itself."""
     prefix: str | None = None
     """Prefix of the sub-network's keys in the file; None: its name or nothing, whichever matches more keys."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """New prefixes by old ones, of the keys that are left below `prefix`; of several the longest counts."""
+    skip: str | list[str] | None = None
+    """Patterns of names of the model that are not loaded, such as a head for other classes."""
     strict: bool = True
-    """Require that all keys and shapes match; False: load those that match."""
+    """Require that all remaining keys and shapes match; False: load those that match."""
 
 
 ModelConfig = ResnetSmallConfig | UnetSmallConfig | dict[str, Any]  # dict: a user's `_target_` and its arguments

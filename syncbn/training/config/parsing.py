@@ -62,6 +62,8 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     for name, rule in config.freeze.items():
         _check_rule(f"freeze.{name}", rule)
     config.optimizer.groups = _parse_parameter_groups(config.optimizer)
+    for name, init in config.init.items():
+        _check_init(f"init.{name}", init)
     return config
 
 
@@ -260,6 +262,14 @@ def _check_rule(key: str, rule: FreezeRuleConfig) -> None:
         if getattr(rule, name) is not None:
             parse_duration(f"{key}.{name}", getattr(rule, name))
     require(rule.stats or rule.affine or rule.weights, key, "at least one of stats, affine, weights to be true", "none")
+
+
+def _check_init(key: str, init: InitConfig) -> None:
+    are_names = all(isinstance(name, str) for pair in init.rename.items() for name in pair)
+    require(are_names, f"{key}.rename", "new prefixes by old ones, {old: new}", init.rename)
+    patterns = [init.skip] if isinstance(init.skip, str) else init.skip
+    valid = patterns is None or (isinstance(patterns, list) and all(isinstance(one, str) and one for one in patterns))
+    require(valid, f"{key}.skip", "null, a pattern, or a list of patterns", init.skip)
 
 
 def _plain(value: Any) -> Any:

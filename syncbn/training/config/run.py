@@ -19,7 +19,7 @@ class TrackerConfig:
     timeout: float
     """Seconds to wait for wandb's server when the run starts, and again for the remaining uploads at its end."""
     report: bool = True
-    """Write report.html at the end of the run."""
+    """Write report.html at the end of the run, whatever the tracker, and at the end of a multirun one of all jobs."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))

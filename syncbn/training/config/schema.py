@@ -20,7 +20,14 @@ from syncbn.training.config.data import (
 )
 from syncbn.training.config.errors import parse_duration, require, require_choice
 from syncbn.training.config.keys import TASKS
-from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
+from syncbn.training.config.losses import (
+    BinaryCrossEntropyConfig,
+    CrossEntropyAndDiceConfig,
+    CrossEntropyConfig,
+    DiceConfig,
+    LossConfig,
+    MeanSquaredErrorConfig,
+)
 from syncbn.training.config.model import (
     BnConfig,
     FreezeRuleConfig,
@@ -141,7 +148,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mask_folder": MaskFolderConfig,
     },
     "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
-    "loss": {"cross_entropy": CrossEntropyConfig},
+    "loss": {
+        "cross_entropy": CrossEntropyConfig,
+        "dice": DiceConfig,
+        "ce_dice": CrossEntropyAndDiceConfig,
+        "bce": BinaryCrossEntropyConfig,
+        "mse": MeanSquaredErrorConfig,
+    },
     "optimizer": {"sgd": SgdConfig, "adamw": AdamwConfig},
     "schedule": {"cosine": CosineConfig, "constant": ConstantConfig, "step": StepConfig},
 }

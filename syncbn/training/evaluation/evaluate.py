@@ -17,7 +17,7 @@ from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
-from syncbn.training.losses.losses import Loss
+from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 
 EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
 
@@ -65,8 +65,9 @@ def evaluate(
                 outputs = model(images)
             outputs = in_dtype(outputs, context.dtype)
             total, number = loss(outputs, targets)
+            labels = metric_targets(loss, targets)
             for name, metric in shown.items():
-                update_metric(name, metric, outputs, targets)
+                update_metric(name, metric, outputs, labels)
             loss_sum.update(total)
             count.update(number)
     with warnings.catch_warnings():
@@ -79,8 +80,8 @@ def evaluate(
 
 
 def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
-    """The built-in accuracy over all labels that the loss does not ignore; empty if the data has no classes."""
-    if data.num_classes is None:
+    """The built-in accuracy over all labels that the loss does not ignore; empty if the targets are no classes."""
+    if data.num_classes is None or not are_classes(loss):
         return {}
     ignore = getattr(loss, "ignore_index", None)
     micro = MulticlassAccuracy(data.num_classes, average="micro", ignore_index=ignore, validate_args=False)

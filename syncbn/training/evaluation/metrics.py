@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassStatScores
 
 from syncbn.training.config.errors import ConfigError, require
 from syncbn.training.config.instantiate import build_target
@@ -19,7 +21,8 @@ def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | No
     """Builds the torchmetrics metrics of the configuration, by name.
 
     Args:
-        num_classes: passed to the metrics that accept it and whose configuration does not set it.
+        num_classes: passed, as `num_classes` or `num_labels`, to the metrics that accept it and whose configuration
+            does not set it.
 
     Raises:
         ConfigError: a metric cannot be built or is no torchmetrics metric; a name is reserved or contains a slash.
@@ -27,7 +30,8 @@ def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | No
     for name in config:
         require(name not in _ALWAYS and "/" not in name, f"metrics.{name}", "a name that is not taken", name)
     return {
-        name: build_target(f"metrics.{name}", node, Metric, num_classes=num_classes) for name, node in config.items()
+        name: build_target(f"metrics.{name}", node, Metric, num_classes=num_classes, num_labels=num_classes)
+        for name, node in config.items()
     }
 
 
@@ -40,20 +44,19 @@ class Best(NamedTuple):
     """Whether lower is better: always for the loss, else as the metric's `higher_is_better` says."""
 
 
-def choose_best(
-    best: str, metrics: Mapping[str, Metric], num_classes: int | None, outputs: Any, targets: Tensor
-) -> Best:
+def choose_best(best: str, metrics: Mapping[str, Metric], outputs: Any, targets: Tensor, *, has_accuracy: bool) -> Best:
     """Finds the metric that `best` of the configuration names, and tries all metrics on some outputs of the model.
 
     A collective: every rank has to call it, because the values of the metrics are reduced over all ranks.
 
     Args:
-        best: a metric's name, `name/0` for one of several values, or "auto": the accuracy, or the loss without classes.
+        best: a metric's name, `name/0` for one of several values, or "auto": the accuracy, or the loss without it.
+        has_accuracy: the targets are classes.
 
     Raises:
         ConfigError: a metric cannot take the outputs; no metric has this name.
     """
-    names = [*(["accuracy"] if num_classes is not None else []), "loss"]
+    names = [*(["accuracy"] if has_accuracy else []), "loss"]
     for name, metric in metrics.items():
         metric.to(targets.device).reset()
         update_metric(name, metric, outputs, targets)
@@ -68,6 +71,24 @@ def choose_best(
     require(best in names, "best", f"auto or one of {', '.join(names)}", best)
     chosen = metrics.get(best.partition("/")[0])
     return Best(best, best == "loss" or (chosen is not None and chosen.higher_is_better is False))
+
+
+class ClassBalance(MulticlassStatScores):
+    """How far accuracy can mislead: the recall averaged over classes, and how uneven the classes are.
+
+    Its values: `recall`, over the classes that occur; `ratio`, of the most frequent class to the rarest that occurs.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int | None) -> None:
+        super().__init__(num_classes, average=None, ignore_index=ignore_index, validate_args=False)
+
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The values of the split, over all ranks."""
+        true_positives, *_, support = super().compute().reshape(-1, 5).unbind(1)
+        occurs = support > 0
+        counts = support[occurs].to(torch.float64)
+        recall = true_positives[occurs] / counts
+        return {"recall": recall.mean(), "ratio": counts.max() / counts.min()}
 
 
 def update_metric(name: str, metric: Metric, outputs: Any, targets: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Hydra callbacks: check and lock the run directory, redact secrets before a job, print a table after a multirun."""
+"""Hydra callbacks: check and lock the run directory, redact secrets before a job; table and report after a multirun."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
 from syncbn.training.launch.overrides import require_applied
+from syncbn.training.launch.reports import write_or_warn
 from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 # Files and directories of which a run that has begun has at least one.
@@ -79,9 +80,11 @@ class Guard(Callback):
             unlock_directory(Path(config.hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints a table with a row per job, on rank 0; the other ranks wait for it."""
+        """Prints a table with a row per job and writes the report of all, on rank 0; the other ranks wait for it."""
         if world.rank() == 0:
             print_table(Path(config.hydra.sweep.dir))
+            if config.task == "train" and config.tracker.report:
+                write_or_warn(Path(config.hydra.sweep.dir))
         world.wait_for_rank_0("table")
 
 

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
-from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
+from syncbn.training.config.losses import (
+    BinaryCrossEntropyConfig,
+    CrossEntropyAndDiceConfig,
+    CrossEntropyConfig,
+    DiceConfig,
+    LossConfig,
+    MeanSquaredErrorConfig,
+)
+from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Data
+from syncbn.training.losses.class_weights import Weights, class_weights
+from syncbn.training.losses.dice import CrossEntropyAndDice, Dice
+from syncbn.training.losses.elementwise import BinaryCrossEntropy, MeanSquaredError
 
 
 class Loss(Protocol):
@@ -29,38 +40,96 @@ class CrossEntropy:
 
     Args:
         ignore_index: labels of this value are excluded from the sum and the count; None for no such value.
+        weights: of classes, (num_classes,) float64; the count is then the sum of the labels' weights.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, ignore_index: int | None = None) -> None:
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+    def __init__(
+        self, label_smoothing: float = 0.0, ignore_index: int | None = None, weights: Tensor | None = None
+    ) -> None:
+        self.label_smoothing, self.ignore_index, self.weights = label_smoothing, ignore_index, Weights(weights)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the sum over labels and the number of labels (float64)."""
+        """Returns the sum over labels and the number of labels, or the sum of their weights (float64)."""
+        weights = self.weights.like(outputs)
         if self.ignore_index is None:
-            total = F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
+            total = F.cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=self.label_smoothing)
+            if weights is not None:
+                return total, weights[targets].sum(dtype=torch.float64)
             return total, torch.full((), float(targets.numel()), dtype=torch.float64, device=outputs.device)
         total = F.cross_entropy(
-            outputs, targets, reduction="sum", label_smoothing=self.label_smoothing, ignore_index=self.ignore_index
-        )
-        return total, (targets != self.ignore_index).sum(dtype=torch.float64)
+            outputs, targets, weights, reduction="sum", label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )  # fmt: skip
+        counted = targets != self.ignore_index
+        if weights is not None:
+            return total, (weights[torch.where(counted, targets, 0)] * counted).sum(dtype=torch.float64)
+        return total, counted.sum(dtype=torch.float64)
+
+    def output_shape(self, targets: Tensor, num_classes: int | None) -> tuple[int | None, ...]:
+        """The shape of the outputs that these targets need."""
+        return len(targets), num_classes, *targets.shape[1:]
 
 
-def build_loss(config: LossConfig, data: Data) -> Loss:
+def build_loss(config: LossConfig, data: Data, weights: Tensor | None = None) -> Loss:
     """Builds the loss of the configuration; for masks, IGNORE (255) is the default of `ignore_index`.
 
+    With `class_weights=balanced` it is a collective.
+
+    Args:
+        weights: those that "balanced" has meant since the run began; None for a new run.
+
     Raises:
-        ConfigError: cross entropy for data without classes, or a `_target_` that cannot be built or called.
+        ConfigError: a loss that the targets of the data are not for; class weights that do not fit; a `_target_` that
+            cannot be built or called.
     """
+    if isinstance(config, dict):
+        return _build_own(config)
+    _require_targets(config, data)
+    match config:
+        case BinaryCrossEntropyConfig():
+            return BinaryCrossEntropy(config.ignore_index)
+        case MeanSquaredErrorConfig():
+            return MeanSquaredError()
+    ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
     match config:
         case CrossEntropyConfig():
-            if data.num_classes is None:
-                raise ConfigError(f"loss: {config.name} is for classes, which this data has not; choose loss=custom")
-            ignore = IGNORE if config.ignore_index is None and data.has_masks else config.ignore_index
-            return CrossEntropy(config.label_smoothing, ignore)
-        case dict():
-            return _build_own(config)
+            own = class_weights(config.class_weights, data, ignore, weights)
+            return CrossEntropy(config.label_smoothing, ignore, own)
+        case DiceConfig():
+            return Dice(ignore, config.smooth)
+        case CrossEntropyAndDiceConfig():
+            own = class_weights(config.class_weights, data, ignore, weights)
+            return CrossEntropyAndDice(Weights(own), config.label_smoothing, ignore, config.smooth)
         case _:
             assert_never(config)
+
+
+def _require_targets(config: Any, data: Data) -> None:
+    """Raises a ConfigError unless the data may have targets of the kind that the loss is for."""
+    own, name = isinstance(data, CustomData), config.name
+    if isinstance(config, BinaryCrossEntropyConfig | MeanSquaredErrorConfig):
+        what = "a 0 or 1 for each label" if isinstance(config, BinaryCrossEntropyConfig) else "numbers"
+        if not own:
+            raise ConfigError(
+                f"loss: {name} is for targets of {what}, which only data=custom has, this data has"
+                f" {'masks' if data.has_masks else 'classes'}; choose loss=cross_entropy, or data=custom"
+            )
+    elif data.num_classes is None:
+        raise ConfigError(f"loss: {name} is for classes, which this data has not; choose loss=custom")
+    elif not isinstance(config, CrossEntropyConfig) and not (own or data.has_masks):
+        raise ConfigError(f"loss: {name} is for masks, this data has one label an image; choose loss=cross_entropy")
+
+
+def are_classes(loss: Loss) -> bool:
+    """Whether the targets of the loss are class numbers, if the data has classes at all."""
+    return bool(getattr(loss, "targets_are_classes", True))
+
+
+def metric_targets(loss: Loss, targets: Tensor) -> Tensor:
+    """The targets as metrics take them: those of the loss, or in whole numbers where torchmetrics asks for that."""
+    convert = getattr(loss, "metric_targets", None)
+    converted: Tensor = targets if convert is None else convert(targets)
+    return converted
 
 
 def _build_own(config: dict[str, Any]) -> Loss:

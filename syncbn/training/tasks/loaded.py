@@ -23,8 +23,8 @@ from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.metrics import build_metrics
 from syncbn.training.launch.overrides import held_back
-from syncbn.training.losses import losses
-from syncbn.training.models.pretrained import load_subnet
+from syncbn.training.losses import class_weights, losses
+from syncbn.training.models.pretrained import load_pretrained
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer.build import build_model, context_for
@@ -46,6 +46,7 @@ class LoadedRun:
     context: RankContext
     data: dataset.Data
     model: nn.Module
+    class_weights: Tensor | None = None
 
     def describe(self) -> str:
         """The checkpoint in words, for the head of a table."""
@@ -59,7 +60,7 @@ class LoadedRun:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
         """
         with configured_by(self.path):
-            loss = losses.build_loss(self.config.loss, self.data)
+            loss = self.loss()
             own = build_metrics(self.config.metrics, self.data.num_classes)
         metrics: dict[str, float] = {}
         with self.loader() as loader:
@@ -68,6 +69,10 @@ class LoadedRun:
                 values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
+
+    def loss(self) -> losses.Loss:
+        """The loss of the training, its class weights those that the checkpoint stores; every rank has to call it."""
+        return losses.build_loss(self.config.loss, self.data, self.class_weights)
 
     def loader(self) -> Loader:
         """A loader with the configured workers; it is a context manager."""
@@ -109,9 +114,9 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         model = build_model(trained, data, context)
     with failing_together():
         state.load_into(model, content, path, "load")
-        for name, init in trained.init.items():
-            load_subnet(model, name, init)
-    return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model)
+        load_pretrained(model, trained.init)
+    return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model,
+                     class_weights.stored(checkpoint))  # fmt: skip
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:

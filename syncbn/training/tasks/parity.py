@@ -23,7 +23,7 @@ from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import losses
 from syncbn.training.models.build import build_network
-from syncbn.training.models.pretrained import load_subnet
+from syncbn.training.models.pretrained import load_pretrained
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
@@ -47,8 +47,7 @@ class ConfiguredModel:
         """The model in training mode, pretrained and frozen as configured."""
         torch.manual_seed(self.config.seed)
         model = build_network(self.config.model, self.config.bn, self.num_channels, self.num_classes)
-        for name, init in self.config.init.items():
-            load_subnet(model, name, init)
+        load_pretrained(model, self.config.init)
         build_freeze_plan(self.config, model, self.steps_per_epoch).apply(model, 0)
         return model.train()
 

@@ -31,7 +31,7 @@ from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
-from syncbn.training.losses import losses
+from syncbn.training.losses import class_weights
 from syncbn.training.tasks.loaded import LoadedRun, load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
@@ -79,9 +79,10 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     after = loaded.evaluate("val")
     drift = prefixed(DRIFT, {name: moved.mean for name, moved in found.layers.items()})
     metrics = before | prefixed(PRECISE, after) | drift
+    described = class_weights.describe(loaded.loss())  # on every rank: it may be a collective
     if context.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
-        content |= describe_data(loaded.data)
+        content |= describe_data(loaded.data) | described
         files.write_atomically(run_dir / files.RECALIBRATED, copied({**content, "model": loaded.model.state_dict()}))
     loaded.record(run_dir, metrics)
     if context.is_first:
@@ -111,7 +112,7 @@ def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
     num_train, sampler = len(loaded.data.train), sampler_for(config, loaded.data, context)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
     worker = _synchronized_copy(loaded, sampler)
-    check_model(worker, loaded.data, sampler, context, losses.build_loss(config.loss, loaded.data))
+    check_model(worker, loaded.data, sampler, context, loaded.loss())
     before = _statistics(model)
     with loaded.loader() as loader, context.forward_context():
         shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))

@@ -10,6 +10,7 @@ from types import TracebackType
 from syncbn.training.config.output import unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.launch.explain import explain
+from syncbn.training.launch.reports import write_or_warn
 from syncbn.training.tracking.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,4 @@ class EndOfRun:
                 write_summary(self.run_dir, -1, {}, shown, failed=redact(why))
             except OSError as failure:  # the error of the run is the one to show
                 log.warning("no summary.json: %s", unwritable(failure))
-        try:
-            from syncbn.report.write import write_report
-
-            write_report([self.run_dir], self.run_dir / "report.html")
-        except Exception as error:  # a report that cannot be written must not fail the run
-            reason = unwritable(error) if isinstance(error, OSError) else str(error)
-            log.warning("no report.html: %s; python -m syncbn report %s writes it later", reason, self.run_dir)
+        write_or_warn(self.run_dir)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
-from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, below
+from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, WAITED, below
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, is_below, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError, configured_by
@@ -82,7 +82,7 @@ def _train(
     stop: StopRequest,
 ) -> dict[str, float]:
     with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
-        components = build_components(config, context, resumes=checkpoint is not None)
+        components = build_components(config, context, resumed=None if checkpoint is None else checkpoint.content)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
@@ -180,6 +180,7 @@ def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -
     rows = [(name, f"{metrics[name]:.4f}") for name in names]
     rows += [
         (THROUGHPUT, f"{metrics[THROUGHPUT]:.0f}"),
+        *([("waited for data", f"{100 * metrics[WAITED]:.1f} % of the time")] if WAITED in metrics else []),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.context.world_size} rank(s)"),
         ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
         ("run directory", shown(run_dir)),

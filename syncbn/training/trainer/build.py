@@ -19,10 +19,10 @@ from syncbn.training.data import dataset, registry
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
-from syncbn.training.losses import losses
+from syncbn.training.losses import class_weights, losses
 from syncbn.training.losses.losses import Loss
 from syncbn.training.models.build import build_network
-from syncbn.training.models.pretrained import Drift, load_subnet
+from syncbn.training.models.pretrained import Drift, load_pretrained
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
@@ -74,11 +74,12 @@ class RunComponents:
     early_stop: EarlyStop
 
 
-def build_components(config: Config, context: RankContext, *, resumes: bool) -> RunComponents:
+def build_components(config: Config, context: RankContext, *, resumed: Mapping[str, Any] | None) -> RunComponents:
     """Builds everything that a run trains with; every rank has to call it.
 
     Args:
-        resumes: a checkpoint is loaded afterwards, so pretrained sub-networks are not.
+        resumed: the content of the checkpoint that is loaded afterwards; None for a new run. Pretrained sub-networks
+            are then not loaded, and class weights are those of the checkpoint.
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
@@ -89,15 +90,18 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
         data = overfit.only_a_few(data, config.overfit)
     model = build_model(config, data, context)
     drift = Drift()
-    for name, init in config.init.items() if not resumes else ():
-        load_subnet(model, name, init)
-        drift.remember(model, name)
+    if resumed is None:
+        load_pretrained(model, config.init)
+        for name in config.init:
+            drift.remember(model, name)
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build_loss(config.loss, data)
+    loss = losses.build_loss(config.loss, data, class_weights.stored(resumed or {}))
     outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
-    best = choose_best(config.best, metrics, data.num_classes, outputs, targets)
+    has_accuracy = data.num_classes is not None and losses.are_classes(loss)
+    labels = losses.metric_targets(loss, targets)
+    best = choose_best(config.best, metrics, outputs, labels, has_accuracy=has_accuracy)
     warn_of_dropout(model)
     num_steps = Duration.parse(config.duration).in_steps(sampler.steps_per_epoch)
     return RunComponents(

@@ -18,7 +18,7 @@ from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
-from syncbn.training.losses.losses import CrossEntropy, Loss, check_loss
+from syncbn.training.losses.losses import Loss, are_classes, check_loss
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def check_model(
     """Runs the model in evaluation mode, and the loss, on at most two training samples; returns outputs and targets.
 
     Raises:
-        ConfigError: the model cannot take the images; with cross entropy, its outputs are not one logit per class; the
+        ConfigError: the model cannot take the images; its outputs have another shape than the loss needs; the
             loss cannot take the outputs, or does not return a sum and a count; the model cannot take zero rows, where
             the last batch of an epoch leaves a rank without samples.
     """
@@ -78,10 +78,13 @@ def check_model(
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
-    wanted = (len(images), data.num_classes, *targets.shape[1:])
-    if isinstance(loss, CrossEntropy) and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
+    output_shape = getattr(loss, "output_shape", None)  # that of a user's own loss is not known
+    wanted = None if output_shape is None else output_shape(targets, data.num_classes)
+    if wanted is not None and not (isinstance(outputs, Tensor) and outputs.shape == wanted):
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ConfigError(f"model: expected logits of shape {wanted}, got {got}")
+        like = "" if are_classes(loss) else ", that of the targets"
+        kind = "logits" if are_classes(loss) else "outputs"
+        raise ConfigError(f"model: expected {kind} of shape {wanted}{like}, got {got}")
     outputs, targets = in_dtype(outputs, context.dtype), targets.to(context.device)
     check_loss(loss, outputs, targets)
     if sampler.smallest_micro_batch() <= (context.world_size - 1) * sampler.groups_per_rank:

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import listed
+
+Item = TypeVar("Item")
 
 
 class Counters:
@@ -23,6 +25,7 @@ class Counters:
         self.best_step = 0
         self.evaluated_step = 0
         self.steps_left_out = 0
+        self.macro_recall: dict[str, float] = {}  # see `note_recall`
 
     def is_best(self, metrics: dict[str, float], by: str, lowest: bool = False) -> bool:
         """Whether this validation, of the current step, is better than all before; if so, stores it as the best.
@@ -44,9 +47,22 @@ class Counters:
         self.best, self.best_step = dict(metrics), self.step
         return True
 
+    def note_recall(self, recall: float, ratio: float) -> None:
+        """Notes the macro recall of this validation, beside the metric that chooses; after `is_best`.
+
+        Args:
+            ratio: of the most frequent class to the rarest.
+        """
+        noted = self.macro_recall
+        noted["ratio"] = ratio
+        if self.best_step == self.step:
+            noted["chosen"] = recall
+        if recall > noted.get("highest", -math.inf):
+            noted |= {"highest": recall, "step": self.step}
+
     def forget_best(self) -> None:
         """Resets the best validation, so that the next one becomes the best."""
-        self.best, self.best_step, self.evaluated_step = {}, 0, 0
+        self.best, self.best_step, self.evaluated_step, self.macro_recall = {}, 0, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""
@@ -54,6 +70,7 @@ class Counters:
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Restores the counters; raises a ValueError if they are others than these."""
+        state_dict = {"macro_recall": {}, **state_dict}  # version 0.1.0 had none
         if other := sorted(state_dict.keys() ^ vars(self).keys()):
             raise ValueError(f"its counters lack, or have besides, {listed(other)}")
         for name, value in state_dict.items():
@@ -89,9 +106,10 @@ class Totals:
 
 
 class Throughput:
-    """Samples per second of training; the time within `paused` does not count."""
+    """Samples per second of training, and how long it waited for them; the time within `paused` does not count."""
 
     def __init__(self) -> None:
+        self._waited = 0.0
         self._samples = self._all_samples = 0
         self._seconds = self._all_seconds = 0.0
         self._since = time.perf_counter()
@@ -115,6 +133,22 @@ class Throughput:
     def overall(self) -> float:
         """The throughput from the start to the last call of `samples_per_second`."""
         return self._all_samples / max(self._all_seconds, 1e-9)
+
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The batches, one by one; what each takes to come is time that training waited."""
+        while True:
+            begun = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - begun
+            yield batch
+
+    def waited(self) -> float:
+        """The share of the time, between 0 and 1, that training waited for batches, since the start."""
+        return min(1.0, self._waited / max(self._all_seconds + self._seconds, 1e-9))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

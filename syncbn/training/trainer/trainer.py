@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
-from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, below
+from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
 from syncbn.stats.monitor import Monitor
 from syncbn.training.checkpoint.files import Stored
 from syncbn.training.checkpoint.frozen import FrozenSwitches
@@ -42,10 +42,12 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.randomness import Draw, mix_key, seed_generators
+from syncbn.training.distributed import world
 from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout, failing_together
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
+from syncbn.training.losses import class_weights
 from syncbn.training.optim.groups import names_of, require_same_groups
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
@@ -114,6 +116,7 @@ class Trainer:
                 "config": components.config_dict,
                 "parameter_groups": names_of(self.built.groups),
                 **describe_data(self.data),
+                **class_weights.describe(self.loss),
             },
             model=model,
             optimizer=self.optimizer,
@@ -277,7 +280,8 @@ class Trainer:
         totals[2] = float(self.stop.requested)
         # Running statistics move once per step, however many micro-batches it has.
         with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
-            for number, batch in enumerate(self.loader.micro_batches(self.sampler, self.config.seed, step)):
+            batches = self.clock.waiting(self.loader.micro_batches(self.sampler, self.config.seed, step))
+            for number, batch in enumerate(batches):
                 is_last = number == len(shards) - 1
                 assert self.wrapped is not None
                 with nullcontext() if is_last else self.wrapped.without_communication():
@@ -374,7 +378,8 @@ class Trainer:
         self.checkpoints.wait()
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
-        final = {**self.validation.test(), THROUGHPUT: self.clock.overall()}
+        waited = max(world.on_all_ranks(self.clock.waited()))  # all ranks wait for the one that waits longest
+        final = {**self.validation.test(), THROUGHPUT: self.clock.overall(), WAITED: waited}
         check_run_directory(self.run_dir, self.counters.step)
         self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
         self.tracker.summarize(final)

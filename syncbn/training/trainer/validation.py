@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torchmetrics import Metric
 
 from syncbn.report.metric_names import TEST, VAL, prefixed
 from syncbn.training.checkpoint.files import BEST, read
@@ -15,10 +17,15 @@ from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
+from syncbn.training.evaluation.metrics import ClassBalance
 from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.counters import Counters
 
 log = logging.getLogger(__name__)
+
+UNEVEN = 3.0  # classes are uneven where the most frequent has so many times the samples of the rarest
+MISLED = 0.1  # and accuracy misleads where it is so much above the macro recall
+_BALANCE = "/balance"  # a name that no metric of the configuration can have
 
 
 class Validation:
@@ -40,20 +47,29 @@ class Validation:
     ) -> None:
         self._components, self._evaluated, self._loader, self._stop = components, evaluated, loader, stop
         self._counters, self._checkpoints = counters, checkpoints
+        self._balance: dict[str, Metric] = {}
+        if components.config.best == "auto" and components.best.by == "accuracy":
+            assert components.data.num_classes is not None
+            ignore = getattr(components.loss, "ignore_index", None)
+            self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignore)
 
     def validate(self) -> dict[str, float]:
         """`val/*` and `drift/*` after the present step; weights that beat all before are saved as the best."""
         step, components = self._counters.step, self._components
-        values = self._evaluate(self._evaluated, components.data.val)
+        values = self._evaluate(self._evaluated, components.data.val, self._balance)
+        recall, ratio = values.pop(f"{_BALANCE}/recall", None), values.pop(f"{_BALANCE}/ratio", None)
         if not math.isfinite(loss := values["loss"]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self._counters.evaluated_step = step
         if self._counters.is_best(values, *components.best) and components.context.is_first:
             self._checkpoints.save_best(step, self._evaluated)
+        if recall is not None and ratio is not None:
+            self._counters.note_recall(recall, ratio)
         return prefixed(VAL, values) | components.drift.measure(components.model)
 
     def test(self) -> dict[str, float]:
         """`test/*` of the best weights, and the `val/*` that they had; the best checkpoint has to be written."""
+        self._warn_of_imbalance()
         drift = self._components.drift.measure(self._components.model)  # of the weights that training ended with
         # A copy: a signal during the test has to find the state that training ended with.
         model = copy.deepcopy(self._evaluated)
@@ -61,9 +77,25 @@ class Validation:
         tested = prefixed(TEST, self._evaluate(model, self._components.data.test))
         return {**prefixed(VAL, self._counters.best), **tested, **drift}
 
-    def _evaluate(self, model: nn.Module, split: Any) -> dict[str, float]:
+    def _warn_of_imbalance(self) -> None:
+        """Warns where `best=auto` has gone by accuracy, classes are uneven, and macro recall says something else."""
+        noted, by_accuracy = self._counters.macro_recall, self._counters.best.get("accuracy")
+        if by_accuracy is None or "chosen" not in noted or noted["ratio"] < UNEVEN:
+            return
+        chosen, highest = noted["chosen"], noted["highest"]
+        if highest <= chosen and by_accuracy - chosen <= MISLED:
+            return
+        log.warning(
+            "best=auto chose step %d by its accuracy of %.4f, but the most frequent class of the validation set has"
+            " %.1f times as many as the rarest, and the recall averaged over classes is %.4f%s; metrics=macro_recall"
+            " best=macro_recall chooses by that, loss.class_weights=balanced trains for it",
+            self._counters.best_step, by_accuracy, noted["ratio"], chosen,
+            f" (at step {noted['step']:.0f}: {highest:.4f})" if highest > chosen else "",
+        )  # fmt: skip
+
+    def _evaluate(self, model: nn.Module, split: Any, others: Mapping[str, Metric] | None = None) -> dict[str, float]:
         components = self._components
         return evaluate(
-            model, components.data, split, components.loss, components.context, self._stop, components.metrics,
-            self._loader,
+            model, components.data, split, components.loss, components.context, self._stop,
+            {**components.metrics, **(others or {})}, self._loader,
         )  # fmt: skip

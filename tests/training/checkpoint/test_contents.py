@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from syncbn import SyncBatchNorm
-from syncbn.training.checkpoint import contents, files, frozen, state
+from syncbn.training.checkpoint import contents, files, frozen, state, weights
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.model import InitConfig
 from syncbn.training.models.pretrained import Drift, load_subnet
@@ -217,12 +217,12 @@ def test_a_best_model_of_another_form_is_passed_over(tmp_path, caplog):
 def test_a_dict_that_is_no_state_dict_says_why(tmp_path, content, message):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=rf"^init\.a\.path: '.*a\.pt' .*{message}"):
-        files.read_model_weights(tmp_path / "a.pt", "init.a.path")
+        weights.read_model_weights(tmp_path / "a.pt", "init.a.path")
 
 
 def test_a_tensor_may_be_named_like_a_wrapper(tmp_path):
     torch.save({"module": torch.zeros(1), "module._orig_mod": torch.ones(1)}, tmp_path / "a.pt")
-    assert list(files.read_model_weights(tmp_path / "a.pt", "PATH")) == ["module", "_orig_mod"]
+    assert list(weights.read_model_weights(tmp_path / "a.pt", "PATH")) == ["module", "_orig_mod"]
 
 
 def test_of_a_state_dict_only_what_is_loaded_has_to_be_usable(tmp_path):

@@ -17,6 +17,7 @@ from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_s
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.distributed.stopping import Stopped
+from syncbn.training.models.resnet import ResnetSmall
 from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.trainer import Trainer
@@ -39,13 +40,17 @@ SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custo
 )
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks, optimizer):
     # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum, groups of parameters;
-    # a sub-network that stays frozen and one that is released on the way.
+    # a sub-network that stays frozen and one that is released on the way. Weights from a file, weights of classes.
+    donor = ResnetSmall(in_channels=3, num_classes=9, width=4, depth=1, stages=3)
+    torch.save({"ema": {f"net.{name}": value for name, value in donor.state_dict().items()}}, tmp_path / "donor.pt")
     same = [*SMALL, *OPTIMIZERS[optimizer],
             "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9", "early_stop=14",
             "optimizer.groups.top.match=[head,backbone.stem]", "optimizer.groups.top.lr_scale=0.5",
             "optimizer.groups.top.weight_decay=0.1", "optimizer.decay_norm_and_bias=false",
             "freeze.backbone.match=backbone.stage1", "freeze.backbone.weights=true",
-            "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
+            "freeze.early.match=backbone.stem", "freeze.early.until=9", "loss.class_weights=balanced",
+            f"init.model.path={tmp_path}/donor.pt", "init.model.key=ema", "init.model.prefix=net",
+            "init.model.skip=head"]  # fmt: skip
     whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
     parts = tmp_path / "outputs/parts"
     shutil.copytree(whole, parts)
@@ -59,7 +64,7 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
         job(*same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
     expected, actual = load_last(whole), load_last(parts)
     assert actual["frozen"] == expected["frozen"]
-    for part in ("model", "average", "optimizer", "schedule", "counters"):
+    for part in ("model", "average", "optimizer", "schedule", "counters", "drift", "loss"):
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0, msg=part)
     measured = [[without_speed(record) for record in read_metrics(run)] for run in (parts, whole)]
     assert measured[0] == measured[1]

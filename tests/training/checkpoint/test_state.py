@@ -273,6 +273,101 @@ def test_a_state_from_before_the_counter_existed_fits_and_a_counter_alone_does_n
         load_subnet(Net(), "backbone", InitConfig(str(path), strict=False))
 
 
+def named(state, old="", new=""):
+    return {new + k.removeprefix(old) if k.startswith(old) else k: value for k, value in state.items()}
+
+
+NAMES = {
+    "key": (lambda s: {"ema": s, "state_dict": Net().state_dict()}, {"key": "ema"}),
+    "nested key": (lambda s: {"a": {"b": s}}, {"key": "a.b"}),
+    "wrapped in a model": (lambda s: named(s, new="model."), {}),
+    "prefix": (lambda s: named(s, new="net."), {"prefix": "net"}),
+    "rename": (
+        lambda s: named(named(s, "head", "fc"), "backbone.1", "bn"),
+        {"rename": {"fc.": "head.", "bn": "backbone.1"}},
+    ),
+    "a child": (lambda s: named(named(s, "backbone."), "head.", "h."), {"rename": {"h": "head", ".": "backbone"}}),
+    "both": (
+        lambda s: named(named(s, "backbone", "net.enc"), "head", "net.fc") | {"other": torch.ones(1)},
+        {"prefix": "net", "rename": {"enc": "backbone", "fc": "head"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_whole_model_is_loaded_whatever_its_names_in_the_file(tmp_path, case):
+    wrap, options = NAMES[case]
+    donor, target = Net(), Net()
+    torch.save(wrap(donor.state_dict()), tmp_path / "a.pt")
+    assert len(load_subnet(target, "model", InitConfig(str(tmp_path / "a.pt"), **options)).loaded) == 9
+    torch.testing.assert_close(target.state_dict(), donor.state_dict(), rtol=0, atol=0)
+
+
+def test_another_number_of_classes_is_one_line_with_the_flag_that_leaves_the_head_out(tmp_path, caplog):
+    donor, target = Net(), Net()
+    donor.head = nn.Linear(3, 1000)
+    path, before = save(donor.state_dict(), tmp_path, "torch"), target.head.weight.clone()
+    with pytest.raises(
+        ConfigError,
+        match=r"^init.model.path: .* has weights for other classes: head.weight is of 1000, expected 2;"
+        r" init.model.skip=head loads the rest",
+    ):
+        load_subnet(target, "model", InitConfig(str(path)))
+    with caplog.at_level("INFO"):
+        load_subnet(target, "model", InitConfig(str(path), skip="head"))
+    assert "init.model: 7 of 9 tensors loaded from" in caplog.text
+    assert "2 skipped: head.weight, head.bias" in caplog.text
+    assert torch.equal(target.head.weight, before)
+    assert torch.equal(target.backbone[0].weight, donor.backbone[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "skip", "num"),
+    [("model", ["head", "fc", "backbone.1"], 2), ("backbone", "backbone.1", 2), ("backbone", "1.*", 2)],
+)
+def test_skip_leaves_out_what_only_the_file_or_only_the_model_has(tmp_path, name, skip, num):
+    state = named(Net().state_dict(), "head", "fc")
+    del state["backbone.1.weight"]
+    path = str(save(state, tmp_path, "torch"))
+    with pytest.raises(
+        ConfigError, match=r"lacks (backbone\.)?1\.weight.*; init\.\w+\.skip=.* leaves these out, or set"
+    ):
+        load_subnet(Net(), name, InitConfig(path))
+    assert len(load_subnet(Net(), name, InitConfig(path, skip=skip)).loaded) == num
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": "ema"}, r"init.model.key: .* has no state dict 'ema'; it has weights, other"),
+        ({}, r"init.model.path: .* is not a state dict of tensors, 'weights' is a dict; init.model.key=weights takes"),
+        (
+            {"key": "weights", "rename": {"body": "b"}},
+            r"init.model.rename: no key of .* begins with 'body'; they begin",
+        ),
+        ({"key": "weights", "rename": {"backbone": "", "head": ""}, "strict": False}, r"fits model: .* nearest"),
+        (
+            {"key": "weights", "rename": {"backbone.0": "head"}},
+            r"rename: gives backbone.0.weight and head.weight .* one",
+        ),
+        (
+            {"key": "weights", "skip": "hed"},
+            r"init.model.skip: 'hed' is neither in the model nor .*did you mean head\?",
+        ),
+        ({"key": "inner", "strict": False}, r"\(init.model.rename={.: backbone}\)"),
+        ({"key": "other", "strict": False}, r"nearest names: x.backbone.0.weight for .*\(init.model.prefix=x\)"),
+    ],
+)
+def test_a_key_of_init_that_fits_nothing_is_one_line(tmp_path, options, message):
+    state = Net().state_dict()
+    torch.save(
+        {"weights": state, "other": named(state, new="x."), "inner": Net().backbone.state_dict()}, tmp_path / "a.pt"
+    )
+    with pytest.raises(ConfigError, match=message) as error:
+        load_subnet(Net(), "model", InitConfig(str(tmp_path / "a.pt"), **options))
+    assert "\n" not in str(error.value)
+
+
 def test_drift_is_the_largest_move_of_a_running_mean_in_running_std():
     model, drift = Net(), Drift()
     model.backbone[1].running_var.fill_(4.0 - 1e-5)

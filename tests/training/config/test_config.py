@@ -173,6 +173,7 @@ def test_every_config_file_composes_and_passes_the_schema(choice):
         "optimizer=custom": ["optimizer._target_=torch.optim.NAdam"],
         "schedule=step": ["schedule.step_size=5ep"],
         "data=image_folder": ["data.path=x"],
+        "experiment=fine_tuning": ["data.path=x", "init.model.path=x"],
         "data=hf": ["data.path=x"],
         "data=mask_folder": ["data.path=x", "data.num_classes=2"],
     }

@@ -46,7 +46,8 @@ def test_the_mean_over_all_samples_at_any_world_size(ranks, world_size, num):
 
 def chosen(best, num_classes=3, **metrics):
     outputs, targets = torch.randn(2, 3), torch.tensor([0, 2])
-    return choose_best(best, metrics, num_classes, outputs, targets if num_classes else torch.randn(2, 3))
+    targets = targets if num_classes else torch.randn(2, 3)
+    return choose_best(best, metrics, outputs, targets, has_accuracy=num_classes is not None)
 
 
 @pytest.mark.parametrize(

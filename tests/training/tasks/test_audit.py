@@ -34,7 +34,8 @@ def test_of_the_experiments_only_the_mistake_has_findings(job, pretrained, exper
     is_mistake = experiment[0] == "experiment=finetune_mistake"
     expected = {("parameters-frozen-statistics-moving", "error")} if is_mistake else set()
     assert findings(run) == (0, expected)
-    audited = job("task=audit", f"load={run}", f"run=audit_{name}", num_ranks=num_ranks, cwd=pretrained)
+    trust = "trust=[tests.training.downloaded.*]"  # of experiment=fine_tuning
+    audited = job("task=audit", f"load={run}", trust, f"run=audit_{name}", num_ranks=num_ranks, cwd=pretrained)
     step, found = findings(audited)
     assert 0 < step <= 20  # the best
     assert found == expected

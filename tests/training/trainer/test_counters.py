@@ -6,7 +6,7 @@ import pytest
 
 from syncbn.training.config.duration import Duration
 from syncbn.training.trainer import counters
-from syncbn.training.trainer.counters import Counters, SaveClock
+from syncbn.training.trainer.counters import Counters, SaveClock, Throughput
 from tests.training.checkpoint.test_resume import SMALL
 
 
@@ -53,3 +53,37 @@ def test_of_an_error_and_of_the_loss_the_lowest_is_the_best(by):
     best = Counters()
     answers = [best.is_best({by: value}, by, lowest=True) for value in (2.0, math.nan, 3.0, 1.0, -math.inf, -1.0)]
     assert answers == [True, False, False, True, False, True]
+
+
+def test_the_macro_recall_of_the_best_is_noted_beside_the_highest():
+    counts = Counters()
+    for step, (accuracy, recall) in enumerate([(0.5, 0.5), (0.9, 0.4), (0.8, 0.7)], start=1):
+        counts.step = step
+        counts.is_best({"accuracy": accuracy, "loss": 1.0}, "accuracy")
+        counts.note_recall(recall, ratio=5.0)
+    assert counts.macro_recall == {"ratio": 5.0, "chosen": 0.4, "highest": 0.7, "step": 3}
+
+
+def test_counters_of_version_0_1_0_have_no_macro_recall():
+    stored = {name: value for name, value in Counters().state_dict().items() if name != "macro_recall"}
+    counts = Counters()
+    counts.load_state_dict({**stored, "step": 7})
+    assert (counts.step, counts.macro_recall) == (7, {})
+
+
+def test_time_that_a_batch_takes_to_come_is_time_waited_and_a_pause_is_no_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(counters.time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for seconds in (3.0, 1.0):
+            now[0] += seconds
+            yield seconds
+
+    clock = Throughput()
+    for _ in clock.waiting(batches()):
+        now[0] += 2.0  # a step
+    with clock.paused():
+        now[0] += 100.0
+    clock.samples_per_second()
+    assert clock.waited() == 4.0 / 8.0

@@ -134,6 +134,7 @@ GROUPS = sorted(
 )
 NEED_FILES = (
     "fashion",
+    "fine_tuning",
     "small_batch",
     "image_folder",
     "mask_folder",

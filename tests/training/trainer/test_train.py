@@ -20,7 +20,7 @@ from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import deferred
 from syncbn.training.trainer.trainer import Trainer
 from tests.once import made_once
-from tests.training.jobs import OPTIMIZERS, read_metrics, run_job, run_rank, start
+from tests.training.jobs import OPTIMIZERS, compose_config, read_metrics, run_job, run_rank, start
 from tests.training.wandb_file import read_history, read_records
 
 
@@ -165,12 +165,12 @@ INVARIANCE = ["batch_size=287", "model.width=4", "log_every=1", "eval_every=100"
 WORLDS = (1, 2, 4)
 
 
-def load_last(run_dir):
-    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[-1], weights_only=True)
+def load_last(run_dir, nth=-1):
+    return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[nth], weights_only=True)
 
 
 def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(job, tmp_path):
-    overrides = [*INVARIANCE, "precision=fp64", "duration=20"]
+    overrides = [*INVARIANCE, "precision=fp64", "duration=20", "loss.class_weights=balanced"]
     runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 4)]
     runs.append(run_job(tmp_path, *overrides, "run=command", num_ranks=2))  # as a user starts it
     models = [load_last(run)["model"] for run in runs]
@@ -314,6 +314,17 @@ def test_a_job_of_a_multirun_that_fails_has_its_line_and_the_others_go_on(sweep)
     assert [(directory / f"{number}/checkpoints").exists() for number in range(4)] == [False, True, False, True]
     rows = [line for line in done.stdout.split("sweep outputs/sweep")[1].splitlines() if "optimizer.lr" in line]
     assert ["selects no" in row for row in rows] == [True, False, True, False]
+
+
+def test_a_multirun_ends_with_a_report_of_its_jobs_side_by_side(sweep):
+    directory, _ = sweep
+    report = (directory / "report.html").read_text()
+    assert all(f"sweep/{number} " in report for number in range(4))
+
+
+@pytest.mark.parametrize("tracker", ["none", "wandb"])
+def test_there_is_a_report_whatever_the_tracker(tracker):
+    assert compose_config(f"tracker={tracker}").tracker.report
 
 
 def check_zero_rows_are_refused(cwd):
