@@ -132,12 +132,28 @@ class MaskFolderConfig(DecodedConfig):
     num_classes: int
     ignore: int | None
     """Mask value of pixels that loss and metrics exclude; None: every pixel counts."""
+    values: Any = None
+    """A dictionary: the class of each value in masks, None for one that does not count. None: values are classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(2 <= self.num_classes <= 255, "data.num_classes", "2 to 255", self.num_classes)
         valid = self.ignore is None or 0 <= self.ignore <= 255
         require(valid, "data.ignore", "null or a value between 0 and 255", self.ignore)
+        if self.values is not None:
+            self._check_values(self.values)
+
+    def _check_values(self, values: Any) -> None:
+        require(isinstance(values, dict), "data.values", "values with a class each, {0:0,255:1}", values)
+        for value, number in values.items():
+            is_value = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+            require(is_value, "data.values", "values between 0 and 255 with a class each, {0:0,255:1}", value)
+            is_class = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.num_classes
+            require(number is None or is_class, f"data.values.{value}",
+                    f"null or a class, 0 to {self.num_classes - 1}", number)  # fmt: skip
+        require(any(number is not None for number in values.values()), "data.values", "a class or more", values)
+        require(self.ignore in (None, 255), "data.ignore",
+                "its default with data.values, where null stands for what does not count", self.ignore)  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, parse_bytes
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.data.masks import MaskValues
 from syncbn.training.distributed import world
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ class Decoded:
     size: int
     channels: int | None
     """3: RGB; 1: gray; None: the rows are masks."""
-    values: Sequence[int] | None = None
-    """For masks: class number of each of the 256 stored values, negative for a value that must not occur."""
+    values: MaskValues | None = None
+    """For masks: the classes of the values that they hold."""
     of: Source | None = None
     """For masks: their images, whose height and width have to be the same."""
     cache: Cache | None = field(default=None, repr=False)
@@ -154,15 +155,7 @@ class Decoded:
 
     def _classes(self, mask: Image.Image) -> np.ndarray:
         values = np.array(mask)
-        if self.values is None:
-            return values
-        classes = np.array(self.values)[values]
-        if (classes < 0).any():
-            raise ValueError(
-                f"a mask with the values {sorted(set(values[classes < 0].tolist()))}, which data.num_classes and"
-                " data.ignore do not cover"
-            )
-        return classes.astype(np.uint8)
+        return values if self.values is None else self.values.classes(values)
 
 
 def _opened(source: Source, position: int) -> Image.Image:

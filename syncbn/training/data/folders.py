@@ -13,9 +13,10 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.data.dataset import IGNORE, Split
+from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,7 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
     if not _splits(root):
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
                           f" {listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
-    values = [value if value < config.num_classes else -1 for value in range(256)]
-    if config.ignore is not None:
-        values[config.ignore] = IGNORE
-    splits = []
+    values, splits = MaskValues.of(config), []
     for split in SPLITS:
         images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
         _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")

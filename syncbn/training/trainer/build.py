@@ -15,6 +15,7 @@ from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
+from syncbn.training.data.counting import check_training_classes
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
@@ -74,11 +75,13 @@ def build_components(config: Config, context: RankContext, *, resumes: bool) -> 
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`.
+            `build_freeze_plan`, `check_training_classes`.
     """
     data = registry.load_data(config.data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
+    elif not resumes:
+        check_training_classes(data)
     model = build_model(config, data, context)
     drift = Drift()
     for name, init in config.init.items() if not resumes else ():
