@@ -76,8 +76,10 @@ def check_training_classes(data: Data) -> None:
     is_binary = data.num_classes == 2 and counted.counts[0] and counted.num_ignored
     values = labels.values if isinstance(labels, Decoded) else None
     if is_binary and values is not None and not values.given and values.table[255] == IGNORE:
-        raise ConfigError("data.values: the training masks hold 0 and 255 alone, and 255 is data.ignore, which does not"
-                          " count, so that class 1 would not be learnt; data.values={0:0,255:1} makes it class 1")  # fmt: skip
+        raise ConfigError(
+            "data.values: the training masks hold 0 and 255 alone, and 255 is data.ignore, which does not count: class"
+            " 1 would not be learnt; data.values={0:0,255:1} makes it class 1"
+        )
     part = f"{num_counted} of the {num}" if num_counted < num else f"{num}"
     log.warning("no %s of the %s training %s: the model cannot learn %s", listed(absent), part,
                 "masks" if data.has_masks else "images", "it" if len(absent) == 1 else "them")  # fmt: skip

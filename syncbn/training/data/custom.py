@@ -1,4 +1,4 @@
-"""User-defined data sets: any three map-style datasets of torch."""
+"""User-defined data sets: any map-style datasets of torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from syncbn.training.data.randomness import Draw, mix_key
 
 @dataclass(frozen=True)
 class CustomData:
-    """Three map-style datasets of torch's kind: `train`, `val`, `test`.
+    """Map-style datasets of torch's kind: `train`, `val`, and `test` unless there is no test split.
 
     Items are (image, target): a float tensor (C, ...), already normalized, and a tensor or number. Before each item is
     read, torch's generator is seeded by (seed, epoch, sample), so that augmentation which draws from it is the same at
@@ -81,7 +81,7 @@ class CustomData:
 
 
 def load_custom(config: OpenData) -> Data:
-    """Builds `data._target_`: an object with the datasets `train`, `val` and `test`, and optionally `num_classes`.
+    """Builds `data._target_`: an object with the datasets `train` and `val`, optionally `test` and `num_classes`.
 
     An `ImageData` or `CustomData` is returned as it is.
 
@@ -94,9 +94,12 @@ def load_custom(config: OpenData) -> Data:
     splits: list[Any] = []
     for name in ("train", "val", "test"):
         split = getattr(built, name, None)
+        if split is None and name == "test":
+            splits.append(None)
+            continue
         if split is None or not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
             raise ConfigError(
-                f"{key}: expected the datasets train, val and test, with len() and indexing; {name} is not"
+                f"{key}: expected the datasets train and val (and test, if any), with len() and indexing; {name} is not"
             )
         if len(split) == 0:
             raise ConfigError(f"{key}: {name} is empty")

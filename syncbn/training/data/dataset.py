@@ -43,7 +43,7 @@ class Split:
 
 
 class Data(Protocol):
-    """Protocol of a data set for a run: three splits, and batches of them.
+    """Protocol of a data set for a run: its splits, and batches of them.
 
     `ImageData` implements it for images, decoded or encoded; `CustomData` for a user's map-style datasets.
     """
@@ -58,7 +58,7 @@ class Data(Protocol):
 
     @property
     def test(self) -> Any:
-        """Test split, of the same type as `train`."""
+        """Test split, of the same type as `train`; None if the data set has none."""
 
     @property
     def num_classes(self) -> int | None:

@@ -16,11 +16,12 @@ STATS_SAMPLES = 1000  # for images decoded on access: number of samples that giv
 
 @dataclass(frozen=True)
 class ImageData:
-    """Three splits of images of one size (see `Split`), their normalization, and the augmentation in training."""
+    """The splits of images of one size (see `Split`), their normalization, and the augmentation in training."""
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None
+    """None if the data set has no test split."""
     num_classes: int | None
     """None if the targets are not classes."""
     shift: int

@@ -67,4 +67,5 @@ def _keep_classes(data: Data, classes: list[int]) -> Data:
         chosen = index[torch.isin(split.labels[index], torch.tensor(classes))]
         return Split(split.images[chosen], renumbered[split.labels[chosen]])
 
-    return replace(data, train=keep(data.train), val=keep(data.val), test=keep(data.test), num_classes=len(classes))
+    test = None if data.test is None else keep(data.test)
+    return replace(data, train=keep(data.train), val=keep(data.val), test=test, num_classes=len(classes))

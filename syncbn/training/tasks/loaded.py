@@ -55,6 +55,8 @@ class LoadedRun:
     def evaluate(self, *splits: str) -> dict[str, float]:
         """Evaluates the model on some of "train", "val" and "test"; every rank has to call it.
 
+        A test split that the data set lacks is left out.
+
         Returns:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
         """
@@ -65,6 +67,8 @@ class LoadedRun:
         with self.loader() as loader:
             for name in splits:
                 split = getattr(self.data, name)
+                if split is None:
+                    continue
                 values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics

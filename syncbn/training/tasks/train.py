@@ -109,8 +109,10 @@ def _train(
     tracker.start()
     _announce(run_dir, trainer, overrides)
     if metrics is not None:
-        log.info("this run is finished; the test set has been used and is not used again")
-        tracker.log(trainer.counters.step, {name: metrics[name] for name in below(TEST, metrics)})
+        tested = {name: metrics[name] for name in below(TEST, metrics)}
+        log.info("this run is finished%s", "; the test set has been used and is not used again" if tested else "")
+        if tested:
+            tracker.log(trainer.counters.step, tested)
     else:
         metrics = trainer.run()
     if context.is_first:

@@ -352,7 +352,7 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _finish(self) -> dict[str, float]:
-        """Evaluates the test set once, with the weights that validated best; returns the final metrics."""
+        """Evaluates the test set, if any, once, with the weights that validated best; returns the final metrics."""
         if self.counters.evaluated_step == 0:
             self._validate()  # training has ended before it was due
         self.checkpoints.wait()
@@ -360,6 +360,9 @@ class Trainer:
             dist.barrier()  # rank 0 has written the best checkpoint
         final = {**self.validation.test(), THROUGHPUT: self.clock.overall()}
         check_run_directory(self.run_dir, self.counters.step)
-        self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
+        if tested := {name: final[name] for name in below(TEST, final)}:
+            self.tracker.log(self.counters.step, tested)
+        else:
+            log.info("the data has no test split: val/* is all that is measured, and has chosen the weights")
         self.tracker.summarize(final)
         return final
