@@ -52,6 +52,11 @@ class CustomData:
         shape = (1, self.num_channels, 1, 1)
         return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
+    @property
+    def image_settings(self) -> None:
+        """None: the user's datasets prepare their images."""
+        return None
+
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these training samples, stacked; images are cast to `dtype`."""
         return self._batch(self.train, index, (seed, epoch), dtype)

@@ -80,6 +80,10 @@ class Data(Protocol):
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by which pixels are normalized, (1, C, 1, 1) float64; the same on every rank."""
 
+    @property
+    def image_settings(self) -> dict[str, Any] | None:
+        """How an image file becomes an image of the splits (see `Preparation`); None if only the data set knows."""
+
     def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these training samples; random augmentation depends only on (seed, epoch, sample).
 
@@ -99,9 +103,10 @@ class Data(Protocol):
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """Class names and pixel statistics as entries of a checkpoint, which `as_trained` reads."""
+    """What a checkpoint says of its data, which `as_trained` and `TrainedInput` read: classes, pixels, preparation."""
     mean, std = data.pixel_stats
-    return {"data": {"classes": list(data.class_names), "mean": mean, "std": std}}
+    names, image = list(data.class_names), data.image_settings
+    return {"data": {"classes": names, "mean": mean, "std": std, "image": image}}
 
 
 def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
@@ -118,6 +123,18 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
             f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
             f" data has {', '.join(data.class_names) or 'none with names'}"
         )
+    return normalized_as_trained(data, checkpoint)
+
+
+def normalized_as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
+    """The data, normalized by the pixel statistics that the checkpoint stores, for a run that goes on.
+
+    Raises:
+        ConfigError: its statistics are none of such images.
+    """
+    stored = checkpoint.get("data")
+    if stored is None:
+        return data
     shape = (1, data.num_channels, 1, 1)
     if not all(stored[name].shape == shape and stored[name].is_floating_point() for name in ("mean", "std")):
         raise ConfigError(f"data: the model was trained on images of other channels, the data has {data.num_channels}")

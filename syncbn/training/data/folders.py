@@ -14,9 +14,10 @@ from torch import Tensor
 from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.data.dataset import Split
-from syncbn.training.data.decoding import Decoded, Files, keep_decoded
+from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.masks import MaskValues
+from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,7 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
         parts |= zip(SPLITS, held_out, strict=False)  # without a test split the two first
     _show_others(root, others)
     data = {
-        split: Split(Decoded(Files(paths), config.size, config.channels), labels)
-        for split, (paths, labels) in parts.items()
+        split: Split(Decoded(Files(paths), Preparation.of(config)), labels) for split, (paths, labels) in parts.items()
     }
     return decoded_data(data, config, len(names), names)
 
@@ -72,8 +72,8 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
         _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
         stems = sorted(images)
         sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
-        decoded = Decoded(sources[0], config.size, config.channels)
-        splits[split] = Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0]))
+        prepared = Preparation.of(config)
+        splits[split] = Split(Decoded(sources[0], prepared), Decoded(sources[1], prepared, values, of=sources[0]))
     _show_others(root, others)
     return decoded_data(splits, config, config.num_classes, ())
 
@@ -91,12 +91,16 @@ def decoded_data(
             raise ConfigError(f"data.path: no image for {name} in {config.path!r}; expected at least one")
     rows = [rows for split in splits.values() for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
     keep_decoded(rows, config)
+    if config.range is None and isinstance(splits["train"].images, Decoded):
+        warn_of_lost_bits(splits["train"].images)
     sizes = ", ".join(f"{len(splits[name])} {name}" if name in splits else f"no {name}" for name in SPLITS)
     log.info("%s: %s, %d classes", config.path, sizes, num_classes)
     train, val, test = (splits.get(name) for name in SPLITS)
     assert train is not None
     assert val is not None
-    return ImageData(train, val, test, num_classes, config.shift, config.flip, tuple(names))
+    return ImageData(
+        train, val, test, num_classes, config.shift, config.flip, tuple(names), preparation=Preparation.of(config)
+    )
 
 
 def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:

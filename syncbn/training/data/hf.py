@@ -18,6 +18,7 @@ from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.folders import decoded_data, split_labels
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.preparation import Preparation
 
 _NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -90,7 +91,8 @@ def load_hf(config: HfConfig) -> ImageData:
             raise ConfigError(f"data.label: {split} has other classes in {config.label!r} than train")
         if isinstance(part.features[config.image], datasets.Image):
             part = part.cast_column(config.image, datasets.Image(decode=False))
-        images = Decoded(Column(part.select_columns(config.image), config.image, split), config.size, config.channels)
+        column = Column(part.select_columns(config.image), config.image, split)
+        images = Decoded(column, Preparation.of(config))
         splits[split] = Split(images, labels)
     return decoded_data(splits, config, len(names), names)
 

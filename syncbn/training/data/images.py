@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.augment import augment
 from syncbn.training.data.dataset import IGNORE, Rows, Split
+from syncbn.training.data.preparation import Preparation, normalized
 
 STATS_SAMPLES = 1000  # for images decoded on access: number of samples that give mean and std
 
@@ -28,8 +31,14 @@ class ImageData:
     flip: bool
     class_names: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty if the data set has none."""
-    trained_stats: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation from the checkpoint of a trained model; None: those of the training images."""
+    mean: Tensor | str | None = None
+    """Mean by which pixels are normalized, (1, C, 1, 1) float64; None: that of the training images; "init.<name>": of
+    a pretrained sub-network, which has to be looked up before batches are made.
+    """
+    std: Tensor | str | None = None
+    """Standard deviation by which they are normalized; as `mean`."""
+    preparation: Preparation | None = None
+    """How images in files become those of the splits; None for images that are no files, whose size is theirs."""
 
     @property
     def num_channels(self) -> int:
@@ -51,21 +60,48 @@ class ImageData:
         images = augment(images, index, self.shift, self.flip, seed, epoch)
         if self.has_masks:
             labels = augment(labels[:, None], index, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
-        return self._normalize(images, dtype), labels
+        return normalized(images, *self.pixel_stats, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64."""
-        return self._normalize(split.images[index], dtype), split.labels[index].to(torch.int64)
+        return normalized(split.images[index], *self.pixel_stats, dtype), split.labels[index].to(torch.int64)
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training images, (1, C, 1, 1) float64; the same on every rank.
+        """`mean` and `std`, or in the place of None those of the training images, (1, C, 1, 1) float64.
 
-        If images are decoded on access, they are those of at most STATS_SAMPLES evenly spaced ones. `trained_stats`
-        takes precedence.
+        They are the same on every rank. If images are decoded on access, they are those of at most STATS_SAMPLES evenly
+        spaced ones.
+
+        Raises:
+            ConfigError: the statistics of a pretrained sub-network have not been looked up.
         """
-        if self.trained_stats is not None:
-            return self.trained_stats
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, str):
+                raise ConfigError(f"data.{name}={value}: expected {value}.path beside it; or give numbers")
+        mean, std = self.mean, self.std
+        if mean is None or std is None:
+            own_mean, own_std = self._stats_of_images()
+            mean, std = own_mean if mean is None else mean, own_std if std is None else std
+        assert isinstance(mean, Tensor)
+        assert isinstance(std, Tensor)
+        return mean, std
+
+    def normalized_by(self, mean: Tensor, std: Tensor) -> ImageData:
+        """See `Data`."""
+        return replace(self, mean=mean, std=std)
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """See `Data`."""
+        return self._prepared.description()
+
+    @property
+    def _prepared(self) -> Preparation:
+        height, width = self.train.images.shape[2:]
+        return self.preparation or Preparation((height, width), self.num_channels)
+
+    def _stats_of_images(self) -> tuple[Tensor, Tensor]:
         images = self.train.images
         if isinstance(images, Tensor) and images.is_floating_point():
             std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
@@ -74,19 +110,11 @@ class ImageData:
             mean, std = _byte_stats(images, torch.arange(num) * len(images) // num)
         return mean, std.clamp(min=1e-6)
 
-    def normalized_by(self, mean: Tensor, std: Tensor) -> ImageData:
-        """See `Data`."""
-        return replace(self, trained_stats=(mean, std))
-
     def first(self, num_samples: int) -> ImageData:
         """See `Data`."""
         index = torch.arange(num_samples)
         few = Split(self.train.images[index], self.train.labels[index])
         return replace(self, train=few, val=few, test=few, shift=0, flip=False)
-
-    def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        mean, std = self.pixel_stats
-        return (_as_floats(images, dtype) - mean.to(dtype)) / std.to(dtype)
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +127,3 @@ def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
     total, squares = sums.to(torch.float64)
     variance = (squares - total * total / count) / max(1, count - 1)
     return (total / count / 255)[None, :, None, None], (variance.sqrt() / 255)[None, :, None, None]
-
-
-def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts images to `dtype`, and scales uint8 ones to [0, 1]."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)

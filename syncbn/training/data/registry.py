@@ -22,6 +22,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import builtin, custom, folders, hf, shapes
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.pixel_stats import given_statistic
 
 
 def load_data(config: DataConfig) -> Data:
@@ -51,7 +52,11 @@ def load_data(config: DataConfig) -> Data:
         case _:
             assert_never(config)
     classes = getattr(config, "classes", None)
-    return data if classes is None else _keep_classes(data, classes)
+    data = data if classes is None else _keep_classes(data, classes)
+    if isinstance(data, ImageData) and not isinstance(config, OpenData):
+        mean = given_statistic("data.mean", config.mean, data.num_channels)
+        return replace(data, mean=mean, std=given_statistic("data.std", config.std, data.num_channels))
+    return data
 
 
 def _keep_classes(data: Data, classes: list[int]) -> Data:

@@ -82,7 +82,7 @@ def _train(
     stop: StopRequest,
 ) -> dict[str, float]:
     with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
-        components = build_components(config, context, resumes=checkpoint is not None)
+        components = build_components(config, context, checkpoint)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))

@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.checkpoint.files import Stored
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
@@ -26,6 +27,7 @@ from syncbn.training.models.pretrained import Drift, load_subnet
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
+from syncbn.training.trainer.pixels import with_statistics_of_init
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
@@ -67,21 +69,27 @@ class RunComponents:
     drift: Drift
 
 
-def build_components(config: Config, context: RankContext, *, resumes: bool) -> RunComponents:
+def build_components(config: Config, context: RankContext, checkpoint: Stored | None) -> RunComponents:
     """Builds everything that a run trains with; every rank has to call it.
 
     Args:
-        resumes: a checkpoint is loaded afterwards, so pretrained sub-networks are not.
+        checkpoint: what is loaded afterwards, so that pretrained sub-networks are not, and whose pixel statistics are
+            taken; None for a new run.
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
             `build_freeze_plan`, `check_training_classes`.
     """
+    resumes = checkpoint is not None
     data = registry.load_data(config.data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
     elif not resumes:
         check_training_classes(data)
+    if checkpoint is not None:
+        data = dataset.normalized_as_trained(data, checkpoint.content)
+    else:
+        data = with_statistics_of_init(data, config.init)
     model = build_model(config, data, context)
     drift = Drift()
     for name, init in config.init.items() if not resumes else ():

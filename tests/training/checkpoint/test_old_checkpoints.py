@@ -21,7 +21,9 @@ from tests.training.jobs import run_rank
 
 WRITTEN = Path(__file__).parents[2] / "data/v0.1.0"
 OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its trajectory
-NEW = {"config.bn.skip_nonfinite": False}  # keys that 0.1.0 did not have, and the value that computes as it did
+# Keys that 0.1.0 did not have, and the value that computes as it did.
+NEW = {"config.bn.skip_nonfinite": False, "config.data.mean": "auto", "config.data.std": "auto"}
+DESCRIBED = {"data.image.size": [8, 8], "data.image.channels": 1, "data.image.fit": "crop", "data.image.range": None}
 
 
 def go_on(cwd):
@@ -33,8 +35,9 @@ def go_on(cwd):
 
 def check_same_values(content):
     now, then = (dict(flatten(part)) for part in (content, read(WRITTEN / "step_00000016.pt", "resume")))
-    assert now.keys() == then.keys() | NEW.keys()
-    assert {key: now[key] for key in NEW} == NEW
+    new = NEW | DESCRIBED
+    assert now.keys() == then.keys() | new.keys()
+    assert {key: now[key] for key in new} == new
     for key in then.keys() - OWN:
         if isinstance(then[key], torch.Tensor):
             torch.testing.assert_close(

@@ -16,6 +16,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import decoding, images, registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.decoding import Decoded, Files
+from syncbn.training.data.preparation import Preparation
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.images import save_classes, save_image, save_masks
 from tests.training.jobs import compose_config
@@ -36,7 +37,7 @@ def masks(root, *overrides):
 
 
 def decode(path, size=8, channels=3):
-    return Decoded(Files([str(path)]), size, channels)[torch.tensor([0])][0]
+    return Decoded(Files([str(path)]), Preparation((size, size), channels))[torch.tensor([0])][0]
 
 
 def everything(rows):
