@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from syncbn.training.config.errors import require, require_choice
+from syncbn.training.config.errors import ConfigError, require, require_choice
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+SAMPLERS = ("shuffled", "balanced")
 _POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
 
@@ -31,10 +32,20 @@ class LoadingConfig:
     """
     std: Any = "auto"
     """Standard deviation by which they are normalized; as `mean`."""
+    sampler: str = "shuffled"
+    """Samples of an epoch: "shuffled" (each once) or "balanced" (as many draws, equally many of each class)."""
+    augment: dict[str, Any] = field(default_factory=dict)
+    """Transforms of whole training images by name, `_target_` and arguments each; they replace `shift` and `flip`."""
 
     def __post_init__(self) -> None:
+        self.augment = {name: node for name, node in self.augment.items() if node is not None}
+        for name, node in self.augment.items():
+            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+                key = f"data.augment.{name}._target_"
+                raise ConfigError(f"{key}: required; give a transform, {key}=torchvision.transforms.v2.RandomRotation")
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
             _check_statistic(key, value)
+        require_choice("data.sampler", self.sampler, SAMPLERS)
         require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
         require(self.workers >= 0, "data.workers", "a number of processes, 0 or more", self.workers)
         require(self.prefetch >= 1, "data.prefetch", "1 batch or more", self.prefetch)
@@ -209,10 +220,11 @@ class ShapesConfig(LoadingConfig):
 
 
 class OpenData(dict[str, Any]):
-    """A user-defined data set: `_target_` and its arguments, and the settings `workers` and `prefetch`."""
+    """A user-defined data set: `_target_` and its arguments, and the settings `workers`, `prefetch` and `sampler`."""
 
     def __init__(self, node: dict[str, Any]) -> None:
         super().__init__(node)
+        require_choice("data.sampler", self.sampler, SAMPLERS)
         for key, least in (("workers", 0), ("prefetch", 1)):
             value = getattr(self, key)
             is_number = isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -234,9 +246,14 @@ class OpenData(dict[str, Any]):
         return self.get("prefetch", 2)
 
     @property
+    def sampler(self) -> str:
+        """See `LoadingConfig`."""
+        return self.get("sampler", "shuffled")
+
+    @property
     def arguments(self) -> dict[str, Any]:
-        """`_target_` and its arguments, without `workers` and `prefetch`."""
-        return {key: value for key, value in self.items() if key not in ("workers", "prefetch")}
+        """`_target_` and its arguments, without the settings of the loader and the sampler."""
+        return {key: value for key, value in self.items() if key not in ("workers", "prefetch", "sampler")}
 
 
 DataConfig = (

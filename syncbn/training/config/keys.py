@@ -62,6 +62,8 @@ READERS: dict[str, tuple[str, ...]] = {
     "data": _EVERY,
     "data.mean": ("train", "data", "parity"),  # tasks with load take the numbers of the checkpoint
     "data.std": ("train", "data", "parity"),
+    "data.sampler": ("train", "eval", "audit", "recalibrate", "parity"),  # eval: of eval.precise_bn
+    "data.augment": ("train", "audit", "data", "parity"),
     "data.shift": ("train", "audit", "data", "parity"),
     "data.flip": ("train", "audit", "data", "parity"),
     "data.workers": ("train", "eval", "recalibrate", "data"),

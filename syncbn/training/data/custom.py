@@ -14,7 +14,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.images import ImageData
-from syncbn.training.data.randomness import Draw, mix_key
+from syncbn.training.data.randomness import Draw, mix_key, occurrences
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,24 @@ class CustomData:
         return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
     @property
+    def train_labels(self) -> Tensor | None:
+        """The attribute `targets` of the training dataset, as torchvision's have it; None without one."""
+        targets = getattr(self.train, "targets", None)
+        if targets is None or len(targets) != len(self.train):
+            return None
+        labels = torch.as_tensor(targets)
+        return labels.to(torch.int64) if labels.dim() == 1 and not labels.is_floating_point() else None
+
+    @property
     def image_settings(self) -> None:
         """None: the user's datasets prepare their images."""
         return None
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images and targets of these training samples, stacked; images are cast to `dtype`."""
-        return self._batch(self.train, index, (seed, epoch), dtype)
+        return self._batch(self.train, index, (seed, epoch), dtype, repeats)
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these samples of a split, stacked; images are cast to `dtype`."""
@@ -74,11 +85,15 @@ class CustomData:
         few = Subset(self.train, range(num_samples))
         return replace(self, train=few, val=few, test=few)
 
-    def _batch(self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _batch(
+        self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        names = occurrences(index, repeats).tolist()
         with torch.random.fork_rng(devices=[]):
             items = []
-            for sample in index.tolist() or [0]:  # an empty batch takes its shapes from sample 0
-                torch.manual_seed(mix_key(*draw, sample, Draw.ITEM))
+            # An empty batch takes its shapes from sample 0.
+            for sample, name in zip(index.tolist() or [0], names or [0], strict=True):
+                torch.manual_seed(mix_key(*draw, name, Draw.ITEM))
                 items.append(split[sample])
         images = torch.stack([torch.as_tensor(image) for image, *_ in items])[: len(index)]
         targets = torch.stack([torch.as_tensor(target) for _, target in items])[: len(index)]

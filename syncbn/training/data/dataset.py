@@ -77,6 +77,10 @@ class Data(Protocol):
         """Whether labels are per pixel (masks) instead of per image."""
 
     @property
+    def train_labels(self) -> Tensor | None:
+        """Labels of the training samples, (N,) int64; None for masks, and where only an item tells its target."""
+
+    @property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by which pixels are normalized, (1, C, 1, 1) float64; the same on every rank."""
 
@@ -84,12 +88,17 @@ class Data(Protocol):
     def image_settings(self) -> dict[str, Any] | None:
         """How an image file becomes an image of the splits (see `Preparation`); None if only the data set knows."""
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Images and targets of these training samples; random augmentation depends only on (seed, epoch, sample).
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images and targets of these training samples.
+
+        Random augmentation depends only on (seed, epoch, sample, how often the sample was drawn in this epoch before).
 
         Args:
             index: (N,) int64, positions in the split; N may be 0.
             dtype: of the images.
+            repeats: (N,) int64, how often each sample was drawn in this epoch before; None for never.
         """
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,9 @@ def decoded_data(
     for name, split in splits.items():
         if len(split) == 0:
             raise ConfigError(f"data.path: no image for {name} in {config.path!r}; expected at least one")
-    rows = [rows for split in splits.values() for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
+    # Transforms take training images that are neither fitted nor cached.
+    kept = [split for name, split in splits.items() if name != "train" or not config.augment]
+    rows = [rows for split in kept for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
     keep_decoded(rows, config)
     if config.range is None and isinstance(splits["train"].images, Decoded):
         warn_of_lost_bits(splits["train"].images)

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.augment import augment
+from syncbn.training.data.augmentation import Augmentation
 from syncbn.training.data.dataset import IGNORE, Rows, Split
+from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.preparation import Preparation, normalized
+from syncbn.training.data.randomness import Draw, mix_key, occurrences
 
 STATS_SAMPLES = 1000  # for images decoded on access: number of samples that give mean and std
 
@@ -29,6 +32,7 @@ class ImageData:
     """None if the targets are not classes."""
     shift: int
     flip: bool
+    """Shift and flip are without effect where there is an `augmentation`."""
     class_names: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty if the data set has none."""
     mean: Tensor | str | None = None
@@ -37,6 +41,8 @@ class ImageData:
     """
     std: Tensor | str | None = None
     """Standard deviation by which they are normalized; as `mean`."""
+    augmentation: Augmentation | None = None
+    """The user's transforms of whole training images, which take the place of shift and flip."""
     preparation: Preparation | None = None
     """How images in files become those of the splits; None for images that are no files, whose size is theirs."""
 
@@ -50,16 +56,21 @@ class ImageData:
         """Whether labels are per pixel (masks) instead of per image."""
         return len(self.train.labels.shape) > 1
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64.
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64; see `Data`.
 
-        Augmentation depends only on (seed, epoch, sample). A mask moves with its image; mask pixels that a shift
-        brings in are IGNORE.
+        A mask moves with its image; mask pixels that a shift brings in are IGNORE.
         """
+        names = occurrences(index, repeats)
+        if self.augmentation is not None:
+            images, labels = self._transformed(index, names, seed, epoch)
+            return normalized(images, *self.pixel_stats, dtype), labels.to(torch.int64)
         images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
-        images = augment(images, index, self.shift, self.flip, seed, epoch)
+        images = augment(images, names, self.shift, self.flip, seed, epoch)
         if self.has_masks:
-            labels = augment(labels[:, None], index, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
+            labels = augment(labels[:, None], names, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
         return normalized(images, *self.pixel_stats, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,6 +103,11 @@ class ImageData:
         return replace(self, mean=mean, std=std)
 
     @property
+    def train_labels(self) -> Tensor | None:
+        """See `Data`."""
+        return None if self.has_masks else self.train.labels[torch.arange(len(self.train))]
+
+    @property
     def image_settings(self) -> dict[str, Any]:
         """See `Data`."""
         return self._prepared.description()
@@ -114,7 +130,37 @@ class ImageData:
         """See `Data`."""
         index = torch.arange(num_samples)
         few = Split(self.train.images[index], self.train.labels[index])
-        return replace(self, train=few, val=few, test=few, shift=0, flip=False)
+        return replace(self, train=few, val=few, test=few, shift=0, flip=False, augmentation=None)
+
+    def check_augmentation(self, seed: int) -> None:
+        """Tries the user's transforms on the first training sample; see `Augmentation.require_repeatable`."""
+        if self.augmentation is not None:
+            self.augmentation.require_repeatable(*self._whole(0), seed, self._name(0))
+
+    def _transformed(self, index: Tensor, names: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) and labels or masks of these training samples, transformed and then fitted."""
+        assert self.augmentation is not None
+        images, masks = self.train.images[index[:0]], []
+        drawn = []
+        for sample, name in zip(index.tolist(), names.tolist(), strict=True):
+            key = mix_key(seed, epoch, name, Draw.AUGMENT)
+            image, mask = self.augmentation(*self._whole(sample), key, self._name(sample))
+            drawn.append(self._prepared.fitted_pixels(image))
+            masks += [] if mask is None else [self._prepared.fitted_classes(mask)]
+        images = torch.stack(drawn) if drawn else images
+        return images, torch.stack(masks) if masks else self.train.labels[index]
+
+    def _whole(self, sample: int) -> tuple[Tensor, Tensor | None]:
+        """A training image in its own size, and its mask; not those of the data set, so that they may be changed."""
+        rows = (self.train.images, self.train.labels)[: 2 if self.has_masks else 1]
+        image, *masks = (
+            part.whole(sample) if isinstance(part, Decoded) else part[torch.tensor([sample])][0] for part in rows
+        )
+        return image, masks[0] if masks else None
+
+    def _name(self, sample: int) -> str:
+        images = self.train.images
+        return repr(images.source.name(sample)) if isinstance(images, Decoded) else f"training sample {sample}"
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:

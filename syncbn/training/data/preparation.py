@@ -116,6 +116,10 @@ class Preparation:
             return pixels
         return torch.stack([torch.from_numpy(self._resized(Image.fromarray(channel.numpy()))) for channel in pixels])
 
+    def fitted_classes(self, classes: Tensor) -> Tensor:
+        """What `fitted_mask` does, for a mask of classes in memory, (H, W) uint8."""
+        return classes if classes.shape == self.size else self.fitted_mask(Image.fromarray(classes.numpy()))
+
     def _as_bytes(self, image: Image.Image) -> Image.Image:
         """Converts more than 8 bits per pixel to 8, and palettes with transparency to RGBA.
 

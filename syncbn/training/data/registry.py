@@ -20,6 +20,7 @@ from syncbn.training.config.data import (
 )
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import builtin, custom, folders, hf, shapes
+from syncbn.training.data.augmentation import Augmentation
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.pixel_stats import given_statistic
@@ -54,8 +55,12 @@ def load_data(config: DataConfig) -> Data:
     classes = getattr(config, "classes", None)
     data = data if classes is None else _keep_classes(data, classes)
     if isinstance(data, ImageData) and not isinstance(config, OpenData):
-        mean = given_statistic("data.mean", config.mean, data.num_channels)
-        return replace(data, mean=mean, std=given_statistic("data.std", config.std, data.num_channels))
+        return replace(
+            data,
+            mean=given_statistic("data.mean", config.mean, data.num_channels),
+            std=given_statistic("data.std", config.std, data.num_channels),
+            augmentation=Augmentation(config.augment) if config.augment else None,
+        )
     return data
 
 

@@ -34,7 +34,7 @@ _KEPT = re.compile(
 _WITHOUT_LOAD = {"train", "data", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
-_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|data\.augment)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 _GROUPS = (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug", "hydra", "")
 
 

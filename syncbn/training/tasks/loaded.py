@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import is_below, require_secrets
+from syncbn.training.config.data import DataConfig, OpenData
 from syncbn.training.config.errors import ConfigError, configured_by
+from syncbn.training.config.keys import READERS
 from syncbn.training.config.parsing import apply_overrides, of_command, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.run_files import require_regular_files
@@ -99,7 +102,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine, given = to_dict(config), held_back()
         command = Command(mine, config.trust, replaced=apply_overrides({}, given))
-        check_stored(checkpoint["config"], "load", path, command)
+        check_stored(_that_is_run(checkpoint["config"], config.task), "load", path, command)
         with configured_by(path):
             parse(checkpoint["config"] | of_command(config))
         stored = apply_overrides(checkpoint["config"], given) | {key: mine[key] for key in OWN_KEYS}
@@ -107,7 +110,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         trained = parse(stored | of_command(config))
         trained.bn.virtual_ranks = None
         with configured_by(path, given):
-            data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
+            data = dataset.as_trained(registry.load_data(_that_is_read(trained.data, config.task)), checkpoint)
     context = context_for(trained, context)
     with configured_by(path, given):
         model = build_model(trained, data, context)
@@ -116,6 +119,20 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         for name, init in trained.init.items():
             load_subnet(model, name, init)
     return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model)
+
+
+def _that_is_run(stored: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """The stored configuration without the code that this task does not run: transforms of training images."""
+    data = stored.get("data")
+    if task in READERS["data.augment"] or not isinstance(data, Mapping) or "_target_" in data:
+        return stored
+    return {**stored, "data": {key: value for key, value in data.items() if key != "augment"}}
+
+
+def _that_is_read(config: DataConfig, task: str) -> DataConfig:
+    if task in READERS["data.augment"] or isinstance(config, OpenData):
+        return config
+    return replace(config, augment={})
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:

@@ -12,11 +12,14 @@ from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.checkpoint.files import Stored
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
+from syncbn.training.data.balance import ClassMembers
 from syncbn.training.data.counting import check_training_classes
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
@@ -82,6 +85,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     """
     resumes = checkpoint is not None
     data = registry.load_data(config.data)
+    if isinstance(data, ImageData):
+        data.check_augmentation(config.seed)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
     elif not resumes:
@@ -108,11 +113,27 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
 
 
 def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sampler:
-    """The sampler that selects this rank's training samples."""
+    """The sampler that selects this rank's training samples.
+
+    Raises:
+        ConfigError: `data.sampler=balanced` for masks, or for data of which the labels are not known.
+    """
     groups = groups_per_rank(config.bn, context.world_size)
     return Sampler(
-        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups
-    )
+        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups,
+        balance=_members(data) if config.data.sampler == "balanced" else None,
+    )  # fmt: skip
+
+
+def _members(data: dataset.Data) -> ClassMembers:
+    labels = data.train_labels
+    if data.has_masks:
+        raise ConfigError("data.sampler: balanced is for one label per image, and a mask has many; use shuffled, and"
+                          " loss.class_weights to balance them")  # fmt: skip
+    if labels is None:
+        raise ConfigError("data.sampler: balanced needs labels without reading images; give the training dataset an"
+                          " attribute `targets` with the class of each sample, or use shuffled")  # fmt: skip
+    return ClassMembers(labels)
 
 
 def context_for(config: Config, context: RankContext) -> RankContext:

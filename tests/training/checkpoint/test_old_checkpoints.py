@@ -22,7 +22,8 @@ from tests.training.jobs import run_rank
 WRITTEN = Path(__file__).parents[2] / "data/v0.1.0"
 OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its trajectory
 # Keys that 0.1.0 did not have, and the value that computes as it did.
-NEW = {"config.bn.skip_nonfinite": False, "config.data.mean": "auto", "config.data.std": "auto"}
+NEW = {"config.bn.skip_nonfinite": False, "config.data.mean": "auto", "config.data.std": "auto",
+       "config.data.augment": {}, "config.data.sampler": "shuffled"}  # fmt: skip
 DESCRIBED = {"data.image.size": [8, 8], "data.image.channels": 1, "data.image.fit": "crop", "data.image.range": None}
 
 

@@ -33,9 +33,10 @@ def without_speed(record):
 
 @pytest.mark.parametrize("num_ranks", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3, 4))])
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks):
-    # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum; a sub-network that
-    # stays frozen and one that is released on the way.
-    same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9",
+    # Schedule, averaged weights, accumulation with a ragged last window, transforms, momentum; balanced draws, some of
+    # them twice in an epoch; a sub-network that stays frozen and one that is released on the way.
+    same = [*SMALL, "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "ema=0.9", "data.sampler=balanced",
+            "data.augment.jiggle._target_=tests.training.transforms.Jiggle", "data.mean=0.1", "data.std=[1,1,2]",
             "freeze.backbone.match=backbone.stage1", "freeze.backbone.weights=true",
             "freeze.early.match=backbone.stem", "freeze.early.until=9"]  # fmt: skip
     whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)

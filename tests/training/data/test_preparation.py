@@ -147,7 +147,7 @@ def test_a_checkpoint_has_the_numbers_and_all_that_prepares_an_image_as_validati
     with Image.open(tmp_path / "photos/val/b/000.png") as image:
         assert torch.equal(trained.prepare(image), images[0])
     (tmp_path / "outputs/base").rename(tmp_path / "outputs/gone")
-    assert torch.equal(load_last(job(*photos, "duration=2", "run=a"))["data"]["mean"], trained.mean)
+    assert torch.equal(load_last(job("duration=2", "run=a"))["data"]["mean"], trained.mean)
     exported = job("task=export", f"load={run}", "export.formats=[safetensors]", "run=b")
     description = json.loads((exported / "export/export.json").read_text())["input"]
     assert description["mean"] == trained.mean.flatten().tolist()
