@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from syncbn.training.config.data import DataConfig
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
@@ -40,6 +43,17 @@ def compose_config(*overrides: str) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return parse(compose("train", [open_override(override) for override in overrides]))
+
+
+@cache
+def _composed_data(name: str) -> DataConfig:
+    required = {"image_folder": ["data.path=x"], "mask_folder": ["data.path=x", "data.num_classes=3"]}
+    return compose_config(f"data={name}", *required.get(name, [])).data
+
+
+def data_config(name: str, **settings: object) -> DataConfig:
+    """The configuration of a data set, composed once for all tests of a process and then changed; checked anew."""
+    return replace(_composed_data(name), **settings)
 
 
 def torchrun(num_ranks: int) -> list[str]:

@@ -87,7 +87,7 @@ def test_without_test_as_in_imagenet_s_layout_nothing_is_tested_and_no_result_of
     small = [override for override in SMALL if not override.startswith(("data", "tracker"))]
     overrides = [*small, "data=image_folder", f"data.path={tmp_path / 'photos'}", "data.size=8", "data.workers=0"]
     run = job(*overrides, "tracker.mode=disabled", "duration=2", "run=a")
-    again = job(*overrides, "tracker.mode=disabled", "duration=2", "run=a")  # is finished
+    again = job("duration=2", "tracker.report=false", "run=a")  # is finished
     evaluated = job("task=eval", f"load={again}", "run=b")
     for file in (run / "metrics.jsonl", run / "summary.json", run / "report.html", evaluated / "metrics.jsonl"):
         text = file.read_text()
@@ -284,6 +284,7 @@ def test_after_training_pixels_are_normalized_as_they_were_and_other_classes_ref
         description = json.loads((exported / "export/export.json").read_text())
         assert description["input"]["mean"] == mean.flatten().tolist()
         assert description["input"]["std"] == std.flatten().tolist()
+        assert description["input"]["image"] == {"size": [8, 8], "channels": 3, "fit": "crop", "range": None}
         assert description["output"]["labels"] == ["a", "b"]
     (tmp_path / "photos/b").rename(tmp_path / "photos/c")
     with pytest.raises(ConfigError, match=r"^data.path: the model was trained on the classes a, b, the data has a, c"):

@@ -1,7 +1,5 @@
 """How an image in a file becomes what a model takes: its size, the bits that are kept, mean and std."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,13 +12,12 @@ from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.trained_input import TrainedInput
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.images import save_classes, save_image, save_masks
-from tests.training.jobs import compose_config
+from tests.training.jobs import data_config
 from tests.training.trainer.test_train import load_last
 
 
-def load(kind, root, *overrides):
-    common = [f"data={kind}", f"data.path={root}", "data.workers=0", "data.cache=0"]
-    return registry.load_data(compose_config(*common, *overrides).data)
+def load(kind, root, **settings):
+    return registry.load_data(data_config(kind, path=str(root), workers=0, cache="0", **settings))
 
 
 def first_image(data):
@@ -38,7 +35,7 @@ def test_a_crop_is_what_pillow_s_fit_makes(tmp_path, size):
 
 def test_a_padded_image_is_whole_and_its_padding_is_ignored_in_the_mask(tmp_path):
     save_masks(tmp_path, values=(0, 1, 2))  # 16 rows, 20 columns
-    data = load("mask_folder", tmp_path, "data.num_classes=3", "data.size=[20,40]", "data.fit=pad")
+    data = load("mask_folder", tmp_path, num_classes=3, size=[20, 40], fit="pad")
     image, mask = first_image(data), data.train.labels[torch.tensor([0])][0]
     assert image.shape == (3, 20, 40)
     padding = torch.ones(20, 40, dtype=torch.bool)
@@ -81,12 +78,12 @@ def save_deep(root, values):
 def test_a_range_spreads_the_values_of_deep_images_over_all_levels(tmp_path, caplog):
     values = np.arange(0, 4096, dtype=np.uint16).reshape(64, 64)
     save_deep(tmp_path, values)
-    same = ("data.size=64", "data.channels=1")
-    found = first_image(load("image_folder", tmp_path, *same, "data.range=[100,4000]")).numpy()[0]
+    same = {"size": 64, "channels": 1}
+    found = first_image(load("image_folder", tmp_path, **same, range=[100, 4000])).numpy()[0]
     assert np.array_equal(found, np.rint((values.astype(float) - 100).clip(0, 3900) / 3900 * 255))
     assert len(np.unique(found)) == 256
     assert "data.range" not in caplog.text
-    assert len(first_image(load("image_folder", tmp_path, *same)).unique()) == 16
+    assert len(first_image(load("image_folder", tmp_path, **same)).unique()) == 16
     expected = "values from 0 to 4095, as in 2 of them, become 16 gray levels; data.range=[0,4095] maps them to 256"
     assert expected in caplog.text
 
@@ -98,34 +95,35 @@ def test_a_range_gives_pixels_of_any_number_type_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("key", "value", "message"),
     [
-        ("data.size=[8]", r"^data.size: expected 1 pixel or more, or \[height, width\], got \[8\]"),
-        ("data.size=0", r"^data.size: "),
-        ("data.size=big", r"^data.size: "),
-        ("data.fit=cover", r"^data.fit: expected one of crop, pad, stretch, got 'cover'"),
-        ("data.range=[5,5]", r"^data.range: expected null or \[low, high\]"),
-        ("data.mean=some", r"^data.mean: expected auto, imagenet, init.<name>, or numbers"),
+        ("size", [8], r"^data.size: expected 1 pixel or more, or \[height, width\], got \[8\]"),
+        ("size", 0, r"^data.size: "),
+        ("size", "big", r"^data.size: "),
+        ("fit", "cover", r"^data.fit: expected one of crop, pad, stretch, got 'cover'"),
+        ("range", [5, 5], r"^data.range: expected null or \[low, high\]"),
+        ("mean", "some", r"^data.mean: expected auto, imagenet, init.<name>, or numbers"),
         (
-            "data.mean=[0.5,0.5]",
+            "mean",
+            [0.5, 0.5],
             r"^data.mean: expected a number, or 3 for the channels of .*, got \[0.5, 0.5\]",
         ),
-        ("data.std=0", r"^data.std: .* above 0, got 0"),
+        ("std", 0, r"^data.std: .* above 0, got 0"),
     ],
 )
-def test_a_setting_that_cannot_be_is_an_error_that_names_the_key(tmp_path, override, message):
+def test_a_setting_that_cannot_be_is_an_error_that_names_the_key(tmp_path, key, value, message):
     save_classes(tmp_path, {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
     with pytest.raises(ConfigError, match=message):
-        load("image_folder", tmp_path, override)
+        load("image_folder", tmp_path, **{key: value})
 
 
 def test_mean_and_std_are_the_numbers_that_are_given_each_by_itself(tmp_path):
     save_classes(tmp_path, {"train/a": 3, "train/b": 1, "val/a": 1, "val/b": 1})
-    own = load("image_folder", tmp_path, "data.size=8")
-    known = load("image_folder", tmp_path, "data.size=8", "data.mean=imagenet", "data.std=[0.1,0.2,0.3]")
+    own = load("image_folder", tmp_path, size=8)
+    known = load("image_folder", tmp_path, size=8, mean="imagenet", std=[0.1, 0.2, 0.3])
     assert known.pixel_stats[0].flatten().tolist() == [0.485, 0.456, 0.406]
     assert known.pixel_stats[1].flatten().tolist() == [0.1, 0.2, 0.3]
-    one = load("image_folder", tmp_path, "data.size=8", "data.mean=0.5")
+    one = load("image_folder", tmp_path, size=8, mean=0.5)
     assert one.pixel_stats[0].flatten().tolist() == [0.5] * 3
     assert torch.equal(one.pixel_stats[1], own.pixel_stats[1])
 
@@ -142,16 +140,12 @@ def test_a_checkpoint_has_the_numbers_and_all_that_prepares_an_image_as_validati
     assert torch.equal(trained.mean, load_last(base)["data"]["mean"])
     assert trained.std.flatten().tolist() == [0.25] * 3
     assert trained.class_names == ("a", "b")
-    data = load("image_folder", tmp_path / "photos", "data.size=[8,12]", "data.fit=pad")
+    data = load("image_folder", tmp_path / "photos", size=[8, 12], fit="pad")
     images, _ = data.normalized_by(trained.mean, trained.std).eval_batch(data.val, torch.tensor([1]), torch.float32)
     with Image.open(tmp_path / "photos/val/b/000.png") as image:
         assert torch.equal(trained.prepare(image), images[0])
     (tmp_path / "outputs/base").rename(tmp_path / "outputs/gone")
     assert torch.equal(load_last(job("duration=2", "run=a"))["data"]["mean"], trained.mean)
-    exported = job("task=export", f"load={run}", "export.formats=[safetensors]", "run=b")
-    description = json.loads((exported / "export/export.json").read_text())["input"]
-    assert description["mean"] == trained.mean.flatten().tolist()
-    assert description["image"] == {"size": [8, 12], "channels": 3, "fit": "pad", "range": None}
     with pytest.raises(ConfigError, match=r"^data.mean=init.head: init loads no head, only nothing; give init.head.pa"):
         job(*photos, "data.mean=init.head", "run=c")
 
