@@ -10,6 +10,7 @@ from typing import Any
 from syncbn.training.config.errors import ConfigError, require, require_choice
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+FITS = ("crop", "pad", "stretch")
 SAMPLERS = ("shuffled", "balanced")
 _POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
@@ -125,7 +126,7 @@ class DecodedConfig(LoadingConfig):
         sizes = self.size if isinstance(self.size, list) else [self.size]
         valid = len(sizes) == (2 if isinstance(self.size, list) else 1) and all(_is_count(size) for size in sizes)
         require(valid, "data.size", "1 pixel or more, or [height, width]", self.size)
-        require_choice("data.fit", self.fit, ("crop", "pad", "stretch"))
+        require_choice("data.fit", self.fit, FITS)
         limits = self.range
         valid = limits is None or (len(limits) == 2 and all(map(isfinite, limits)) and limits[0] < limits[1])
         require(valid, "data.range", "null or [low, high], the lower one first", limits)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from syncbn.training.config.data import FITS
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.preparation import Preparation, normalized
 
@@ -47,12 +48,17 @@ class TrainedInput:
                 fit=str(image.get("fit", "crop")),
                 range=None if limits is None else (float(limits[0]), float(limits[1])),
             )
+            mean, std = data["mean"], data["std"]
+            if preparation.fit not in FITS or preparation.channels not in (1, 3) or min(preparation.size) < 1:
+                raise ValueError("settings that no run has")
+            if any(statistic.shape != (1, preparation.channels, 1, 1) for statistic in (mean, std)):
+                raise ValueError("statistics of other channels")
             names, values = tuple(map(str, data["classes"])), config.get("values")
-            return cls(preparation, data["mean"], data["std"], names, None if values is None else dict(values))
+            return cls(preparation, mean, std, names, None if values is None else dict(values))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise ConfigError(
-                f"{key}: the checkpoint does not say how images become the model's input; expected one of a run on"
-                " images (with data=custom the class itself prepares them)"
+                f"{key}: the checkpoint does not say how image files become the model's input; expected one of a run on"
+                " gray or RGB images (with data=custom the class itself prepares them)"
             ) from None
 
     def prepare(self, image: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -122,11 +122,21 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
 
 
 def _that_is_run(stored: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    """The stored configuration without the code that this task does not run: transforms of training images."""
+    """The stored configuration, in which transforms of training images are no code where this task runs none.
+
+    Their values stay to be looked at: an interpolation in them would be resolved all the same.
+    """
     data = stored.get("data")
     if task in READERS["data.augment"] or not isinstance(data, Mapping) or "_target_" in data:
         return stored
-    return {**stored, "data": {key: value for key, value in data.items() if key != "augment"}}
+    return {**stored, "data": {key: _as_data(value) if key == "augment" else value for key, value in data.items()}}
+
+
+def _as_data(value: Any) -> Any:
+    """Containers with the keys that ask for a call (`_target_`, `_args_`) renamed."""
+    if isinstance(value, Mapping):
+        return {str(key).strip("_"): _as_data(item) for key, item in value.items()}
+    return [_as_data(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _that_is_read(config: DataConfig, task: str) -> DataConfig:

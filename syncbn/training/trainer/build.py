@@ -85,12 +85,12 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     """
     resumes = checkpoint is not None
     data = registry.load_data(config.data)
-    if isinstance(data, ImageData):
-        data.check_augmentation(config.seed)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
     elif not resumes:
         check_training_classes(data)
+    if isinstance(data, ImageData):
+        data.check_augmentation(config.seed)
     if checkpoint is not None:
         data = dataset.normalized_as_trained(data, checkpoint.content)
     else:

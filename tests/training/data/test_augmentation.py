@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.data import registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.loader import Loader
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
+from syncbn.training.tasks.loaded import _that_is_run
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.images import save_classes, save_masks
 from tests.training.jobs import ROOT, compose_config, data_config
@@ -200,6 +203,15 @@ def test_a_run_meets_a_generator_of_its_own_before_it_trains_and_a_file_names_no
     assert stored["augment"] == {"p": own("Paint")}
     with pytest.raises(ConfigError, match=r"^load: .*names code"):
         job("task=audit", f"load={run}", "run=c")
+
+
+def test_an_interpolation_among_transforms_is_refused_also_where_none_is_built():
+    stored = {"data": {"name": "hf", "augment": {"a": {"_target_": "os.system", "_args_": [{"b": "${oc.env:HOME}"}]}}}}
+    assert _that_is_run(stored, "train") == stored
+    with pytest.raises(
+        ConfigError, match=r"^load: run.pt holds what is never taken from a file: data.augment.a.args.0"
+    ):
+        check_stored(_that_is_run(stored, "eval"), "load", Path("run.pt"), Command({}))
 
 
 @pytest.mark.parametrize(

@@ -154,5 +154,5 @@ def test_a_checkpoint_of_0_1_0_says_it_in_its_configuration():
     data = {"classes": ["a", "b"], "mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}
     trained = TrainedInput.of({"data": data, "config": {"data": {"size": 32, "channels": 3}}})
     assert trained.preparation == Preparation((32, 32), 3)
-    with pytest.raises(ConfigError, match=r"^load: the checkpoint does not say how images become the model's input"):
+    with pytest.raises(ConfigError, match=r"^load: the checkpoint does not say how image files become the model's"):
         TrainedInput.of({"data": {**data, "image": None}, "config": {"data": {"_target_": "mine.Scans"}}})
