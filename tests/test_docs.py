@@ -133,6 +133,8 @@ def is_key(key):
     root, _, rest = key.partition(".")
     if root in _NAMED and rest.count(".") == 1:
         return rest.partition(".")[2] in {"*", *(field.name for field in fields(_NAMED[root]))}
+    if key.startswith("data.augment."):
+        return True  # an open dictionary too, of transforms and their arguments
     known = known_keys()
     return any(one.startswith(key[:-1]) for one in known) if key.endswith(".*") else key in known
 

@@ -124,7 +124,7 @@ def _tv_tensors() -> Any:
         return None
     try:
         from torchvision import tv_tensors
-    except ImportError:  # an old version, or one for another torch
+    except Exception:  # an old version, or one for another torch, of which torch says so with a RuntimeError
         return None
     return tv_tensors
 
