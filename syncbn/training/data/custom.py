@@ -119,7 +119,7 @@ def load_custom(config: OpenData) -> Data:
             continue
         if split is None or not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
             raise ConfigError(
-                f"{key}: expected the datasets train and val (and test, if any), with len() and indexing; {name} is not"
+                f"{key}: expected the datasets train, val and test (or no test), with len() and indexing; {name} is not"
             )
         if len(split) == 0:
             raise ConfigError(f"{key}: {name} is empty")
