@@ -136,6 +136,8 @@ def is_key(key):
         return rest.partition(".")[2] in {"*", *(field.name for field in fields(_NAMED[root]))}
     if found := re.fullmatch(r"optimizer\.groups\.[^.]+\.(\w+)", key):
         return found[1] in {field.name for field in fields(GroupConfig)}
+    if key.startswith("data.augment."):
+        return True  # an open dictionary too, of transforms and their arguments
     known = known_keys()
     return any(one.startswith(key[:-1]) for one in known) if key.endswith(".*") else key in known
 

@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from syncbn.training.config.data import DataConfig
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
@@ -53,6 +56,17 @@ def without_report(overrides: Sequence[str]) -> tuple[str, ...]:
     """The overrides; a training with `tracker=none` that does not ask for report.html goes without, to save time."""
     asks = any(override.startswith(("tracker.report=", "task=")) for override in overrides)
     return (*overrides, "tracker.report=false") if "tracker=none" in overrides and not asks else tuple(overrides)
+
+
+@cache
+def _composed_data(name: str) -> DataConfig:
+    required = {"image_folder": ["data.path=x"], "mask_folder": ["data.path=x", "data.num_classes=3"]}
+    return compose_config(f"data={name}", *required.get(name, [])).data
+
+
+def data_config(name: str, **settings: object) -> DataConfig:
+    """The configuration of a data set, composed once for all tests of a process and then changed; checked anew."""
+    return replace(_composed_data(name), **settings)
 
 
 def torchrun(num_ranks: int) -> list[str]:

@@ -61,6 +61,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "parity": ("parity",),
     "tracker": _TRAIN,
     "data": _EVERY,
+    "data.mean": ("train", "data", "parity"),  # tasks with load take the numbers of the checkpoint
+    "data.std": ("train", "data", "parity"),
+    "data.sampler": ("train", "eval", "audit", "recalibrate", "parity"),  # eval: of eval.precise_bn
+    "data.augment": ("train", "audit", "data", "parity"),
     "data.shift": ("train", "audit", "data", "parity"),
     "data.flip": ("train", "audit", "data", "parity"),
     "data.workers": ("train", "eval", "recalibrate", "data"),

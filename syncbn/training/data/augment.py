@@ -14,7 +14,8 @@ def augment(images: Tensor, index: Tensor, shift: int, flip: bool, seed: int, ep
 
     Args:
         images: (N, C, H, W).
-        index: (N,) int64, the samples' positions in the data set; with seed and epoch they determine the draws.
+        index: (N,) int64, the samples' positions in the data set (see also `occurrences`); with seed and epoch they
+            determine the draws.
         fill: value of the pixels that a shift brings in at the border.
 
     Returns:

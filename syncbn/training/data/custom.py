@@ -1,4 +1,4 @@
-"""User-defined data sets: any three map-style datasets of torch."""
+"""User-defined data sets: any map-style datasets of torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.images import ImageData
-from syncbn.training.data.randomness import Draw, mix_key
+from syncbn.training.data.randomness import Draw, mix_key, occurrences
 
 
 @dataclass(frozen=True)
 class CustomData:
-    """Three map-style datasets of torch's kind: `train`, `val`, `test`.
+    """Map-style datasets of torch's kind: `train`, `val`, and `test` unless there is no test split.
 
     Items are (image, target): a float tensor (C, ...), already normalized, and a tensor or number. Before each item is
     read, torch's generator is seeded by (seed, epoch, sample), so that augmentation which draws from it is the same at
@@ -52,9 +52,25 @@ class CustomData:
         shape = (1, self.num_channels, 1, 1)
         return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @property
+    def train_labels(self) -> Tensor | None:
+        """The attribute `targets` of the training dataset, as torchvision's have it; None without one."""
+        targets = getattr(self.train, "targets", None)
+        if targets is None or len(targets) != len(self.train):
+            return None
+        labels = torch.as_tensor(targets)
+        return labels.to(torch.int64) if labels.dim() == 1 and not labels.is_floating_point() else None
+
+    @property
+    def image_settings(self) -> None:
+        """None: the user's datasets prepare their images."""
+        return None
+
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images and targets of these training samples, stacked; images are cast to `dtype`."""
-        return self._batch(self.train, index, (seed, epoch), dtype)
+        return self._batch(self.train, index, (seed, epoch), dtype, repeats)
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these samples of a split, stacked; images are cast to `dtype`."""
@@ -69,11 +85,15 @@ class CustomData:
         few = Subset(self.train, range(num_samples))
         return replace(self, train=few, val=few, test=few)
 
-    def _batch(self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _batch(
+        self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        names = occurrences(index, repeats).tolist()
         with torch.random.fork_rng(devices=[]):
             items = []
-            for sample in index.tolist() or [0]:  # an empty batch takes its shapes from sample 0
-                torch.manual_seed(mix_key(*draw, sample, Draw.ITEM))
+            # An empty batch takes its shapes from sample 0.
+            for sample, name in zip(index.tolist() or [0], names or [0], strict=True):
+                torch.manual_seed(mix_key(*draw, name, Draw.ITEM))
                 items.append(split[sample])
         images = torch.stack([torch.as_tensor(image) for image, *_ in items])[: len(index)]
         targets = torch.stack([torch.as_tensor(target) for _, target in items])[: len(index)]
@@ -81,7 +101,7 @@ class CustomData:
 
 
 def load_custom(config: OpenData) -> Data:
-    """Builds `data._target_`: an object with the datasets `train`, `val` and `test`, and optionally `num_classes`.
+    """Builds `data._target_`: an object with the datasets `train` and `val`, optionally `test` and `num_classes`.
 
     An `ImageData` or `CustomData` is returned as it is.
 
@@ -94,9 +114,12 @@ def load_custom(config: OpenData) -> Data:
     splits: list[Any] = []
     for name in ("train", "val", "test"):
         split = getattr(built, name, None)
+        if split is None and name == "test":
+            splits.append(None)
+            continue
         if split is None or not hasattr(split, "__getitem__") or not hasattr(split, "__len__"):
             raise ConfigError(
-                f"{key}: expected the datasets train, val and test, with len() and indexing; {name} is not"
+                f"{key}: expected the datasets train, val and test (or no test), with len() and indexing; {name} is not"
             )
         if len(split) == 0:
             raise ConfigError(f"{key}: {name} is empty")

@@ -43,7 +43,7 @@ class Split:
 
 
 class Data(Protocol):
-    """Protocol of a data set for a run: three splits, and batches of them.
+    """Protocol of a data set for a run: its splits, and batches of them.
 
     `ImageData` implements it for images, decoded or encoded; `CustomData` for a user's map-style datasets.
     """
@@ -58,7 +58,7 @@ class Data(Protocol):
 
     @property
     def test(self) -> Any:
-        """Test split, of the same type as `train`."""
+        """Test split, of the same type as `train`; None if the data set has none."""
 
     @property
     def num_classes(self) -> int | None:
@@ -77,15 +77,28 @@ class Data(Protocol):
         """Whether labels are per pixel (masks) instead of per image."""
 
     @property
+    def train_labels(self) -> Tensor | None:
+        """Labels of the training samples, (N,) int64; None for masks, and where only an item tells its target."""
+
+    @property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by which pixels are normalized, (1, C, 1, 1) float64; the same on every rank."""
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Images and targets of these training samples; random augmentation depends only on (seed, epoch, sample).
+    @property
+    def image_settings(self) -> dict[str, Any] | None:
+        """How an image file becomes an image of the splits (see `Preparation`); None if only the data set knows."""
+
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images and targets of these training samples.
+
+        Random augmentation depends only on (seed, epoch, sample, how often the sample was drawn in this epoch before).
 
         Args:
             index: (N,) int64, positions in the split; N may be 0.
             dtype: of the images.
+            repeats: (N,) int64, how often each sample was drawn in this epoch before; None for never.
         """
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,9 +112,10 @@ class Data(Protocol):
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """Class names and pixel statistics as entries of a checkpoint, which `as_trained` reads."""
+    """What a checkpoint says of its data, which `as_trained` and `TrainedInput` read: classes, pixels, preparation."""
     mean, std = data.pixel_stats
-    return {"data": {"classes": list(data.class_names), "mean": mean, "std": std}}
+    names, image = list(data.class_names), data.image_settings
+    return {"data": {"classes": names, "mean": mean, "std": std, "image": image}}
 
 
 def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
@@ -118,6 +132,18 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
             f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
             f" data has {', '.join(data.class_names) or 'none with names'}"
         )
+    return normalized_as_trained(data, checkpoint)
+
+
+def normalized_as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
+    """The data, normalized by the pixel statistics that the checkpoint stores, for a run that goes on.
+
+    Raises:
+        ConfigError: its statistics are none of such images.
+    """
+    stored = checkpoint.get("data")
+    if stored is None:
+        return data
     shape = (1, data.num_channels, 1, 1)
     if not all(stored[name].shape == shape and stored[name].is_floating_point() for name in ("mean", "std")):
         raise ConfigError(f"data: the model was trained on images of other channels, the data has {data.num_channels}")

@@ -6,7 +6,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, parse_bytes
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.data.masks import MaskValues
+from syncbn.training.data.preparation import Preparation, channels_first
 from syncbn.training.distributed import world
 
 log = logging.getLogger(__name__)
 
 _ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's orientation tag; its values from 5 on exchange height and width
+_FEW = 8  # images that `warn_of_lost_bits` looks at, about
 _SHARED_MEMORY = "/dev/shm"  # where torch keeps the tensors that processes share, on Linux
 
 
@@ -81,29 +85,26 @@ class Cache:
 class Decoded:
     """Rows of a split (see `dataset.Rows`) that are decoded on access, uint8.
 
-    Images are brought upright by their EXIF data, their shorter side is resized to `size` (bilinear, antialiased), and
-    the center is cropped: (channels, size, size). Masks hold class numbers, (size, size), and are resized and cropped
-    in the same way, but by the nearest pixel.
+    Images are brought upright by their EXIF data and prepared (see `Preparation`): (channels, *size). Masks hold
+    classes, (*size,), and are fitted in the same way, but by the nearest pixel; their padding is IGNORE.
 
     Raises:
         ConfigError: on access, an image that cannot be read; the message names it.
     """
 
     source: Source
-    size: int
-    channels: int | None
-    """3: RGB; 1: gray; None: the rows are masks."""
-    values: Sequence[int] | None = None
-    """For masks: class number of each of the 256 stored values, negative for a value that must not occur."""
+    preparation: Preparation
+    values: MaskValues | None = None
+    """The classes of the values that masks hold; None: the rows are images."""
     of: Source | None = None
     """For masks: their images, whose height and width have to be the same."""
     cache: Cache | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, channels, size, size), or (N, size, size) for masks."""
-        channels = () if self.channels is None else (self.channels,)
-        return (len(self.source), *channels, self.size, self.size)
+        """(N, channels, *size), or (N, *size) for masks."""
+        channels = () if self.values is not None else (self.preparation.channels,)
+        return (len(self.source), *channels, *self.preparation.size)
 
     @property
     def num_bytes(self) -> int:
@@ -119,19 +120,38 @@ class Decoded:
             row.copy_(self._row(position))
         return rows
 
+    def whole(self, position: int) -> Tensor:
+        """An image or mask in its own size, (channels, H, W) or (H, W) uint8; not cached."""
+        return self._decode(position, self._whole)
+
+    def upright(self, position: int) -> Image.Image:
+        """The image or mask as its EXIF data turns it, decoded; Pillow's exceptions of many types if it is damaged."""
+        with opened(self.source, position) as image:
+            return ImageOps.exif_transpose(image)
+
+    def fitted(self, image: Image.Image, position: int) -> Tensor:
+        """The row that `upright(position)` becomes.
+
+        Raises:
+            ValueError: pixels or a mask that cannot be used.
+        """
+        self._require_same_size(image, position)
+        if self.values is None:
+            return self.preparation.fitted(image)
+        return self.preparation.fitted_mask(as_classes(image), self.values.classes)
+
     def _row(self, position: int) -> Tensor:
         if self.cache is None:
-            return self._decode(position)
+            return self._decode(position, self.fitted)
         if not self.cache.filled[position]:
-            self.cache.rows[position] = self._decode(position)
+            self.cache.rows[position] = self._decode(position, self.fitted)
             self.cache.filled[position] = 1  # after the row, so that a set flag implies a complete row
         return self.cache.rows[position]
 
-    def _decode(self, position: int) -> Tensor:
+    def _decode(self, position: int, convert: Callable[[Image.Image, int], Tensor]) -> Tensor:
         name = self.source.name(position)
         try:
-            with _opened(self.source, position) as image:
-                pixels = self._fit(ImageOps.exif_transpose(image), position)
+            return convert(self.upright(position), position)
         except ConfigError:
             raise
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
@@ -139,59 +159,30 @@ class Decoded:
                 f"data.path: cannot read the image {name!r} ({' '.join(str(error).split()) or type(error).__name__});"
                 " repair it, or remove it"
             ) from None
-        return torch.from_numpy(pixels if self.channels is None else _channels_first(pixels))
 
-    def _fit(self, image: Image.Image, position: int) -> np.ndarray:
-        if self.of is not None:
-            with _opened(self.of, position) as other:
-                size = other.size[::-1] if other.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS else other.size
-            if image.size != size:
-                raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, *size))
-        if self.channels is None:
-            return self._classes(ImageOps.fit(_as_classes(image), (self.size, self.size), Image.Resampling.NEAREST))
-        image = _as_bytes(image).convert("RGB" if self.channels == 3 else "L")
-        return np.array(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR))
-
-    def _classes(self, mask: Image.Image) -> np.ndarray:
-        values = np.array(mask)
+    def _whole(self, image: Image.Image, position: int) -> Tensor:
+        self._require_same_size(image, position)
         if self.values is None:
-            return values
-        classes = np.array(self.values)[values]
-        if (classes < 0).any():
-            raise ValueError(
-                f"a mask with the values {sorted(set(values[classes < 0].tolist()))}, which data.num_classes and"
-                " data.ignore do not cover"
-            )
-        return classes.astype(np.uint8)
+            return channels_first(np.array(self.preparation.whole(image)))
+        return torch.from_numpy(self.values.classes(np.array(as_classes(image))))
+
+    def _require_same_size(self, image: Image.Image, position: int) -> None:
+        if self.of is None:
+            return
+        with opened(self.of, position) as other:
+            size = other.size[::-1] if other.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS else other.size
+        if image.size != size:
+            raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, *size))
 
 
-def _opened(source: Source, position: int) -> Image.Image:
+def opened(source: Source, position: int) -> Image.Image:
     """Opens an image without reading its pixels yet."""
     content = source.read(position)
     return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
 
-def _channels_first(pixels: np.ndarray) -> np.ndarray:
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _as_bytes(image: Image.Image) -> Image.Image:
-    """Converts 16 bits per pixel to 8, and palettes with transparency to RGBA.
-
-    16-bit values are divided by 256, because Pillow's own conversion clips at 255.
-
-    Raises:
-        ValueError: a mode without a fixed range of values ("I" or "F").
-    """
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode}, which have no fixed range; save it with 8 or 16 bits")
-    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-
-
-def _as_classes(image: Image.Image) -> Image.Image:
-    """A mask whose pixels are the stored class numbers, for a palette its indices instead of its colors.
+def as_classes(image: Image.Image) -> Image.Image:
+    """A mask whose pixels are the stored values, for a palette its indices instead of its colors.
 
     Raises:
         ValueError: a mode other than palette, gray of 8 bits, or 1 bit.
@@ -199,6 +190,22 @@ def _as_classes(image: Image.Image) -> Image.Image:
     if image.mode not in ("P", "L", "1"):
         raise ValueError(f"a mask of mode {image.mode}; expected class numbers, as a palette or gray of 8 bits")
     return image if image.mode != "1" else Image.fromarray(np.asarray(image).astype(np.uint8))
+
+
+def warn_of_lost_bits(images: Decoded) -> None:
+    """Logs a warning if some of a few evenly spaced images have more than 8 bits, whose lower ones are not used."""
+    low, high, num_deep = 2**16, 0, 0
+    for position in range(0, len(images), max(1, len(images) // _FEW)):
+        with suppress(Exception), opened(images.source, position) as image:  # who needs the image names the error
+            if image.mode.startswith("I;16"):
+                values = np.asarray(image)
+                low, high, num_deep = min(low, int(values.min())), max(high, int(values.max())), num_deep + 1
+    if num_deep:
+        log.warning(
+            "data.range: images have 16 bits, of which the upper 8 are used: values from %d to %d, as in %d of them,"
+            " become %d gray levels; data.range=[0,%d] maps them to 256",
+            low, high, num_deep, (high >> 8) - (low >> 8) + 1, 2 ** high.bit_length() - 1,
+        )  # fmt: skip
 
 
 def keep_decoded(parts: Iterable[Decoded], config: DecodedConfig) -> None:

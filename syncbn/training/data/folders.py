@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.data.dataset import IGNORE, Split
-from syncbn.training.data.decoding import Decoded, Files, keep_decoded
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.masks import MaskValues
+from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
@@ -27,67 +29,80 @@ EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 def load_classes(config: ImageFolderConfig) -> ImageData:
     """Loads `data=image_folder`: one directory per class, in each of `train/`, `val/` and `test/` or in `data.path`.
 
-    Without `val/`, a tenth of `train/` is held out for validation. Without any of the three, the images are split
-    80/10/10 per class.
+    Without `val/`, a tenth of `train/` is held out for validation. Without `test/`, as in ImageNet's layout, there is
+    no test split. Without any of the three, the images are split 80/10/10 per class.
 
     Raises:
         ConfigError: a directory is missing, classes differ between splits, or a class has too few images to split.
     """
     root, others = _root(config), Counter[str]()
-    splits = _splits(root, optional="val")
+    splits = _splits(root, optional=("val", "test"))
     names = _class_names(root / splits[0] if splits else root)
     for split in splits[1:]:
         _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
-    parts = [_labelled(root / split, names, others) for split in splits] or [_labelled(root, names, others)]
-    if len(parts) < len(SPLITS):
-        paths, labels = parts[0]
-        cut = split_labels(labels, names, with_test=len(parts) == 1)
-        parts = [*(([paths[i] for i in index.tolist()], labels[index]) for index in cut), *parts[1:]]
+    parts = {split: _labelled(root / split, names, others) for split in splits}
+    if "val" not in parts:
+        paths, labels = parts["train"] if splits else _labelled(root, names, others)
+        cut = split_labels(labels, names, with_test=not splits)
+        held_out = [([paths[i] for i in index.tolist()], labels[index]) for index in cut]
+        parts |= zip(SPLITS, held_out, strict=False)  # without a test split the two first
     _show_others(root, others)
-    data = [Split(Decoded(Files(paths), config.size, config.channels), labels) for paths, labels in parts]
+    data = {
+        split: Split(Decoded(Files(paths), Preparation.of(config)), labels) for split, (paths, labels) in parts.items()
+    }
     return decoded_data(data, config, len(names), names)
 
 
 def load_masks(config: MaskFolderConfig) -> ImageData:
     """Loads `data=mask_folder`: `train/`, `val/` and `test/`, each with `images/` and `masks/` of equal file names.
 
+    Without `test/` there is no test split.
+
     Raises:
         ConfigError: a directory is missing, an image has no mask, or a mask no image.
     """
     root, others = _root(config), Counter[str]()
-    if not _splits(root):
+    found = _splits(root, optional=("test",))
+    if not found:
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
                           f" {listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
-    values = [value if value < config.num_classes else -1 for value in range(256)]
-    if config.ignore is not None:
-        values[config.ignore] = IGNORE
-    splits = []
-    for split in SPLITS:
+    values, splits = MaskValues.of(config), {}
+    for split in found:
         images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
         _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
         stems = sorted(images)
         sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
-        decoded = Decoded(sources[0], config.size, config.channels)
-        splits.append(Split(decoded, Decoded(sources[1], config.size, None, values, of=sources[0])))
+        prepared = Preparation.of(config)
+        splits[split] = Split(Decoded(sources[0], prepared), Decoded(sources[1], prepared, values, of=sources[0]))
     _show_others(root, others)
     return decoded_data(splits, config, config.num_classes, ())
 
 
-def decoded_data(splits: Sequence[Split], config: DecodedConfig, num_classes: int, names: Sequence[str]) -> ImageData:
-    """Makes `ImageData` of the three splits, with a cache of decoded images if they fit.
+def decoded_data(
+    splits: Mapping[str, Split], config: DecodedConfig, num_classes: int, names: Sequence[str]
+) -> ImageData:
+    """Makes `ImageData` of the splits, train, val and perhaps test, with a cache of decoded images if they fit.
 
     Raises:
         ConfigError: a split is empty.
     """
-    for name, split in zip(SPLITS, splits, strict=True):
+    for name, split in splits.items():
         if len(split) == 0:
             raise ConfigError(f"data.path: no image for {name} in {config.path!r}; expected at least one")
-    rows = [rows for split in splits for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
+    # Transforms take training images that are neither fitted nor cached.
+    kept = [split for name, split in splits.items() if name != "train" or not config.augment]
+    rows = [rows for split in kept for rows in (split.images, split.labels) if isinstance(rows, Decoded)]
     keep_decoded(rows, config)
-    sizes = ", ".join(f"{len(split)} {name}" for name, split in zip(SPLITS, splits, strict=True))
+    if config.range is None and isinstance(splits["train"].images, Decoded):
+        warn_of_lost_bits(splits["train"].images)
+    sizes = ", ".join(f"{len(splits[name])} {name}" if name in splits else f"no {name}" for name in SPLITS)
     log.info("%s: %s, %d classes", config.path, sizes, num_classes)
-    train, val, test = splits
-    return ImageData(train, val, test, num_classes, config.shift, config.flip, tuple(names))
+    train, val, test = (splits.get(name) for name in SPLITS)
+    assert train is not None
+    assert val is not None
+    return ImageData(
+        train, val, test, num_classes, config.shift, config.flip, tuple(names), preparation=Preparation.of(config)
+    )
 
 
 def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:
@@ -112,13 +127,13 @@ def _root(config: DecodedConfig) -> Path:
     return root
 
 
-def _splits(root: Path, optional: str | None = None) -> list[str]:
+def _splits(root: Path, optional: Sequence[str]) -> list[str]:
     """The directories among train, val and test that the data set has; empty if it is not divided into splits.
 
     Without `train`, or with `train` alone, these directories count as classes.
 
     Args:
-        optional: a split that may be missing.
+        optional: splits that may be missing, though not both val and test.
 
     Raises:
         ConfigError: train and one of val and test are there, and the other is missing and not optional.
@@ -126,11 +141,10 @@ def _splits(root: Path, optional: str | None = None) -> list[str]:
     found = [split for split in SPLITS if split in _directories(root)]
     if "train" not in found or len(found) == 1:
         return []
-    missing = [split for split in SPLITS if split not in found and split != optional]
+    missing = [split for split in SPLITS if split not in found and split not in optional]
     if missing:
-        remedy = "; what is measured on val alone goes by the name test" if missing == ["test"] and optional else ""
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found no"
-                          f" {missing[0]}{remedy}")  # fmt: skip
+                          f" {missing[0]}")  # fmt: skip
     return found
 
 

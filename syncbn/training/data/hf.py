@@ -18,6 +18,7 @@ from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.folders import decoded_data, split_labels
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.preparation import Preparation
 
 _NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -56,8 +57,8 @@ class Column:
 def load_hf(config: HfConfig) -> ImageData:
     """Loads `data=hf`: a directory that `save_to_disk` wrote, with the splits train, validation (or val) and test.
 
-    Without a validation split, a tenth of train is held out for it. A single data set without splits is split 80/10/10
-    per class.
+    Without a validation split, a tenth of train is held out for it; without test, where there is a validation split,
+    there is no test split. A single data set without splits is split 80/10/10 per class.
 
     Raises:
         ConfigError: the library is not installed; a split or column is missing; labels are not 0, 1, ....
@@ -72,31 +73,32 @@ def load_hf(config: HfConfig) -> ImageData:
         raise ConfigError(f"data.path: {config.path!r} is not a data set that save_to_disk wrote ({error})") from None
     loaded = loaded.with_format(None)
     if isinstance(loaded, datasets.DatasetDict):
-        parts = {split: _part(loaded, split) for split in _NAMES if split != "val" or _has_val(loaded)}
+        optional = "test" if _has(loaded, "val") else "val"
+        parts = {split: _part(loaded, split) for split in _NAMES if split != optional or _has(loaded, split)}
         if "val" not in parts:
             names, labels = _labels(parts["train"], config)
             train, val = split_labels(labels, names, with_test=False)
-            parts = {"train": parts["train"].select(train.tolist()), "val": parts["train"].select(val.tolist()),
-                     "test": parts["test"]}  # fmt: skip
+            parts |= {"train": parts["train"].select(train.tolist()), "val": parts["train"].select(val.tolist())}
     else:
         names, labels = _labels(loaded, config)
         indices = split_labels(labels, names)
         parts = {split: loaded.select(index.tolist()) for split, index in zip(_NAMES, indices, strict=True)}
     names, _ = _labels(parts["train"], config)
-    splits = []
+    splits = {}
     for split, part in parts.items():
         found, labels = _labels(part, config)
         if part.features[config.label] != parts["train"].features[config.label] or len(found) > len(names):
             raise ConfigError(f"data.label: {split} has other classes in {config.label!r} than train")
         if isinstance(part.features[config.image], datasets.Image):
             part = part.cast_column(config.image, datasets.Image(decode=False))
-        images = Decoded(Column(part.select_columns(config.image), config.image, split), config.size, config.channels)
-        splits.append(Split(images, labels))
+        column = Column(part.select_columns(config.image), config.image, split)
+        images = Decoded(column, Preparation.of(config))
+        splits[split] = Split(images, labels)
     return decoded_data(splits, config, len(names), names)
 
 
-def _has_val(loaded: Any) -> bool:
-    return any(name in loaded for name in _NAMES["val"])
+def _has(loaded: Any, split: str) -> bool:
+    return any(name in loaded for name in _NAMES[split])
 
 
 def _part(loaded: Any, split: str) -> Any:

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.augment import augment
+from syncbn.training.data.augmentation import Augmentation
 from syncbn.training.data.dataset import IGNORE, Rows, Split
+from syncbn.training.data.decoding import Decoded
+from syncbn.training.data.preparation import Preparation, normalized
+from syncbn.training.data.randomness import Draw, mix_key, occurrences
 
 STATS_SAMPLES = 1000  # for images decoded on access: number of samples that give mean and std
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Three splits of images of one size (see `Split`), their normalization, and the augmentation in training."""
+    """The splits of images of one size (see `Split`), their normalization, and the augmentation in training."""
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None
+    """None if the data set has no test split."""
     num_classes: int | None
     """None if the targets are not classes."""
     shift: int
     flip: bool
+    """Shift and flip are without effect where there is an `augmentation`."""
     class_names: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty if the data set has none."""
-    trained_stats: tuple[Tensor, Tensor] | None = None
-    """Mean and standard deviation from the checkpoint of a trained model; None: those of the training images."""
+    mean: Tensor | str | None = None
+    """Mean by which pixels are normalized, (1, C, 1, 1) float64; None: that of the training images; "init.<name>": of
+    a pretrained sub-network, which has to be looked up before batches are made.
+    """
+    std: Tensor | str | None = None
+    """Standard deviation by which they are normalized; as `mean`."""
+    augmentation: Augmentation | None = None
+    """The user's transforms of whole training images, which take the place of shift and flip."""
+    preparation: Preparation | None = None
+    """How images in files become those of the splits; None for images that are no files, whose size is theirs."""
 
     @property
     def num_channels(self) -> int:
@@ -40,31 +56,68 @@ class ImageData:
         """Whether labels are per pixel (masks) instead of per image."""
         return len(self.train.labels.shape) > 1
 
-    def train_batch(self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64.
+    def train_batch(
+        self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64; see `Data`.
 
-        Augmentation depends only on (seed, epoch, sample). A mask moves with its image; mask pixels that a shift
-        brings in are IGNORE.
+        A mask moves with its image; mask pixels that a shift brings in are IGNORE.
         """
+        names = occurrences(index, repeats)
+        if self.augmentation is not None:
+            images, labels = self._transformed(index, names, seed, epoch)
+            return normalized(images, *self.pixel_stats, dtype), labels.to(torch.int64)
         images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
-        images = augment(images, index, self.shift, self.flip, seed, epoch)
+        images = augment(images, names, self.shift, self.flip, seed, epoch)
         if self.has_masks:
-            labels = augment(labels[:, None], index, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
-        return self._normalize(images, dtype), labels
+            labels = augment(labels[:, None], names, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
+        return normalized(images, *self.pixel_stats, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64."""
-        return self._normalize(split.images[index], dtype), split.labels[index].to(torch.int64)
+        return normalized(split.images[index], *self.pixel_stats, dtype), split.labels[index].to(torch.int64)
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training images, (1, C, 1, 1) float64; the same on every rank.
+        """`mean` and `std`, or in the place of None those of the training images, (1, C, 1, 1) float64.
 
-        If images are decoded on access, they are those of at most STATS_SAMPLES evenly spaced ones. `trained_stats`
-        takes precedence.
+        They are the same on every rank. If images are decoded on access, they are those of at most STATS_SAMPLES evenly
+        spaced ones.
+
+        Raises:
+            ConfigError: the statistics of a pretrained sub-network have not been looked up.
         """
-        if self.trained_stats is not None:
-            return self.trained_stats
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, str):
+                raise ConfigError(f"data.{name}={value}: expected {value}.path beside it; or give numbers")
+        mean, std = self.mean, self.std
+        if mean is None or std is None:
+            own_mean, own_std = self._stats_of_images()
+            mean, std = own_mean if mean is None else mean, own_std if std is None else std
+        assert isinstance(mean, Tensor)
+        assert isinstance(std, Tensor)
+        return mean, std
+
+    def normalized_by(self, mean: Tensor, std: Tensor) -> ImageData:
+        """See `Data`."""
+        return replace(self, mean=mean, std=std)
+
+    @property
+    def train_labels(self) -> Tensor | None:
+        """See `Data`."""
+        return None if self.has_masks else self.train.labels[torch.arange(len(self.train))]
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """See `Data`."""
+        return self._prepared.description()
+
+    @property
+    def _prepared(self) -> Preparation:
+        height, width = self.train.images.shape[2:]
+        return self.preparation or Preparation((height, width), self.num_channels)
+
+    def _stats_of_images(self) -> tuple[Tensor, Tensor]:
         images = self.train.images
         if isinstance(images, Tensor) and images.is_floating_point():
             std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
@@ -73,19 +126,41 @@ class ImageData:
             mean, std = _byte_stats(images, torch.arange(num) * len(images) // num)
         return mean, std.clamp(min=1e-6)
 
-    def normalized_by(self, mean: Tensor, std: Tensor) -> ImageData:
-        """See `Data`."""
-        return replace(self, trained_stats=(mean, std))
-
     def first(self, num_samples: int) -> ImageData:
         """See `Data`."""
         index = torch.arange(num_samples)
         few = Split(self.train.images[index], self.train.labels[index])
-        return replace(self, train=few, val=few, test=few, shift=0, flip=False)
+        return replace(self, train=few, val=few, test=few, shift=0, flip=False, augmentation=None)
 
-    def _normalize(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        mean, std = self.pixel_stats
-        return (_as_floats(images, dtype) - mean.to(dtype)) / std.to(dtype)
+    def check_augmentation(self, seed: int) -> None:
+        """Tries the user's transforms on the first training sample; see `Augmentation.require_repeatable`."""
+        if self.augmentation is not None:
+            self.augmentation.require_repeatable(*self._whole(0), seed, self._name(0))
+
+    def _transformed(self, index: Tensor, names: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) and labels or masks of these training samples, transformed and then fitted."""
+        assert self.augmentation is not None
+        images, masks = self.train.images[index[:0]], []
+        drawn = []
+        for sample, name in zip(index.tolist(), names.tolist(), strict=True):
+            key = mix_key(seed, epoch, name, Draw.AUGMENT)
+            image, mask = self.augmentation(*self._whole(sample), key, self._name(sample))
+            drawn.append(self._prepared.fitted_pixels(image))
+            masks += [] if mask is None else [self._prepared.fitted_classes(mask)]
+        images = torch.stack(drawn) if drawn else images
+        return images, torch.stack(masks) if masks else self.train.labels[index]
+
+    def _whole(self, sample: int) -> tuple[Tensor, Tensor | None]:
+        """A training image in its own size, and its mask; not those of the data set, so that they may be changed."""
+        rows = (self.train.images, self.train.labels)[: 2 if self.has_masks else 1]
+        image, *masks = (
+            part.whole(sample) if isinstance(part, Decoded) else part[torch.tensor([sample])][0] for part in rows
+        )
+        return image, masks[0] if masks else None
+
+    def _name(self, sample: int) -> str:
+        images = self.train.images
+        return repr(images.source.name(sample)) if isinstance(images, Decoded) else f"training sample {sample}"
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +173,3 @@ def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
     total, squares = sums.to(torch.float64)
     variance = (squares - total * total / count) / max(1, count - 1)
     return (total / count / 255)[None, :, None, None], (variance.sqrt() / 255)[None, :, None, None]
-
-
-def _as_floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts images to `dtype`, and scales uint8 ones to [0, 1]."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)

@@ -102,7 +102,7 @@ class Loader:
     def _train_tasks(self, sampler: Sampler, seed: int, step: int) -> Iterator[Task]:
         while True:  # epoch after epoch; the consumer stops
             for shard in sampler.shards(step):
-                yield "train_batch", shard.index, seed, sampler.epoch_of(step), self.context.dtype
+                yield "train_batch", shard.index, seed, sampler.epoch_of(step), self.context.dtype, shard.repeats
             step += 1
 
     def _prepare(self, tasks: Iterator[Task]) -> Iterator[Batch]:

@@ -1,7 +1,11 @@
 """Stateless random numbers: functions of a key (seed, epoch, sample, purpose), not of what was drawn before."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +25,10 @@ class Draw(IntEnum):
     """Draws of the model in a step: dropout, stochastic depth."""
     ITEM = 6
     """Draws of a user-defined data set for a sample."""
+    AUGMENT = 7
+    """Draws of user-defined transforms for a sample."""
+    BALANCE = 8
+    """Order of the samples of a class, where draws are balanced."""
     OPTIMIZER = 20
     """Draws of an optimizer in a step, the same on every rank."""
 
@@ -74,6 +82,37 @@ def seed_generators(key: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
+
+
+@contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Context in which the global generators of torch (on the host), NumPy and Python start from `key`.
+
+    Afterwards they are as they were before.
+
+    Args:
+        key: 0 <= key < 2^63.
+    """
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.default_generator.manual_seed(key)
+        np.random.seed([key & 0xFFFFFFFF, key >> 32])
+        random.seed(key)
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def occurrences(index: Tensor, repeats: Tensor | None) -> Tensor:
+    """Names for draws of samples, (N,) int64: the sample's position in the data set where it occurs for the first time.
+
+    Args:
+        index: (N,) int64, the positions.
+        repeats: (N,) int64, how often each was drawn in this epoch before; None for never.
+    """
+    return index if repeats is None else index + (repeats << 40)
 
 
 def integers(high: int, index: Tensor, *key: int) -> Tensor:

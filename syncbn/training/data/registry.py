@@ -20,8 +20,10 @@ from syncbn.training.config.data import (
 )
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import builtin, custom, folders, hf, shapes
+from syncbn.training.data.augmentation import Augmentation
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.pixel_stats import given_statistic
 
 
 def load_data(config: DataConfig) -> Data:
@@ -51,7 +53,15 @@ def load_data(config: DataConfig) -> Data:
         case _:
             assert_never(config)
     classes = getattr(config, "classes", None)
-    return data if classes is None else _keep_classes(data, classes)
+    data = data if classes is None else _keep_classes(data, classes)
+    if isinstance(data, ImageData) and not isinstance(config, OpenData):
+        return replace(
+            data,
+            mean=given_statistic("data.mean", config.mean, data.num_channels),
+            std=given_statistic("data.std", config.std, data.num_channels),
+            augmentation=Augmentation(config.augment) if config.augment else None,
+        )
+    return data
 
 
 def _keep_classes(data: Data, classes: list[int]) -> Data:
@@ -67,4 +77,5 @@ def _keep_classes(data: Data, classes: list[int]) -> Data:
         chosen = index[torch.isin(split.labels[index], torch.tensor(classes))]
         return Split(split.images[chosen], renumbered[split.labels[chosen]])
 
-    return replace(data, train=keep(data.train), val=keep(data.val), test=keep(data.test), num_classes=len(classes))
+    test = None if data.test is None else keep(data.test)
+    return replace(data, train=keep(data.train), val=keep(data.val), test=test, num_classes=len(classes))

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from syncbn.training.data.balance import ClassMembers, repeats_of
 from syncbn.training.data.randomness import Draw, mix_key
 
 
@@ -20,14 +21,17 @@ class Shard:
     """(N,) int64, positions of this rank's samples in the data set; N may be 0."""
     num_global: int
     """Number of samples of the micro-batch over all ranks."""
+    repeats: Tensor | None = None
+    """(N,) int64, how often each sample was drawn in this epoch before; None where no sample is drawn twice."""
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Splits an epoch into steps, a step into micro-batches, and a micro-batch over the ranks; never pads or drops.
 
-    Every sample is visited once per epoch. The last step of an epoch takes the rest, so a rank may have fewer samples
-    than the others, or none. Virtual ranks differ by at most one sample per micro-batch, shards by `groups_per_rank`.
+    Every sample is visited once per epoch, or with `balance` as many are drawn, equally many of each class. The last
+    step of an epoch takes the rest, so a rank may have fewer samples than the others, or none. Virtual ranks differ by
+    at most one sample per micro-batch, shards by `groups_per_rank`.
     """
 
     num_samples: int
@@ -39,10 +43,12 @@ class Sampler:
     world_size: int
     groups_per_rank: int = 1
     """Virtual ranks per rank; a shard is the concatenation of their samples, in order."""
+    balance: ClassMembers | None = None
+    """Draws as many samples of every class; None: each sample once."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of steps in which every sample is visited once."""
+        """Number of steps in which as many samples are visited as there are."""
         return -(-self.num_samples // self.batch_size)
 
     def epoch_of(self, step: int) -> int:
@@ -69,11 +75,13 @@ class Sampler:
         )
         return (epochs * sizes.sum(0) + sizes[:position].sum(0)).tolist()
 
-    def _cut(self, order: Tensor, position: int) -> list[Shard]:
+    def _cut(self, order: Tensor, repeats: Tensor | None, position: int) -> list[Shard]:
         """This rank's shard of each micro-batch of the step at `position` in an epoch with the given order."""
         micro_batches = self._micro_batches(order, position)
-        groups = self._groups(order, position)
-        return [Shard(torch.cat(mine), len(part)) for mine, part in zip(groups, micro_batches, strict=True)]
+        indices = [torch.cat(mine) for mine in self._groups(order, position)]
+        times = [None for _ in indices] if repeats is None else map(torch.cat, self._groups(repeats, position))
+        cut = zip(indices, micro_batches, times, strict=True)
+        return [Shard(index, len(part), again) for index, part, again in cut]
 
     def _micro_batches(self, order: Tensor, position: int) -> Sequence[Tensor]:
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
@@ -96,10 +104,15 @@ class Sampler:
 @lru_cache(maxsize=2)  # the trainer and its loader both ask for the same step
 def _shards(sampler: Sampler, step: int) -> tuple[Shard, ...]:
     epoch, position = divmod(step, sampler.steps_per_epoch)
-    return tuple(sampler._cut(_epoch_order(sampler.num_samples, sampler.seed, epoch), position))
+    order, repeats = _epoch_order(sampler.num_samples, sampler.seed, epoch, sampler.balance)
+    return tuple(sampler._cut(order, repeats, position))
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+def _epoch_order(num_samples: int, seed: int, epoch: int, balance: ClassMembers | None) -> tuple[Tensor, Tensor | None]:
+    """The samples of an epoch in their order, and how often each was drawn before, if any may be drawn twice."""
+    if balance is not None:
+        order = balance.order(seed, epoch)
+        return order, repeats_of(order)
     generator = torch.Generator().manual_seed(mix_key(seed, epoch, Draw.SHUFFLE))
-    return torch.randperm(num_samples, generator=generator)
+    return torch.randperm(num_samples, generator=generator), None

@@ -33,9 +33,9 @@ _KEPT = re.compile(
 )
 _WITHOUT_LOAD = {"train", "data", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
-# Keys of named freeze rules, sub-networks, metrics and parameter groups: the schema does not declare them, so Hydra
-# needs "++". So it does for the arguments of an optimizer by `_target_`.
-_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|optimizer\.groups)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+# Keys of named freeze rules, sub-networks, metrics, transforms and parameter groups: the schema does not declare them,
+# so Hydra needs "++". So it does for the arguments of an optimizer by `_target_`.
+_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|data\.augment|optimizer\.groups)\.[^=.]+\.[^=]+=.*", re.DOTALL)
 _OPEN_OPTIMIZER = re.compile(r"optimizer\.[^=]+=.*", re.DOTALL)
 _GROUPS = (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug", "hydra", "")
 

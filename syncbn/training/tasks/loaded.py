@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import is_below, require_secrets
+from syncbn.training.config.data import DataConfig, OpenData
 from syncbn.training.config.errors import ConfigError, configured_by
+from syncbn.training.config.keys import READERS
 from syncbn.training.config.parsing import apply_overrides, of_command, parse, to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.run_files import require_regular_files
@@ -56,6 +59,8 @@ class LoadedRun:
     def evaluate(self, *splits: str) -> dict[str, float]:
         """Evaluates the model on some of "train", "val" and "test"; every rank has to call it.
 
+        A test split that the data set lacks is left out.
+
         Returns:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
         """
@@ -66,6 +71,8 @@ class LoadedRun:
         with self.loader() as loader:
             for name in splits:
                 split = getattr(self.data, name)
+                if split is None:
+                    continue
                 values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
@@ -100,7 +107,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         weights, content = _choose_weights(checkpoint, config.eval.weights, path)
         mine, given = to_dict(config), held_back()
         command = Command(mine, config.trust, replaced=apply_overrides({}, given))
-        check_stored(checkpoint["config"], "load", path, command)
+        check_stored(_that_is_run(checkpoint["config"], config.task), "load", path, command)
         with configured_by(path):
             parse(checkpoint["config"] | of_command(config))
         stored = apply_overrides(checkpoint["config"], given) | {key: mine[key] for key in OWN_KEYS}
@@ -108,7 +115,7 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         trained = parse(stored | of_command(config))
         trained.bn.virtual_ranks = None
         with configured_by(path, given):
-            data = dataset.as_trained(registry.load_data(trained.data), checkpoint)
+            data = dataset.as_trained(registry.load_data(_that_is_read(trained.data, config.task)), checkpoint)
     context = context_for(trained, context)
     with configured_by(path, given):
         model = build_model(trained, data, context)
@@ -117,6 +124,30 @@ def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
         load_pretrained(model, trained.init)
     return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model,
                      class_weights.stored(checkpoint))  # fmt: skip
+
+
+def _that_is_run(stored: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """The stored configuration, in which transforms of training images are no code where this task runs none.
+
+    Their values stay to be looked at: an interpolation in them would be resolved all the same.
+    """
+    data = stored.get("data")
+    if task in READERS["data.augment"] or not isinstance(data, Mapping) or "_target_" in data:
+        return stored
+    return {**stored, "data": {key: _as_data(value) if key == "augment" else value for key, value in data.items()}}
+
+
+def _as_data(value: Any) -> Any:
+    """Containers with the keys that ask for a call (`_target_`, `_args_`) renamed."""
+    if isinstance(value, Mapping):
+        return {str(key).strip("_"): _as_data(item) for key, item in value.items()}
+    return [_as_data(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _that_is_read(config: DataConfig, task: str) -> DataConfig:
+    if task in READERS["data.augment"] or isinstance(config, OpenData):
+        return config
+    return replace(config, augment={})
 
 
 def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:

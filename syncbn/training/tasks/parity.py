@@ -28,6 +28,7 @@ from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan
+from syncbn.training.trainer.pixels import with_statistics_of_init
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         raise ConfigError("task=parity: starts its own ranks; use python train.py instead of torchrun")
     if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name")
-    data = registry.load_data(config.data)
+    data = with_statistics_of_init(registry.load_data(config.data), config.init)
     loss = losses.build_loss(config.loss, data)
     sampler = sampler_for(config, data, context)
     num = min(config.batch_size, len(data.train), SAMPLES_PER_RANK * max(config.parity.world_sizes))

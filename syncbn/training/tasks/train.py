@@ -82,7 +82,7 @@ def _train(
     stop: StopRequest,
 ) -> dict[str, float]:
     with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
-        components = build_components(config, context, resumed=None if checkpoint is None else checkpoint.content)
+        components = build_components(config, context, checkpoint)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
@@ -109,8 +109,10 @@ def _train(
     tracker.start()
     _announce(run_dir, trainer, overrides)
     if metrics is not None:
-        log.info("this run is finished; the test set has been used and is not used again")
-        tracker.log(trainer.counters.step, {name: metrics[name] for name in below(TEST, metrics)})
+        tested = {name: metrics[name] for name in below(TEST, metrics)}
+        log.info("this run is finished%s", "; the test set has been used and is not used again" if tested else "")
+        if tested:
+            tracker.log(trainer.counters.step, tested)
     else:
         metrics = trainer.run()
     if context.is_first:

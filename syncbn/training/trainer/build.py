@@ -11,11 +11,16 @@ from torch import nn
 from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
+from syncbn.training.checkpoint.files import Stored
 from syncbn.training.config.duration import Duration
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data import dataset, registry
+from syncbn.training.data.balance import ClassMembers
+from syncbn.training.data.counting import check_training_classes
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
@@ -29,6 +34,7 @@ from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
 from syncbn.training.trainer.early_stop import EarlyStop
+from syncbn.training.trainer.pixels import with_statistics_of_init
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
@@ -74,29 +80,37 @@ class RunComponents:
     early_stop: EarlyStop
 
 
-def build_components(config: Config, context: RankContext, *, resumed: Mapping[str, Any] | None) -> RunComponents:
+def build_components(config: Config, context: RankContext, checkpoint: Stored | None) -> RunComponents:
     """Builds everything that a run trains with; every rank has to call it.
 
     Args:
-        resumed: the content of the checkpoint that is loaded afterwards; None for a new run. Pretrained sub-networks
-            are then not loaded, and class weights are those of the checkpoint.
+        checkpoint: what is loaded afterwards, so that pretrained sub-networks are not, and whose pixel statistics and
+            class weights are taken; None for a new run.
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`.
+            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`.
     """
     data = registry.load_data(config.data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
+    elif checkpoint is None:
+        check_training_classes(data)
+    if isinstance(data, ImageData):
+        data.check_augmentation(config.seed)
+    if checkpoint is not None:
+        data = dataset.normalized_as_trained(data, checkpoint.content)
+    else:
+        data = with_statistics_of_init(data, config.init)
     model = build_model(config, data, context)
     drift = Drift()
-    if resumed is None:
+    if checkpoint is None:
         load_pretrained(model, config.init)
         for name in config.init:
             drift.remember(model, name)
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
-    loss = losses.build_loss(config.loss, data, class_weights.stored(resumed or {}))
+    loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
     has_accuracy = data.num_classes is not None and losses.are_classes(loss)
@@ -113,11 +127,27 @@ def build_components(config: Config, context: RankContext, *, resumed: Mapping[s
 
 
 def sampler_for(config: Config, data: dataset.Data, context: RankContext) -> Sampler:
-    """The sampler that selects this rank's training samples."""
+    """The sampler that selects this rank's training samples.
+
+    Raises:
+        ConfigError: `data.sampler=balanced` for masks, or for data of which the labels are not known.
+    """
     groups = groups_per_rank(config.bn, context.world_size)
     return Sampler(
-        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups
-    )
+        len(data.train), config.batch_size, config.accumulate, config.seed, context.rank, context.world_size, groups,
+        balance=_members(data) if config.data.sampler == "balanced" else None,
+    )  # fmt: skip
+
+
+def _members(data: dataset.Data) -> ClassMembers:
+    labels = data.train_labels
+    if data.has_masks:
+        raise ConfigError("data.sampler: balanced is for one label per image, and a mask has many; use shuffled, and"
+                          " loss.class_weights to balance them")  # fmt: skip
+    if labels is None:
+        raise ConfigError("data.sampler: balanced needs labels without reading images; give the training dataset an"
+                          " attribute `targets` with the class of each sample, or use shuffled")  # fmt: skip
+    return ClassMembers(labels)
 
 
 def context_for(config: Config, context: RankContext) -> RankContext:

@@ -369,7 +369,7 @@ class Trainer:
         return bool(answer.item())  # waits for the device; only with save.every in minutes
 
     def _finish(self) -> dict[str, float]:
-        """Evaluates the test set once, with the weights that validated best; returns the final metrics."""
+        """Evaluates the test set, if any, once, with the weights that validated best; returns the final metrics."""
         if self.ends_early() and self.counters.step < self.num_steps:
             log.info("no validation was better than that of step %d for early_stop=%s: training ends at step %d",
                      self.counters.best_step, self.config.early_stop, self.counters.step)  # fmt: skip
@@ -381,6 +381,9 @@ class Trainer:
         waited = max(world.on_all_ranks(self.clock.waited()))  # all ranks wait for the one that waits longest
         final = {**self.validation.test(), THROUGHPUT: self.clock.overall(), WAITED: waited}
         check_run_directory(self.run_dir, self.counters.step)
-        self.tracker.log(self.counters.step, {name: final[name] for name in below(TEST, final)})
+        if tested := {name: final[name] for name in below(TEST, final)}:
+            self.tracker.log(self.counters.step, tested)
+        else:
+            log.info("the data has no test split: val/* is all that is measured, and has chosen the weights")
         self.tracker.summarize(final)
         return final

@@ -68,13 +68,18 @@ class Validation:
         return prefixed(VAL, values) | components.drift.measure(components.model)
 
     def test(self) -> dict[str, float]:
-        """`test/*` of the best weights, and the `val/*` that they had; the best checkpoint has to be written."""
+        """`test/*` of the best weights, and the `val/*` that they had; the best checkpoint has to be written.
+
+        Without a test split, `val/*` alone: nothing has been tested.
+        """
         self._warn_of_imbalance()
         drift = self._components.drift.measure(self._components.model)  # of the weights that training ended with
-        # A copy: a signal during the test has to find the state that training ended with.
-        model = copy.deepcopy(self._evaluated)
-        model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
-        tested = prefixed(TEST, self._evaluate(model, self._components.data.test))
+        tested: dict[str, float] = {}
+        if self._components.data.test is not None:
+            # A copy: a signal during the test has to find the state that training ended with.
+            model = copy.deepcopy(self._evaluated)
+            model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
+            tested = prefixed(TEST, self._evaluate(model, self._components.data.test))
         return {**prefixed(VAL, self._counters.best), **tested, **drift}
 
     def _warn_of_imbalance(self) -> None:

@@ -23,7 +23,9 @@ WRITTEN = Path(__file__).parents[2] / "data/v0.1.0"
 OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its trajectory
 # Keys that 0.1.0 did not have, and the value that computes as it did.
 NEW = {"config.bn.skip_nonfinite": False, "config.early_stop": None, "config.optimizer.decay_norm_and_bias": True,
-       "config.optimizer.groups": {}, "config.loss.class_weights": None}  # fmt: skip
+       "config.optimizer.groups": {}, "config.loss.class_weights": None, "config.data.mean": "auto",
+       "config.data.std": "auto", "config.data.augment": {}, "config.data.sampler": "shuffled"}  # fmt: skip
+DESCRIBED = {"data.image.size": [8, 8], "data.image.channels": 1, "data.image.fit": "crop", "data.image.range": None}
 
 
 def go_on(cwd):
@@ -37,8 +39,9 @@ def check_same_values(content):
     assert {*content.pop("parameter_groups")["rest"]} < content["model"].keys()  # which 0.1.0 did not store
     assert content["counters"].pop("macro_recall")  # nor this
     now, then = (dict(flatten(part)) for part in (content, read(WRITTEN / "step_00000016.pt", "resume")))
-    assert now.keys() == then.keys() | NEW.keys()
-    assert {key: now[key] for key in NEW} == NEW
+    new = NEW | DESCRIBED
+    assert now.keys() == then.keys() | new.keys()
+    assert {key: now[key] for key in new} == new
     for key in then.keys() - OWN:
         if isinstance(then[key], torch.Tensor):
             torch.testing.assert_close(

@@ -39,12 +39,15 @@ SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custo
     ("num_ranks", "optimizer"), [(2, "custom"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)]
 )
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks, optimizer):
-    # Schedule, averaged weights, accumulation with a ragged last window, augmentation, momentum, groups of parameters;
-    # a sub-network that stays frozen and one that is released on the way. Weights from a file, weights of classes.
+    # Schedule, averaged weights, accumulation with a ragged last window, transforms, momentum, groups of parameters;
+    # balanced draws, some of them twice in an epoch; a sub-network that stays frozen and one that is released on the
+    # way. Weights from a file, weights of classes.
     donor = ResnetSmall(in_channels=3, num_classes=9, width=4, depth=1, stages=3)
     torch.save({"ema": {f"net.{name}": value for name, value in donor.state_dict().items()}}, tmp_path / "donor.pt")
     same = [*SMALL, *OPTIMIZERS[optimizer],
-            "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "data.shift=1", "ema=0.9", "early_stop=14",
+            "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "ema=0.9", "early_stop=14",
+            "data.sampler=balanced", "data.augment.jiggle._target_=tests.training.transforms.Jiggle",
+            "data.mean=0.1", "data.std=[1,1,2]",
             "optimizer.groups.top.match=[head,backbone.stem]", "optimizer.groups.top.lr_scale=0.5",
             "optimizer.groups.top.weight_decay=0.1", "optimizer.decay_norm_and_bias=false",
             "freeze.backbone.match=backbone.stage1", "freeze.backbone.weights=true",

@@ -60,6 +60,9 @@ def test_a_key_below_another_is_read_by_the_same_tasks():
         ("audit", "loss.label_smoothing=0.1", "loss.label_smoothing"),
         ("export", "batch_size=32", "batch_size"),
         ("export", "device=cuda", "device"),
+        ("eval", "data.mean=imagenet", "data.mean"),  # the checkpoint has the numbers
+        ("eval", "data.augment.crop.size=8", "data.augment.crop.size"),
+        ("data", "data.sampler=balanced", "data.sampler"),
         ("data", "model.width=8", "model.width"),
         ("data", "load=outputs/a", "load"),
         ("parity", "precision=fp32", "precision"),

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from syncbn.training.config.data import FashionMnistConfig
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import registry
 from syncbn.training.data.augment import augment
+from syncbn.training.data.balance import ClassMembers
 from syncbn.training.data.randomness import integers, mix, mix_key
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.data.splits import stratified_indices
@@ -65,6 +67,52 @@ def test_epochs_and_seeds_are_shuffled_differently():
     first = sampler().shards(0)[0].index
     assert not torch.equal(first, sampler().shards(sampler().steps_per_epoch)[0].index)
     assert not torch.equal(first, sampler(seed=1).shards(0)[0].index)
+
+
+@given(
+    labels=st.lists(st.sampled_from([0, 3, 4, 9]), min_size=1, max_size=60),
+    batch_size=st.integers(1, 20),
+    world_size=st.integers(1, 4),
+)
+def test_balanced_draws_are_equally_many_of_each_class_at_any_world_size(labels, batch_size, world_size):
+    labels = torch.tensor(labels)
+    whole = Sampler(len(labels), batch_size, 1, 5, 0, 1, balance=ClassMembers(labels))
+    ranks = [replace(whole, rank=rank, world_size=world_size) for rank in range(world_size)]
+    seen = torch.zeros(len(labels), dtype=torch.int64)
+    for epoch in range(3):
+        drawn, times = [], []
+        for step in range(epoch * whole.steps_per_epoch, (epoch + 1) * whole.steps_per_epoch):
+            parts = [rank.shards(step)[0] for rank in ranks]
+            assert torch.equal(torch.cat([part.index for part in parts]), whole.shards(step)[0].index)
+            assert torch.equal(torch.cat([part.repeats for part in parts]), whole.shards(step)[0].repeats)
+            drawn += whole.shards(step)[0].index.tolist()
+            times += whole.shards(step)[0].repeats.tolist()
+        assert len(drawn) == len(labels)
+        counts = labels[drawn].bincount()[labels.unique()]
+        assert counts.max() - counts.min() <= 1
+        assert sorted(zip(drawn, times, strict=True)) == [
+            (sample, time) for sample in range(len(labels)) for time in range(drawn.count(sample))
+        ]
+        seen += torch.tensor(drawn).bincount(minlength=len(labels))
+        for label in labels.unique():  # over the epochs too, none comes again before all others have been there
+            assert seen[labels == label].max() - seen[labels == label].min() <= 1
+
+
+def test_balanced_draws_differ_by_seed_and_epoch_and_not_by_what_was_asked_before():
+    labels = torch.arange(100) % 7 // 3
+    orders = [ClassMembers(labels).order(seed, epoch) for seed, epoch in ((0, 5), (0, 5), (0, 6), (1, 5))]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[3])
+
+
+def test_a_sample_that_is_drawn_again_is_augmented_anew():
+    data = registry.load_data(compose_config("data=synthetic", "data.shift=3", "data.flip=true").data)
+    index = torch.arange(40)
+    first, again = (data.train_batch(index, 0, 0, torch.float32, r)[0] for r in (None, torch.zeros(40).long()))
+    assert torch.equal(first, again)
+    second = data.train_batch(index, 0, 0, torch.float32, torch.ones(40).long())[0]
+    assert sum(map(torch.equal, first, second)) < 10  # by chance, of 98 outcomes
 
 
 @given(cut=st.integers(0, 20), shift=st.integers(0, 2), flip=st.booleans())

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import decoding, images, registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.decoding import Decoded, Files
+from syncbn.training.data.preparation import Preparation
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.images import save_classes, save_image, save_masks
 from tests.training.jobs import compose_config
@@ -35,7 +37,7 @@ def masks(root, *overrides):
 
 
 def decode(path, size=8, channels=3):
-    return Decoded(Files([str(path)]), size, channels)[torch.tensor([0])][0]
+    return Decoded(Files([str(path)]), Preparation((size, size), channels))[torch.tensor([0])][0]
 
 
 def everything(rows):
@@ -78,6 +80,28 @@ def test_without_val_a_tenth_of_train_validates_and_test_stays_as_it_is(tmp_path
     assert len(set(paths)) == 33
 
 
+def test_without_test_as_in_imagenet_s_layout_nothing_is_tested_and_no_result_of_a_test_is_claimed(job, tmp_path):
+    save_classes(tmp_path / "photos", {"train/x": 9, "train/y": 8, "val/x": 3, "val/y": 2})
+    data = folder(tmp_path / "photos")
+    assert (len(data.train), len(data.val), data.test) == (17, 5, None)
+    small = [override for override in SMALL if not override.startswith(("data", "tracker"))]
+    overrides = [*small, "data=image_folder", f"data.path={tmp_path / 'photos'}", "data.size=8", "data.workers=0"]
+    run = job(*overrides, "tracker.mode=disabled", "duration=2", "run=a")
+    again = job("duration=2", "tracker.report=false", "run=a")  # is finished
+    evaluated = job("task=eval", f"load={again}", "run=b")
+    for file in (run / "metrics.jsonl", run / "summary.json", run / "report.html", evaluated / "metrics.jsonl"):
+        text = file.read_text()
+        assert "val/accuracy" in text
+        assert "test/accuracy" not in text
+        assert "test/loss" not in text
+
+
+def test_masks_need_no_test_split_either(tmp_path):
+    shutil.rmtree(save_masks(tmp_path) / "test")
+    data = masks(tmp_path)
+    assert (len(data.train), len(data.val), data.test) == (4, 4, None)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     save_classes(tmp_path, {"plane": 10, "train": 10})
     assert folder(tmp_path).class_names == ("plane", "train")
@@ -103,10 +127,6 @@ def test_links_are_followed_and_other_files_are_counted(tmp_path, caplog):
         ({}, r"data.path: expected a directory per class in .*, two or more, found none"),
         ({"a": 12}, r"data.path: expected a directory per class in .*, two or more, found a"),
         ({"a": 12, "b": 3}, r"data.path: splitting 80/10/10 needs 10 images of every class, got fewer of b \(3\);"),
-        (
-            {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1},
-            r"data.path: expected the directories .* found no test; what is",
-        ),
         (
             {"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1, "test/a": 1, "test/c": 1},
             r"data.path: expected in '.*/test' the same classes as in .*/train, found no b and also c",
@@ -264,6 +284,7 @@ def test_after_training_pixels_are_normalized_as_they_were_and_other_classes_ref
         description = json.loads((exported / "export/export.json").read_text())
         assert description["input"]["mean"] == mean.flatten().tolist()
         assert description["input"]["std"] == std.flatten().tolist()
+        assert description["input"]["image"] == {"size": [8, 8], "channels": 3, "fit": "crop", "range": None}
         assert description["output"]["labels"] == ["a", "b"]
     (tmp_path / "photos/b").rename(tmp_path / "photos/c")
     with pytest.raises(ConfigError, match=r"^data.path: the model was trained on the classes a, b, the data has a, c"):
@@ -439,6 +460,11 @@ def test_without_validation_a_tenth_of_train_is_held_out(hf, tmp_path):
     assert data.val.labels.bincount().tolist() == [2, 2]
 
 
+def test_without_test_there_is_none(hf, tmp_path):
+    data = load_hf(save_hf(hf, tmp_path / "saved", {"train": 5, "validation": 4}))
+    assert (len(data.train), len(data.val), data.test) == (5, 4, None)
+
+
 def test_arrays_that_are_no_bytes_are_an_error(hf, tmp_path):
     features = hf.Features({"image": hf.Array2D((4, 4), "float32"), "label": hf.Value("int64")})
     rows = {"image": [[[0.5] * 4] * 4] * 20, "label": [0, 1] * 10}
@@ -455,8 +481,8 @@ def test_labels_that_are_names_are_an_error_that_says_how_to_number_them(hf, tmp
 
 
 def test_mistakes_about_a_saved_data_set_name_the_key(hf, tmp_path):
-    path = save_hf(hf, tmp_path / "saved", {"train": 4, "validation": 4})
-    with pytest.raises(ConfigError, match=r"^data.path: expected a split test, found train, validation"):
+    path = save_hf(hf, tmp_path / "saved", {"train": 4})
+    with pytest.raises(ConfigError, match=r"^data.path: expected a split test, found train;"):
         load_hf(path)
     path = save_hf(hf, tmp_path / "single", 40)
     with pytest.raises(ConfigError, match=r"^data.image: no column 'img'; found image, label"):

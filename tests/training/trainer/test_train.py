@@ -170,7 +170,8 @@ def load_last(run_dir, nth=-1):
 
 
 def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(job, tmp_path):
-    overrides = [*INVARIANCE, "precision=fp64", "duration=20", "loss.class_weights=balanced"]
+    overrides = [*INVARIANCE, "precision=fp64", "duration=20", "loss.class_weights=balanced", "data.sampler=balanced",
+                 "data.mean=0.3", "data.augment.jiggle._target_=tests.training.transforms.Jiggle"]  # fmt: skip
     runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 4)]
     runs.append(run_job(tmp_path, *overrides, "run=command", num_ranks=2))  # as a user starts it
     models = [load_last(run)["model"] for run in runs]

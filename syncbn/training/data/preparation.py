@@ -1,0 +1,156 @@
+"""How an image becomes pixels of the size that a model takes, and how pixels are normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from syncbn.training.config.data import DecodedConfig
+from syncbn.training.data.dataset import IGNORE
+
+
+class Placement(NamedTuple):
+    """Which part of an image is used, and where in the result it comes to lie."""
+
+    source: tuple[float, float, float, float]
+    """Left, top, right and bottom of the part that is used, in pixels of the image."""
+    target: tuple[int, int, int, int]
+    """Left, top, right and bottom of where it lies, in pixels of the result; around it is padding."""
+
+
+def placement(fit: str, image: tuple[int, int], size: tuple[int, int]) -> Placement:
+    """Where an image of a height and width lies in a result of `size`, (height, width).
+
+    Args:
+        fit: "crop": the image covers the result, what stands out is cut off on both sides; "pad": it lies in the middle
+            of the result, and padding around it; "stretch": height and width are resized each by itself.
+    """
+    (height, width), (to_height, to_width) = image, size
+    source, target = (0.0, 0.0, float(width), float(height)), (0, 0, to_width, to_height)
+    if fit == "crop":
+        ratio, wanted = width / height, to_width / to_height
+        used_width = wanted * height if ratio > wanted else width
+        used_height = width / wanted if ratio < wanted else height
+        left, top = (width - used_width) * 0.5, (height - used_height) * 0.5
+        source = (left, top, left + used_width, top + used_height)
+    elif fit == "pad":
+        scale = min(to_height / height, to_width / width)
+        inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+        left, top = (to_width - inner_width) // 2, (to_height - inner_height) // 2
+        target = (left, top, left + inner_width, top + inner_height)
+    return Placement(source, target)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image file becomes an array of pixels for a model; a checkpoint stores it."""
+
+    size: tuple[int, int]
+    """Height and width."""
+    channels: int
+    """3: RGB; 1: gray."""
+    fit: str = "crop"
+    """See `placement`."""
+    range: tuple[float, float] | None = None
+    """Values of an image of more than 8 bits that become 0 and 255; None: the upper 8 of 16 bits."""
+
+    @classmethod
+    def of(cls, config: DecodedConfig) -> Preparation:
+        """The preparation that the configuration of a data set of encoded images asks for."""
+        limits = None if config.range is None else (config.range[0], config.range[1])
+        return cls(config.height_and_width, config.channels, config.fit, limits)
+
+    def description(self) -> dict[str, Any]:
+        """The settings as plain containers."""
+        limits = None if self.range is None else list(self.range)
+        return {"size": list(self.size), "channels": self.channels, "fit": self.fit, "range": limits}
+
+    def whole(self, image: Image.Image) -> Image.Image:
+        """The image in its own size, as RGB or gray of 8 bits.
+
+        Raises:
+            ValueError: a mode without a fixed range of values ("I" or "F") where no `range` is given.
+        """
+        return self._as_bytes(image).convert("RGB" if self.channels == 3 else "L")
+
+    def fitted(self, image: Image.Image) -> Tensor:
+        """The image in the size that the model takes, (channels, *size) uint8; padding is 0.
+
+        Raises:
+            ValueError: see `whole`.
+        """
+        return channels_first(self._resized(self.whole(image)))
+
+    def fitted_mask(self, image: Image.Image, convert: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Tensor:
+        """A mask in the size that the model takes, (*size,) uint8, by the nearest pixel; padding is IGNORE.
+
+        Args:
+            convert: from the values of the image to classes.
+        """
+        return torch.from_numpy(self._resized(image, Image.Resampling.NEAREST, IGNORE, convert))
+
+    def _resized(
+        self,
+        image: Image.Image,
+        resampling: Image.Resampling = Image.Resampling.BILINEAR,  # antialiased in Pillow
+        padding: int = 0,
+        convert: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> np.ndarray:
+        source, (left, top, right, bottom) = placement(self.fit, image.size[::-1], self.size)
+        inner = convert(np.array(image.resize((right - left, bottom - top), resampling, box=source)))
+        if inner.shape[:2] == self.size:
+            return inner
+        outer = np.full((*self.size, *inner.shape[2:]), padding, dtype=inner.dtype)
+        outer[top:bottom, left:right] = inner
+        return outer
+
+    def fitted_pixels(self, pixels: Tensor) -> Tensor:
+        """What `fitted` does, for pixels in memory: (C, H, W) uint8 or float32 to (C, *size) of the same type."""
+        if pixels.shape[1:] == self.size:
+            return pixels
+        return torch.stack([torch.from_numpy(self._resized(Image.fromarray(channel.numpy()))) for channel in pixels])
+
+    def fitted_classes(self, classes: Tensor) -> Tensor:
+        """What `fitted_mask` does, for a mask of classes in memory, (H, W) uint8."""
+        return classes if classes.shape == self.size else self.fitted_mask(Image.fromarray(classes.numpy()))
+
+    def _as_bytes(self, image: Image.Image) -> Image.Image:
+        """Converts more than 8 bits per pixel to 8, and palettes with transparency to RGBA.
+
+        Without a range, 16-bit values are divided by 256, because Pillow's own conversion clips at 255.
+        """
+        if is_deep(image.mode):
+            values = np.asarray(image)
+            if self.range is not None:
+                low, high = self.range
+                scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+                return Image.fromarray(np.rint(np.nan_to_num(scaled).clip(0, 255)).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"pixels of mode {image.mode}, which have no fixed range; save it with 8 or 16 bits, or give"
+                    " data.range=[low,high]"
+                )
+            return Image.fromarray((values >> 8).astype(np.uint8))
+        return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+
+
+def is_deep(mode: str) -> bool:
+    """Whether images of this mode of Pillow's have more than 8 bits per value."""
+    return mode.startswith("I;16") or mode in ("I", "F")
+
+
+def channels_first(pixels: np.ndarray) -> Tensor:
+    """An image as Pillow has it, (H, W) or (H, W, C), as a tensor (C, H, W)."""
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def normalized(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images (N, C, H, W), scaled to [0, 1] if they are uint8, minus mean over std, which are (1, C, 1, 1)."""
+    scaled = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    return (scaled - mean.to(dtype)) / std.to(dtype)
