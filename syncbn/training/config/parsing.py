@@ -222,6 +222,8 @@ def _check_keys(schema: type, node: Mapping[str, Any], prefix: str) -> None:
             here = f"to {prefix}={node['name']}" if "name" in known and prefix in SCHEMAS else "here"
             hint = f"did you mean {_join(prefix, near[0])}?" if near else f"known {here}: {', '.join(known)}"
             raise ConfigError(f"{_join(prefix, str(key))}: no such key; {hint}")
+        if str(known[key]).startswith("list[") and isinstance(value, Mapping):  # which OmegaConf would not name
+            raise ConfigError(f"{_join(prefix, str(key))}: expected {known[key]}, got {dict(value)!r}")
         nested = NESTED.get(str(known[key]))
         if nested is not None and isinstance(value, Mapping):
             _check_keys(nested, value, _join(prefix, str(key)))

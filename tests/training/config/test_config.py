@@ -65,6 +65,7 @@ MISTAKES = [
     (["eval.precise_bn=0"], "eval.precise_bn: expected null or 1 or more global batches, got 0"),
     (["recalibrate.batches=0"], "recalibrate.batches: expected null or 1 or more global batches, got 0"),
     (["export.formats=[onxx]"], "export.formats: expected null or some of safetensors, pt2, onnx, got ['onxx']"),
+    (["export.formats={a: 1}"], "export.formats: expected list[str] | None, got {'a': 1}"),
     (["export.formats=[]"], "export.formats: expected null or some of safetensors, pt2, onnx, got []"),
     (["bn.group=rack"], "bn.group: expected world, node, or a number of ranks, got 'rack'"),
     (["bn.group=2", "bn.sync=false"], "bn.group: expected world where bn.sync=false, got 2"),
