@@ -44,7 +44,7 @@ def assume_constant_result(function: _Function) -> _Function:
 
 
 def is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which Dynamo before torch 2.13 takes for True in every compilation."""
+    """`torch.compiler.is_exporting`, which Dynamo of torch 2.9 and 2.11 takes for True in every compilation."""
     return torch.compiler._is_exporting_flag
 
 
