@@ -1,6 +1,7 @@
 # make train    two ranks train the default job          make train ARGS="duration=1ep" NPROC=4
 # make test     lint, types, and every quick test        make test JOBS=0 in one process; make test-all adds the slow ones
 # make mutants  whether the tests notice mistakes       make mutants ARGS="--only nn/" some of them
+# make test-versions  the layer on older and newer torch, gigabytes each   make test-versions ARGS="--only 2.9"
 # make docs     the API reference, as HTML in build/docs
 PYTHON ?= python3
 NPROC ?= 2
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # One thread per rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-all mutants lint docs clean
+.PHONY: train test test-all test-versions mutants lint docs clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m syncbn.training.launch.loopback --nproc-per-node $(NPROC) train.py $(ARGS)
@@ -22,6 +23,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-versions: $(VENV)/.train
+	$(BIN)/python -m tests.versions $(ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 import wandb
 from hydra import compose, initialize_config_dir
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from syncbn.torch_compat import ddp_without_buffer_sync
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.data import registry
@@ -116,7 +116,7 @@ def bare_loop(loop: Loop, config: Config, context: RankContext, num_steps: int) 
     data = registry.load_data(config.data)
     model = build_model(config, data, context)
     sampler = Sampler(len(data.train), config.batch_size, 1, config.seed, context.rank, context.world_size)
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    wrapped = ddp_without_buffer_sync(model, gradient_as_bucket_view=True)
     optimizer = optimizers.build_optimizer(config.optimizer, model).optimizer
     schedule = LambdaLR(optimizer, schedules.build_schedule(config.schedule, num_steps, sampler.steps_per_epoch))
     loss = losses.build_loss(config.loss, data)

@@ -29,8 +29,10 @@ def main() -> float:
     convert_sync_batchnorm(model)  # before DDP wraps
     wrapped: nn.Module = model
     if world_size > 1:
-        # The statistics are equal on all ranks already: DDP need not send them around before every forward.
-        wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+        wrapped = DistributedDataParallel(model)
+        # The statistics are equal on all ranks already: DDP need not send them around before every forward. (The same
+        # as its argument `forward_sync_buffers=False`, which is missing before torch 2.13.)
+        wrapped.broadcast_buffers = False
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
     images, labels = make_data()

@@ -43,6 +43,11 @@ def assume_constant_result(function: _Function) -> _Function:
     return function
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo of torch 2.9 and 2.11 takes for True in every compilation."""
+    return torch.compiler._is_exporting_flag
+
+
 def init_batch_norm(layer: _BatchNorm, *args: Any, bias: bool, **options: Any) -> None:
     """`_BatchNorm.__init__`, whose argument `bias` is missing before torch 2.13."""
     if _HAS_BIAS_ARGUMENT:

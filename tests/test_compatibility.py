@@ -61,21 +61,6 @@ def test_every_row_has_a_case_and_every_case_a_row():
     assert list(rows()) == list(CASES)
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", CASES)
-def test_the_row_is_true(name, ranks, monkeypatch):
-    if name not in rows():
-        pytest.fail("no such row")
-    available = {"ranks": ranks, "monkeypatch": monkeypatch}
-    function = CASES[name]
-    given = {key: value for key, value in available.items() if key in function.__code__.co_varnames}
-    messages = function(**given) or []
-    quoted = re.findall(r'"([^"]+)"', rows()[name][2])
-    assert bool(quoted) == bool(messages)
-    for words in quoted:
-        assert any(words in " ".join(message.split()) for message in messages), (words, messages)
-
-
 def refusal(function, *args, **kwargs):
     """The message of the error that the call raises."""
     with pytest.raises(Exception) as caught:
@@ -452,3 +437,20 @@ def check_smp():
     smp = installed("segmentation_models_pytorch")
     model = smp.Unet("resnet18", encoder_weights=None, classes=2).double()
     compare(model, convert_sync_batchnorm(copy.deepcopy(model)), torch.randn(4, 3, 32, 32).double())
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.vision if name in ("timm", "torchvision") else ()) for name in CASES]
+)
+def test_the_row_is_true(name, ranks, monkeypatch):
+    if name not in rows():
+        pytest.fail("no such row")
+    available = {"ranks": ranks, "monkeypatch": monkeypatch}
+    function = CASES[name]
+    given = {key: value for key, value in available.items() if key in function.__code__.co_varnames}
+    messages = function(**given) or []
+    quoted = re.findall(r'"([^"]+)"', rows()[name][2])
+    assert bool(quoted) == bool(messages)
+    for words in quoted:
+        assert any(words in " ".join(message.split()) for message in messages), (words, messages)

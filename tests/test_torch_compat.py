@@ -225,6 +225,19 @@ def test_a_constant_of_a_compiled_graph_is_computed_while_tracing_alone():
     assert len(calls) == 1
 
 
+def test_an_export_is_told_from_a_compilation():
+    class Told(nn.Module):
+        def forward(self, x):
+            return x + 1 if torch_compat.is_exporting() else x * 3
+
+    x = torch.ones(1)
+    compiled = torch.compile(Told(), backend="eager", fullgraph=True)
+    assert compiled(x) == 3
+    assert torch.export.export(Told(), (x,)).module()(x) == 2
+    assert compiled(x) == 3
+    assert not torch_compat.is_exporting()
+
+
 def test_a_compiled_module_is_known_by_its_name():
     model = nn.Linear(2, 2)
     assert torch_compat.is_compiled(torch.compile(model, backend="eager"))

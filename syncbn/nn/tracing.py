@@ -20,6 +20,7 @@ from syncbn.torch_compat import (
     assume_constant_result,
     forward_ad_level,
     has_tangent,
+    is_exporting,
     jit_trace,
     proxy_mode,
     transforms_active,
@@ -40,7 +41,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         # Dynamo passes an autograd function under a transform by, and its gradient is then silently 0.
-        return torch.compiler.is_exporting() or (torch.compiler.is_dynamo_compiling() and _is_transformed_graph())
+        return is_exporting() or (torch.compiler.is_dynamo_compiling() and _is_transformed_graph())
     if transforms_active() or jit_trace() is not None or proxy_mode() is not None:
         return True
     return forward_ad_level() != -1 and any(map(has_tangent, tensors))

@@ -6,6 +6,7 @@ recorded.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
@@ -106,7 +108,8 @@ def record(dtypes: list[torch.dtype]) -> list[tuple]:
 
 def resources(ptx: str, capability: int) -> tuple[int, int]:
     """Registers for each thread, and bytes that do not fit into them, of a compiled program."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    # Triton's own choice: several are there since 3.6, and 3.9 writes what only the other one reads.
+    ptxas = (get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()).path
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory, "program.ptx")
         source.write_text(ptx)

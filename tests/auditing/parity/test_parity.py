@@ -261,6 +261,7 @@ def test_the_table_of_the_page_has_all_rules_with_their_severities():
     assert rows == [(name, rule.severity) for name, rule in RULES.items()]
 
 
+@pytest.mark.vision
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
 def test_torchvision_s_networks_have_no_findings_but_those_that_they_earn(name):
@@ -270,6 +271,7 @@ def test_torchvision_s_networks_have_no_findings_but_those_that_they_earn(name):
     assert named(found) == []
 
 
+@pytest.mark.vision
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"])
 def test_timm_s_networks_have_no_findings(name):
