@@ -146,7 +146,10 @@ class NoPairs:
     [
         ("collections.OrderedDict", "expected the datasets train, val and test"),
         ("tests.training.test_own_package.Wrong", "train is empty"),
-        ("tests.training.test_own_package.NoPairs", r"expected items \(image tensor, target\), train\[0\] is a Tensor"),
+        (
+            "tests.training.test_own_package.NoPairs",
+            r"train\[0\]: expected an item \(image tensor, target\), got a T",
+        ),
         ("nowhere.Study", "data._target_=nowhere.Study: "),
     ],
 )

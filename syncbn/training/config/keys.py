@@ -7,7 +7,7 @@ from typing import Any
 
 from syncbn.training.config.errors import ConfigError
 
-TASKS = ("train", "eval", "audit", "recalibrate", "export", "data", "parity")
+TASKS = ("train", "eval", "audit", "recalibrate", "export", "check", "data", "parity")
 
 _EVERY = TASKS
 _WITH_LOAD = ("eval", "audit", "recalibrate", "export")
@@ -36,7 +36,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "clip_norm": _TRAIN,
     "ema": _TRAIN,
     "on_nonfinite": _TRAIN,
-    "collective_timeout": _WITH_COMPUTATION,
+    "collective_timeout": (*_WITH_COMPUTATION, "check"),
     "best": _TRAIN,
     "duration": ("train", "data"),
     "eval_every": _TRAIN,
@@ -66,7 +66,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "data.augment": ("train", "audit", "data", "parity"),
     "data.shift": ("train", "audit", "data", "parity"),
     "data.flip": ("train", "audit", "data", "parity"),
-    "data.workers": ("train", "eval", "recalibrate", "data"),
+    "data.workers": ("train", "eval", "recalibrate", "check", "data"),
     "data.prefetch": ("train", "eval", "recalibrate", "data"),
     "model": (*_WITH_MODEL, "parity"),
     "loss": ("train", "eval", "recalibrate", "parity"),

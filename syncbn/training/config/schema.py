@@ -106,7 +106,7 @@ class Config:
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
-        require(self.task in ("train", "data", "parity") or self.load is not None, "load",
+        require(self.task in ("train", "data", "check", "parity") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         for key in ("overfit", "profile"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, "null or 1 or more", getattr(self, key))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from syncbn.training.config.data import OpenData
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, SampleError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.images import ImageData
@@ -30,6 +30,8 @@ class CustomData:
     val: Any
     test: Any
     num_classes: int | None = None
+    key: str = "data"
+    """What the configuration calls it, for error messages."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -69,12 +71,45 @@ class CustomData:
     def train_batch(
         self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images and targets of these training samples, stacked; images are cast to `dtype`."""
+        """Images and targets of these training samples, stacked; images are cast to `dtype`.
+
+        Raises:
+            SampleError: see `item`; or images or targets of different shapes.
+        """
         return self._batch(self.train, index, (seed, epoch), dtype, repeats)
 
     def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Images and targets of these samples of a split, stacked; images are cast to `dtype`."""
         return self._batch(split, index, (0, 0), dtype)
+
+    def item(self, split: Any, sample: int, draw: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Image and target of a sample; seeds torch's generator by `draw`: seed, epoch, and `occurrences` of the sample.
+
+        Raises:
+            SampleError: the dataset raises an exception, or returns anything but an image and a target; it names the
+                split and the index.
+        """
+        torch.manual_seed(mix_key(*draw, Draw.ITEM))
+        try:
+            item = split[sample]
+        except Exception as error:  # of whatever type the user's code raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise self.error(split, sample, f"raises {reason}; repair or leave out that sample") from None
+        try:
+            image, target = (torch.as_tensor(part) for part in item)
+            if image.dim() == 0:
+                raise ValueError("a number")
+            return image, target
+        except Exception:
+            found = type(item).__name__
+            if isinstance(item, tuple | list):
+                found += f" of {', '.join(type(part).__name__ for part in item) or 'nothing'}"
+            raise self.error(split, sample, f"expected an item (image tensor, target), got a {found}") from None
+
+    def error(self, split: Any, sample: int, text: str) -> SampleError:
+        """An error about a sample that names the key, the split and the index."""
+        name = next((name for name in ("train", "val", "test") if getattr(self, name) is split), "split")
+        return SampleError(f"{self.key}: {name}[{sample}]: {text}")
 
     def normalized_by(self, mean: Tensor, std: Tensor) -> CustomData:
         """Returns the data unchanged: items are not normalized here."""
@@ -88,28 +123,47 @@ class CustomData:
     def _batch(
         self, split: Any, index: Tensor, draw: tuple[int, int], dtype: torch.dtype, repeats: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        names = occurrences(index, repeats).tolist()
+        samples = index.tolist() or [0]  # an empty batch takes its shapes from sample 0
+        names = occurrences(index, repeats).tolist() or [0]
         with torch.random.fork_rng(devices=[]):
-            items = []
-            # An empty batch takes its shapes from sample 0.
-            for sample, name in zip(index.tolist() or [0], names or [0], strict=True):
-                torch.manual_seed(mix_key(*draw, name, Draw.ITEM))
-                items.append(split[sample])
-        images = torch.stack([torch.as_tensor(image) for image, *_ in items])[: len(index)]
-        targets = torch.stack([torch.as_tensor(target) for _, target in items])[: len(index)]
-        return images.to(dtype), targets
+            items = [self.item(split, sample, (*draw, name)) for sample, name in zip(samples, names, strict=True)]
+        stacked = []
+        for part, what in enumerate(("an image", "a target")):
+            tensors = [item[part] for item in items]
+            for sample, tensor in zip(samples, tensors, strict=True):
+                if tensor.shape != tensors[0].shape:
+                    raise self.error(split, sample, f"{what} of shape {tuple(tensor.shape)}, that of {samples[0]} has"
+                                     f" {tuple(tensors[0].shape)}; give all of a batch one shape")  # fmt: skip
+            stacked.append(torch.stack(tensors)[: len(index)])
+        return stacked[0].to(dtype), stacked[1]
 
 
 def load_custom(config: OpenData) -> Data:
+    """Builds `data._target_` (see `build_custom`) and reads the first item of each dataset.
+
+    Raises:
+        ConfigError: see `build_custom`.
+        SampleError: a first item is not a pair (image tensor, target).
+    """
+    data = build_custom(config)
+    if isinstance(data, CustomData):
+        with torch.random.fork_rng(devices=[]):
+            for split in (data.train, data.val, data.test):
+                if split is not None:
+                    data.item(split, 0, (0, 0, 0))
+    return data
+
+
+def build_custom(config: OpenData) -> ImageData | CustomData:
     """Builds `data._target_`: an object with the datasets `train` and `val`, optionally `test` and `num_classes`.
 
     An `ImageData` or `CustomData` is returned as it is.
 
     Raises:
-        ConfigError: a dataset is missing or empty, or its first item is not a pair (image tensor, target).
+        ConfigError: a dataset is missing or empty.
     """
     built, key = build_target("data", config.arguments), f"data._target_={config.name}"
-    if isinstance(built, ImageData | CustomData):
+    if isinstance(built, ImageData):
         return built
     splits: list[Any] = []
     for name in ("train", "val", "test"):
@@ -123,9 +177,8 @@ def load_custom(config: OpenData) -> Data:
             )
         if len(split) == 0:
             raise ConfigError(f"{key}: {name} is empty")
-        item = split[0]
-        if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Tensor)):
-            raise ConfigError(f"{key}: expected items (image tensor, target), {name}[0] is a {type(item).__name__}")
         splits.append(split)
+    if isinstance(built, CustomData):
+        return replace(built, key=key)
     train, val, test = splits
-    return CustomData(train, val, test, getattr(built, "num_classes", None))
+    return CustomData(train, val, test, getattr(built, "num_classes", None), key)

@@ -31,7 +31,7 @@ _KEPT = re.compile(
     r"|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
-_WITHOUT_LOAD = {"train", "data", "parity"}
+_WITHOUT_LOAD = {"train", "data", "check", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks and metrics: the schema does not declare them, so Hydra needs "++".
 _OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|data\.augment)\.[^=.]+\.[^=]+=.*", re.DOTALL)
