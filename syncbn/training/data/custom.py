@@ -18,6 +18,30 @@ from syncbn.training.data.randomness import Draw, mix_key, occurrences
 
 
 @dataclass(frozen=True)
+class LabelRange:
+    """The labels that a loss over classes can take."""
+
+    num_classes: int
+    ignored: int | None = None
+    """A further value, which does not count."""
+
+    def first_outside(self, labels: Tensor) -> tuple[int, int] | None:
+        """Position along the first dimension, and value, of the first label that is none of them; None for no such."""
+        outside = (labels < 0) | (labels >= self.num_classes)
+        if self.ignored is not None:
+            outside &= labels != self.ignored
+        if not outside.any():
+            return None
+        first = int(outside.flatten().nonzero()[0])
+        return first // max(1, labels[0].numel()), int(labels.flatten()[first])
+
+    def remedy(self, label: int) -> str:
+        """What to say about a label outside of the range."""
+        return (f"the label {label}, expected 0 to {self.num_classes - 1}; correct it, or leave such labels out with"
+                f" loss.ignore_index={label}")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class CustomData:
     """Map-style datasets of torch's kind: `train`, `val`, and `test` unless there is no test split.
 
@@ -32,6 +56,8 @@ class CustomData:
     num_classes: int | None = None
     key: str = "data"
     """What the configuration calls it, for error messages."""
+    labels: LabelRange | None = None
+    """Targets that are labels have to be among these; None: only the loss interprets them."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -74,7 +100,7 @@ class CustomData:
         """Images and targets of these training samples, stacked; images are cast to `dtype`.
 
         Raises:
-            SampleError: see `item`; or images or targets of different shapes.
+            SampleError: see `item`; images or targets of different shapes; a label that is not among `labels`.
         """
         return self._batch(self.train, index, (seed, epoch), dtype, repeats)
 
@@ -135,7 +161,29 @@ class CustomData:
                     raise self.error(split, sample, f"{what} of shape {tuple(tensor.shape)}, that of {samples[0]} has"
                                      f" {tuple(tensors[0].shape)}; give all of a batch one shape")  # fmt: skip
             stacked.append(torch.stack(tensors)[: len(index)])
-        return stacked[0].to(dtype), stacked[1]
+        images, targets = stacked
+        if self.labels is not None and not targets.is_floating_point():
+            found = self.labels.first_outside(targets)
+            if found is not None:
+                raise self.error(split, samples[found[0]], self.labels.remedy(found[1]))
+        return images.to(dtype), targets
+
+
+def with_label_range(data: Data, labels: LabelRange, key: str) -> Data:
+    """A user's data set that refuses other labels: those in memory at once, others when they are read.
+
+    Raises:
+        ConfigError: a label in memory is not among them; the message names the split and the index.
+    """
+    if isinstance(data, CustomData):
+        return replace(data, labels=labels)
+    for name in ("train", "val", "test"):
+        values = getattr(getattr(data, name), "labels", None)
+        if isinstance(values, Tensor) and not values.is_floating_point():
+            found = labels.first_outside(values)
+            if found is not None:
+                raise ConfigError(f"{key}: {name}[{found[0]}]: {labels.remedy(found[1])}")
+    return data
 
 
 def load_custom(config: OpenData) -> Data:

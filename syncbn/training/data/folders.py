@@ -41,8 +41,13 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
     for split in splits[1:]:
         _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
     parts = {split: labelled(root / split, names, others) for split in splits}
+    whole = {} if splits else {"": labelled(root, names, others)}
+    if not any(paths for paths, _ in (*parts.values(), *whole.values())):
+        extensions = ", ".join(sorted(EXTENSIONS))
+        raise ConfigError(f"data.path: no image in the directories {listed(names)} of {str(root)!r}; files are taken"
+                          f" for images by their extension ({extensions})")  # fmt: skip
     if "val" not in parts:
-        paths, labels = parts["train"] if splits else labelled(root, names, others)
+        paths, labels = parts["train"] if splits else whole[""]
         cut = split_labels(labels, names, with_test=not splits)
         held_out = [([paths[i] for i in index.tolist()], labels[index]) for index in cut]
         parts |= zip(SPLITS, held_out, strict=False)  # without a test split the two first

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.atomic_write import WriteError
 from syncbn.training.checkpoint.lock import LOCK
-from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
+from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, printable
 from syncbn.training.config.output import DISK_ERRORS, short, unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.distributed.world import attempt, is_distributed, rank, store, wait_for_rank_0, world_size
@@ -123,7 +123,7 @@ def _is_first_to_report(what: str = "") -> bool:
 
 def is_of_one_rank(error: BaseException) -> bool:
     """Whether the other ranks do not raise this error too, so that it has to be reported before they notice."""
-    return explain(error) is None or isinstance(_root(error), RankError | OSError)
+    return explain(error) is None or isinstance(_root(error), RankError | SampleError | OSError)
 
 
 def _root(error: BaseException) -> ConfigError | TrainingError | OSError | None:

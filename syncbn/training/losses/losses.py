@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from syncbn.training.config.data import DataConfig, OpenData
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.config.losses import CrossEntropyConfig, LossConfig
+from syncbn.training.data.custom import LabelRange, with_label_range
 from syncbn.training.data.dataset import IGNORE, Data
 
 
@@ -61,6 +63,17 @@ def build_loss(config: LossConfig, data: Data) -> Loss:
             return _build_own(config)
         case _:
             assert_never(config)
+
+
+def with_known_labels(data: Data, loss: Loss, config: DataConfig) -> Data:
+    """A user's data set that refuses labels which cross entropy cannot take; other data, or losses, as they are.
+
+    Raises:
+        ConfigError: see `with_label_range`.
+    """
+    if not (isinstance(config, OpenData) and isinstance(loss, CrossEntropy)) or data.num_classes is None:
+        return data
+    return with_label_range(data, LabelRange(data.num_classes, loss.ignore_index), f"data._target_={config.name}")
 
 
 def _build_own(config: dict[str, Any]) -> Loss:

@@ -66,19 +66,25 @@ class LoadedRun:
         with configured_by(self.path):
             loss = losses.build_loss(self.config.loss, self.data)
             own = build_metrics(self.config.metrics, self.data.num_classes)
+            data = losses.with_known_labels(self.data, loss, self.config.data)
         metrics: dict[str, float] = {}
-        with self.loader() as loader:
+        with self.loader(data) as loader:
             for name in splits:
-                split = getattr(self.data, name)
+                split = getattr(data, name)
                 if split is None:
                     continue
-                values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
+                values = evaluate(self.model, data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
 
-    def loader(self) -> Loader:
-        """A loader with the configured workers; it is a context manager."""
-        return Loader(self.data, self.context, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
+    def loader(self, data: dataset.Data | None = None) -> Loader:
+        """A loader of `data`, by default the run's, with the configured workers; it is a context manager."""
+        return Loader(
+            data if data is not None else self.data,
+            self.context,
+            workers=self.config.data.workers,
+            prefetch=self.config.data.prefetch,
+        )
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
         """Appends metrics to `metrics.jsonl` of a run directory, at the checkpoint's step."""

@@ -103,6 +103,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build_loss(config.loss, data)
+    data = losses.with_known_labels(data, loss, config.data)
     outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
     best = choose_best(config.best, metrics, data.num_classes, outputs, targets)

@@ -52,7 +52,7 @@ def classes_with_faults(root):
     save_image(root / "train/overview.png", 5002)  # 10
     (root / "val/dog/notes.txt").write_text("left out, and no fault")
     shutil.copy(root / "val/dog/00.png", root / "val/dog/again.png")  # once more in one split: no fault
-    return ("data=image_folder", f"data.path={root}", "data.size=8"), {
+    return ("data=image_folder", f"data.path={root}", "data.size=8", "data.workers=0"), {
         "class absent": ["no bird"],
         "layout": ["a directory for fish", "no directory for bird"],
         "unreadable": ["train/dog/02.png", "train/cat/03.png", "test/dog/05.png", "val/cat/real.tif"],
@@ -77,7 +77,7 @@ def masks_with_faults(root):
     Image.new("L", (20, 16), 7).save(root / "test/masks/0.png")
     Image.new("RGB", (20, 16)).save(root / "test/masks/1.png")
     shutil.copy(root / "train/images/5.jpg", root / "val/images/5.jpg")
-    return ("data=mask_folder", f"data.path={root}", "data.num_classes=4", "data.size=8"), {
+    return ("data=mask_folder", f"data.path={root}", "data.num_classes=4", "data.size=8", "data.workers=0"), {
         "unreadable": ["train/images/0.jpg", "train/masks/1.png"],
         "no mask": ["val/images/2.jpg"],
         "no image": ["val/masks/alone.png"],
@@ -114,7 +114,7 @@ def test_it_says_the_same_at_any_number_of_ranks_and_workers_and_fails_on_every_
 
 def test_what_is_in_order_is_counted(tmp_path, capsys):
     save_classes(tmp_path / "data", {"a": 10, "b": 20})
-    overrides = ("data=image_folder", f"data.path={tmp_path / 'data'}", "data.size=8")
+    overrides = ("data=image_folder", f"data.path={tmp_path / 'data'}", "data.size=8", "data.workers=0")
     content, error = check(tmp_path, overrides)
     assert error is None
     assert content["findings"] == content["notes"] == []
@@ -200,7 +200,7 @@ def test_of_own_data_every_item_is_looked_at(tmp_path, made, expected):
 def test_a_folder_that_cannot_be_divided_is_a_finding_and_is_looked_at(tmp_path):
     save_classes(tmp_path / "data", {"a": 3, "b": 12})
     cut_short(tmp_path / "data/a/001.png")
-    content, error = check(tmp_path, ("data=image_folder", f"data.path={tmp_path / 'data'}"))
+    content, error = check(tmp_path, ("data=image_folder", f"data.path={tmp_path / 'data'}", "data.workers=0"))
     assert [finding["rule"] for finding in content["findings"]] == ["layout", "unreadable"]
     assert content["splits"]["train"]["samples"] == 15
     assert error.startswith("check: layout: splitting 80/10/10 needs 10 images of every class, got fewer of a (3)")
