@@ -27,6 +27,7 @@ class LabelRange:
 
     def first_outside(self, labels: Tensor) -> tuple[int, int] | None:
         """Position along the first dimension, and value, of the first label that is none of them; None for no such."""
+        labels = labels.to(torch.int64)  # a type without a sign cannot be compared with -1
         outside = (labels < 0) | (labels >= self.num_classes)
         if self.ignored is not None:
             outside &= labels != self.ignored
@@ -109,7 +110,7 @@ class CustomData:
         return self._batch(split, index, (0, 0), dtype)
 
     def item(self, split: Any, sample: int, draw: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Image and target of a sample; seeds torch's generator by `draw`: seed, epoch, and `occurrences` of the sample.
+        """Image and target of a sample; `draw` (seed, epoch, `occurrences` of it) seeds torch's generator before.
 
         Raises:
             SampleError: the dataset raises an exception, or returns anything but an image and a target; it names the

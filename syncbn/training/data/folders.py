@@ -73,10 +73,7 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
                           f" {listed(directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
     values, splits = MaskValues.of(config), {}
     for split in found:
-        images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
-        _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
-        stems = sorted(images)
-        sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
+        sources = [Files(paths) for paths in image_mask_pairs(root / split, others)]
         prepared = Preparation.of(config)
         splits[split] = Split(Decoded(sources[0], prepared), Decoded(sources[1], prepared, values, of=sources[0]))
     _show_others(root, others)
@@ -192,24 +189,37 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
-def _by_stem(directory: Path, others: Counter[str]) -> dict[str, Path]:
+def image_mask_pairs(directory: Path, others: Counter[str], key: str = "data.path") -> tuple[list[str], list[str]]:
+    """Paths of the files in `images/`, sorted, and in `masks/` of the same names; counts other files in `others`.
+
+    Raises:
+        ConfigError: an image without a mask, or a mask without an image; the message begins with `key`.
+    """
+    images, masks = (_by_stem(directory / kind, others, key) for kind in ("images", "masks"))
+    _require_same(f"masks for the images of {directory}", sorted(images), sorted(masks), directory / "masks", key)
+    return [str(images[stem]) for stem in sorted(images)], [str(masks[stem]) for stem in sorted(images)]
+
+
+def _by_stem(directory: Path, others: Counter[str], key: str) -> dict[str, Path]:
     """Image files by their path relative to `directory`, without the extension."""
     if not directory.is_dir():
-        raise ConfigError(f"data.path: expected the directory {str(directory)!r}, found none")
+        raise ConfigError(f"{key}: expected the directory {str(directory)!r}, found none")
     paths: dict[str, Path] = {}
     for path in image_files(directory, others):
         stem = str(path.relative_to(directory).with_suffix(""))
         if stem in paths:
-            raise ConfigError(f"data.path: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
+            raise ConfigError(f"{key}: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
         paths[stem] = path
     return paths
 
 
-def _require_same(what: str, expected: Sequence[str], found: Sequence[str], where: Path) -> None:
+def _require_same(
+    what: str, expected: Sequence[str], found: Sequence[str], where: Path, key: str = "data.path"
+) -> None:
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         differences = [f"{word} {listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
-        raise ConfigError(f"data.path: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
+        raise ConfigError(f"{key}: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
 
 
 def _show_others(root: Path, others: Counter[str]) -> None:

@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import islice
 from multiprocessing.connection import Connection
 from pickle import PicklingError
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
 
@@ -66,6 +68,30 @@ def submit(workers: ProcessPoolExecutor, function: Callable[..., T], *arguments:
         ) from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def each(held: object, function: Callable[[Any, Any], T], tasks: Iterable[Any], num: int) -> Iterator[T]:
+    """`function(held, task)` for each task, in order: in `num` workers, two tasks ahead each, or (0) in this process.
+
+    Raises:
+        TrainingError: a worker has died; see also `submit`.
+    """
+    if num == 0:
+        yield from (function(held, task) for task in tasks)
+        return
+    workers, lifeline = start(held, num)
+    try:
+        todo = iter(tasks)
+        ahead = [submit(workers, function, task) for task in islice(todo, 2 * num)]
+        while ahead:
+            result = ahead.pop(0).result()
+            ahead += [submit(workers, function, task) for task in islice(todo, 1)]
+            yield result
+    except BrokenProcessPool:
+        raise TrainingError(DIED) from None
+    finally:
+        lifeline.close()
+        workers.shutdown(cancel_futures=True)
 
 
 _held: Any  # in a worker process: the object that functions are called with

@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 def clear_errors() -> Iterator[None]:
     """Turns a configuration or training error into one message, printed by the first rank that meets it.
 
-    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError or an error of
-    the disk. Any other exception propagates; if its traceback contains a secret, the redacted traceback is printed and
-    the exit code is 1.
+    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError, a sample that
+    cannot be used, or an error of the disk. Any other exception propagates; if its traceback contains a secret, the
+    redacted traceback is printed and the exit code is 1.
     """
     try:
         yield
@@ -144,7 +144,7 @@ def _names_a_file(error: OSError) -> bool:
 
 
 def _exit_code(error: BaseException) -> int:
-    return 1 if isinstance(_root(error), TrainingError | OSError) else 2
+    return 1 if isinstance(_root(error), TrainingError | SampleError | OSError) else 2
 
 
 def explain(error: BaseException) -> str | None:

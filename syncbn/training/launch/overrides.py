@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Overrides that a task with `load` applies to its own configuration; all others are for the stored configuration.
 _KEPT = re.compile(
     r"(task|load|run|output_dir|share|trust|resume|device|collective_timeout|tracker(\.\w+)?"
-    r"|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
+    r"|(eval|recalibrate|export|predict|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
 _WITHOUT_LOAD = {"train", "data", "check", "parity"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
 from syncbn.training.data import workers as processes
 from syncbn.training.data.inspection.inventory import Inventory, take_inventory
-from syncbn.training.data.inspection.parts import Part, locate, look_at
+from syncbn.training.data.inspection.parts import locate, look_at
 from syncbn.training.data.inspection.records import RULES, Finding, Record
 from syncbn.training.data.inspection.summary import Tally, summarize
 from syncbn.training.distributed import world
@@ -67,34 +65,13 @@ def _records(inventory: Inventory, workers: int, context: RankContext) -> Iterat
     mine = chunks[context.rank :: context.world_size]
     num_samples, done = sum(map(len, mine)), 0
     with console.progress(num_samples, 0, context.is_first, "sample") as show:
-        for found in _looks(inventory.parts, mine, workers):
+        for found in processes.each(inventory.parts, look_at, mine, workers):
             yield from found
             before, done = done, done + len(found)
             if show is not None:
                 show(done)
             elif num_samples >= _LOGGED_FROM and 10 * done // num_samples > 10 * before // num_samples:
                 log.info("%d of %d samples of this rank", done, num_samples)
-
-
-def _looks(parts: Sequence[Part], chunks: Sequence[range], workers: int) -> Iterator[list[tuple[int, Record]]]:
-    """What `look_at` finds in each chunk, here or in worker processes."""
-    if workers == 0:
-        for chunk in chunks:
-            yield look_at(parts, chunk)
-        return
-    pool, lifeline = processes.start(parts, workers)
-    try:
-        todo = iter(chunks)
-        ahead = [processes.submit(pool, look_at, chunk) for chunk in islice(todo, 2 * workers)]
-        while ahead:
-            found = ahead.pop(0).result()
-            ahead += [processes.submit(pool, look_at, chunk) for chunk in islice(todo, 1)]
-            yield found
-    except BrokenProcessPool:
-        raise TrainingError(processes.DIED) from None
-    finally:
-        lifeline.close()
-        pool.shutdown(cancel_futures=True)
 
 
 def _print(content: dict[str, Any], findings: list[Finding], run_dir: Path) -> None:

@@ -36,7 +36,7 @@ DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any ot
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
 
 
-def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.Module:
+def build_model(config: Config, data: dataset.ModelShape, context: RankContext) -> nn.Module:
     """The model with its initial weights, the same on every rank.
 
     Raises:

@@ -206,6 +206,16 @@ def test_a_folder_that_cannot_be_divided_is_a_finding_and_is_looked_at(tmp_path)
     assert error.startswith("check: layout: splitting 80/10/10 needs 10 images of every class, got fewer of a (3)")
 
 
+def test_masks_of_black_and_white_are_a_finding_that_shows_the_key(tmp_path):
+    save_masks(tmp_path / "data", values=(0, 255))
+    for number, path in enumerate(sorted((tmp_path / "data").glob("*/images/*"))):
+        save_image(path, number)
+    data = ("data=mask_folder", f"data.path={tmp_path / 'data'}", "data.num_classes=2", "data.workers=0")
+    [finding] = check(tmp_path, data)[0]["findings"]
+    assert finding["text"].endswith("255 does not count; data.values={0:0,255:1} makes it class 1")
+    assert check(tmp_path, (*data, "data.values={0:0,255:1}"))[1] is None
+
+
 def test_a_directory_that_is_not_there_is_a_mistake_in_the_configuration(tmp_path):
     with pytest.raises(ConfigError, match=r"^data.path: expected a directory, found none"):
         run_rank(tmp_path, ("task=check", "data=image_folder", f"data.path={tmp_path / 'nowhere'}"))

@@ -11,7 +11,7 @@ from syncbn.training.config.data import DataConfig, DecodedConfig, ImageFolderCo
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.data import custom, folders, registry
 from syncbn.training.data.custom import CustomData
-from syncbn.training.data.dataset import Data, Rows
+from syncbn.training.data.dataset import IGNORE, Data, Rows
 from syncbn.training.data.decoding import Decoded, Files
 from syncbn.training.data.folders import SPLITS
 from syncbn.training.data.inspection.parts import ItemsPart, Part, RowsPart
@@ -33,6 +33,8 @@ class Inventory:
     """What is worth knowing and not wrong."""
     expected: Sequence[str] | None = None
     """The classes that should occur in training; None for all."""
+    if_binary: str = ""
+    """What to say if masks hold no value but 0 and one that does not count."""
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -56,9 +58,9 @@ def take_inventory(config: DataConfig) -> Inventory:
         case OpenData():
             return _of_data(custom.build_custom(config))
         case DecodedConfig():
-            return _of_data(registry.load_data(replace(config, cache="0")))
+            return _of_data(registry.load_data(replace(config, cache="0", augment={})))
         case _:
-            return _of_data(registry.load_data(config))
+            return _of_data(registry.load_data(replace(config, augment={})))
 
 
 def _of_data(data: Data) -> Inventory:
@@ -114,6 +116,10 @@ def _of_masks(config: MaskFolderConfig) -> Inventory:
     root, others = folders.root_of(config), Counter[str]()
     inventory = Inventory([], [str(number) for number in range(config.num_classes)])
     splits, prepared, values = _splits(root, inventory, ("test",)), Preparation.of(config), MaskValues.of(config)
+    if config.num_classes == 2 and not values.given and values.table[255] == IGNORE:
+        inventory.if_binary = (
+            "the masks hold 0 and 255 alone, and 255 does not count; data.values={0:0,255:1} makes it class 1"
+        )
     if not splits:
         inventory.add("layout", "", "", f"expected the directories {', '.join(SPLITS)} in {root}, each with images/ and"
                       f" masks/, found {listed(folders.directories(root)) or 'none'}")  # fmt: skip

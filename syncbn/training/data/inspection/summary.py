@@ -117,7 +117,8 @@ def _of_classes(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
     train = tally.splits.get("train")
     if train is not None and train.samples:
         for name in _absent(inventory, train):
-            yield Finding("class absent", "train", "", f"no {name}")
+            why = f": {inventory.if_binary}" if inventory.if_binary and train.pixels.keys() == {0, IGNORE} else ""
+            yield Finding("class absent", "train", "", f"no {name}{why}")
 
 
 def _absent(inventory: Inventory, tally: SplitTally) -> list[str]:
