@@ -98,7 +98,8 @@ def _of_classes(config: ImageFolderConfig) -> Inventory:
     if "val" not in parts:
         paths, labels = parts.pop(first)
         try:
-            cut = folders.split_labels(labels, names, with_test=not splits)
+            own = labels if names == expected else folders.labelled(root / first, expected, Counter())[1]
+            cut = folders.split_labels(own, expected, with_test=not splits)
             held = {name: ([paths[i] for i in part.tolist()], labels[part]) for name, part in zip(SPLITS, cut)}  # noqa: B905
             parts = held | parts
         except ConfigError as error:
