@@ -152,7 +152,7 @@ def test_every_key_of_the_configuration_that_is_named_exists(page):
         elif equals and (ROOT / "configs" / root).is_dir():
             assert not value or (ROOT / "configs" / root / f"{value}.yaml").exists(), word
         elif equals and value.strip("."):
-            assert compose_config(word, "load=x"), word
+            assert compose_config(word, "load=x", "predict.path=x"), word
 
 
 def test_a_key_that_does_not_exist_is_found():
