@@ -20,7 +20,8 @@ VAL_ACCURACY = "val/accuracy"
 LAYER_TABLE = "bn/layers"
 
 # Prefixes of groups of names, without the `/`.
-TRAIN, VAL, TEST, PRECISE, DRIFT, BN, FREEZE = "train", "val", "test", "precise", "drift", "bn", "freeze"
+TRAIN, VAL, TEST, EVAL, PRECISE = "train", "val", "test", "eval", "precise"
+DRIFT, BN, FREEZE = "drift", "bn", "freeze"
 
 
 def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch import overrides as command_line
 from syncbn.training.launch.overrides import open_overrides
 from syncbn.training.launch.resolvers import register_resolvers
+from syncbn.training.tasks import check
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
 from syncbn.training.trainer.build import context_for
@@ -206,6 +207,8 @@ def run_rank(cwd: Path, overrides: tuple[str, ...]) -> Path:
         context = context_for(config, RankContext(rank, world_size, torch.device("cpu"), torch.float32))
         if config.task in WITH_LOAD:
             WITH_LOAD[config.task](config, run_dir, context)
+        elif config.task == "check":
+            check.run(config, run_dir, context)
         else:
             with ExitStack() as tracking:
                 train(config, run_dir, context, overrides, tracking)

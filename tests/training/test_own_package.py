@@ -144,9 +144,12 @@ class NoPairs:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("collections.OrderedDict", "expected the datasets train, val and test"),
+        ("collections.OrderedDict", "expected the datasets train and val"),
         ("tests.training.test_own_package.Wrong", "train is empty"),
-        ("tests.training.test_own_package.NoPairs", r"expected items \(image tensor, target\), train\[0\] is a Tensor"),
+        (
+            "tests.training.test_own_package.NoPairs",
+            r"train\[0\]: expected an item \(image tensor, target\), got a T",
+        ),
         ("nowhere.Study", "data._target_=nowhere.Study: "),
     ],
 )

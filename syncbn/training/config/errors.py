@@ -21,6 +21,13 @@ class RankError(TrainingError):
     """An error on one rank; its peers fail when it exits."""
 
 
+class SampleError(ConfigError):
+    """A sample that cannot be used, met by the rank that reads it; its peers fail when it exits.
+
+    The message names the key, the file, or the split and the index.
+    """
+
+
 @contextmanager
 def configured_by(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Context that adds to a ConfigError, which names a key, the file whose stored configuration has that key.

@@ -7,13 +7,14 @@ from typing import Any
 
 from syncbn.training.config.errors import ConfigError
 
-TASKS = ("train", "eval", "audit", "recalibrate", "export", "data", "parity")
+TASKS = ("train", "eval", "audit", "recalibrate", "export", "predict", "check", "data", "parity")
 
 _EVERY = TASKS
-_WITH_LOAD = ("eval", "audit", "recalibrate", "export")
+_WITH_LOAD = ("eval", "audit", "recalibrate", "export", "predict")
+_WITH_DATA = tuple(task for task in TASKS if task != "predict")  # predict prepares images as the checkpoint says
 _WITH_MODEL = ("train", *_WITH_LOAD)
 _TRAIN = ("train",)
-_WITH_COMPUTATION = ("train", "eval", "audit", "recalibrate", "export", "data")  # parity has its own ranks and types
+_WITH_COMPUTATION = ("train", *_WITH_LOAD, "data")  # parity has its own ranks and types
 
 # The tasks that read a key, for every root key. A key below it has an entry where fewer tasks read it.
 READERS: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "load": _WITH_LOAD,
     "trust": _WITH_MODEL,
     "seed": _EVERY,
-    "device": ("train", "eval", "audit", "recalibrate", "data"),  # an export is made on the CPU
+    "device": ("train", "eval", "audit", "recalibrate", "predict", "data"),  # an export is made on the CPU
     "precision": _WITH_COMPUTATION,
     "compile": _TRAIN,
     "channels_last": _WITH_COMPUTATION,
@@ -36,7 +37,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "clip_norm": _TRAIN,
     "ema": _TRAIN,
     "on_nonfinite": _TRAIN,
-    "collective_timeout": _WITH_COMPUTATION,
+    "collective_timeout": (*_WITH_COMPUTATION, "check"),
     "best": _TRAIN,
     "duration": ("train", "data"),
     "eval_every": _TRAIN,
@@ -56,18 +57,21 @@ READERS: dict[str, tuple[str, ...]] = {
     "audit": ("train", "audit"),
     "eval": _WITH_LOAD,
     "eval.precise_bn": ("eval",),
+    "eval.path": ("eval",),
     "recalibrate": ("recalibrate",),
     "export": ("export",),
     "parity": ("parity",),
+    "predict": ("predict",),
     "tracker": _TRAIN,
     "data": _EVERY,
+    **dict.fromkeys(("data.path", "data.size", "data.channels", "data.fit", "data.range", "data.cache"), _WITH_DATA),
     "data.mean": ("train", "data", "parity"),  # tasks with load take the numbers of the checkpoint
     "data.std": ("train", "data", "parity"),
     "data.sampler": ("train", "eval", "audit", "recalibrate", "parity"),  # eval: of eval.precise_bn
     "data.augment": ("train", "audit", "data", "parity"),
     "data.shift": ("train", "audit", "data", "parity"),
     "data.flip": ("train", "audit", "data", "parity"),
-    "data.workers": ("train", "eval", "recalibrate", "data"),
+    "data.workers": ("train", "eval", "recalibrate", "predict", "check", "data"),
     "data.prefetch": ("train", "eval", "recalibrate", "data"),
     "model": (*_WITH_MODEL, "parity"),
     "loss": ("train", "eval", "recalibrate", "parity"),

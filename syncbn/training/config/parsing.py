@@ -26,6 +26,7 @@ from syncbn.training.config.run import (
     EvalConfig,
     ExportConfig,
     ParityConfig,
+    PredictConfig,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -34,7 +35,7 @@ from syncbn.training.config.schema import SCHEMAS, Config
 
 OPEN_GROUPS = ("model", "data", "loss", "optimizer")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
-          ParityConfig)  # fmt: skip
+          ParityConfig, PredictConfig)  # fmt: skip
 NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
 
 

@@ -58,11 +58,15 @@ class EvalConfig:
     """Weights of the checkpoint: "auto" (those that training evaluated), "raw", or "ema" (the averaged ones)."""
     precise_bn: int | None
     """task=eval: evaluate again with population statistics of this many global batches; None: do not."""
+    path: str | None = None
+    """task=eval: another folder to evaluate on, whole; None: validation and test data of the training."""
 
     def __post_init__(self) -> None:
         require_choice("eval.weights", self.weights, ("auto", "raw", "ema"))
         require(self.precise_bn is None or self.precise_bn >= 1, "eval.precise_bn", "null or 1 or more global batches",
                 self.precise_bn)  # fmt: skip
+        require(self.precise_bn is None or self.path is None, "eval.precise_bn",
+                "null with eval.path, which has no training data", self.precise_bn)  # fmt: skip
 
 
 @dataclass
@@ -75,6 +79,31 @@ class RecalibrateConfig:
     def __post_init__(self) -> None:
         require(self.batches is None or self.batches >= 1, "recalibrate.batches", "null or 1 or more global batches",
                 self.batches)  # fmt: skip
+
+
+@dataclass
+class PredictConfig:
+    """Prediction for image files (task=predict)."""
+
+    path: str | list[str] | None = None
+    """A directory, a file, or a list of them."""
+    flip: bool = False
+    """Average over each image and its mirror image."""
+    batch_size: int = 32
+    """Images per forward pass of a rank."""
+
+    def __post_init__(self) -> None:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        valid = paths is None or (
+            isinstance(paths, list) and bool(paths) and all(isinstance(path, str) and path for path in paths)
+        )
+        require(valid, "predict.path", "a directory, a file, or a list of them", self.path)
+        require(self.batch_size >= 1, "predict.batch_size", "1 or more images", self.batch_size)
+
+    @property
+    def paths(self) -> list[str]:
+        """The entries of `path`."""
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
 
 
 @dataclass

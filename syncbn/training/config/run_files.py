@@ -11,9 +11,10 @@ from syncbn.training.config.errors import ConfigError
 
 # What is written into a run directory, or a multirun's.
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
-          "summary.json", "report.html", "recalibrated.pt", "run.lock", "multirun.yaml")  # fmt: skip
+          "check.json", "predictions.csv", "summary.json", "report.html", "recalibrated.pt",
+          "run.lock", "multirun.yaml")  # fmt: skip
 _LOGS = "train*.log"
-_DIRECTORIES = (".hydra", "checkpoints", "export", "wandb")
+_DIRECTORIES = (".hydra", "checkpoints", "export", "masks", "wandb")
 
 
 def require_regular_files(run_dir: Path) -> None:

@@ -51,6 +51,7 @@ from syncbn.training.config.run import (
     EvalConfig,
     ExportConfig,
     ParityConfig,
+    PredictConfig,
     RecalibrateConfig,
     SaveConfig,
     TrackerConfig,
@@ -105,6 +106,7 @@ class Config:
     share: str = "private"
     parity: ParityConfig = field(default_factory=ParityConfig)
     early_stop: str | None = None
+    predict: PredictConfig = field(default_factory=PredictConfig)
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
@@ -122,8 +124,10 @@ class Config:
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
-        require(self.task in ("train", "data", "parity") or self.load is not None, "load",
+        require(self.task in ("train", "data", "check", "parity") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
+        require(self.task != "predict" or self.predict.path is not None, "predict.path",
+                "a directory of images, a file, or a list of them for task=predict", None)  # fmt: skip
         for key in ("overfit", "profile"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, key, "null or 1 or more", getattr(self, key))
         require(self.batch_size >= 1, "batch_size", "1 or more samples over all ranks", self.batch_size)

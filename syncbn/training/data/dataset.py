@@ -42,6 +42,18 @@ class Split:
         return len(self.labels)
 
 
+class ModelShape(Protocol):
+    """Protocol of what a model is built for."""
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of an image."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None if the targets are not classes."""
+
+
 class Data(Protocol):
     """Protocol of a data set for a run: its splits, and batches of them.
 

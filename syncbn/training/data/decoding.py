@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from syncbn.training.config.data import DecodedConfig, parse_bytes
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, SampleError
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation, channels_first
 from syncbn.training.distributed import world
@@ -89,7 +89,7 @@ class Decoded:
     classes, (*size,), and are fitted in the same way, but by the nearest pixel; their padding is IGNORE.
 
     Raises:
-        ConfigError: on access, an image that cannot be read; the message names it.
+        SampleError: on access, an image that cannot be read; the message names it.
     """
 
     source: Source
@@ -155,7 +155,7 @@ class Decoded:
         except ConfigError:
             raise
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
-            raise ConfigError(
+            raise SampleError(
                 f"data.path: cannot read the image {name!r} ({' '.join(str(error).split()) or type(error).__name__});"
                 " repair it, or remove it"
             ) from None

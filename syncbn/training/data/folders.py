@@ -35,14 +35,19 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
     Raises:
         ConfigError: a directory is missing, classes differ between splits, or a class has too few images to split.
     """
-    root, others = _root(config), Counter[str]()
-    splits = _splits(root, optional=("val", "test"))
+    root, others = root_of(config), Counter[str]()
+    splits = split_directories(root, optional=("val", "test"))
     names = _class_names(root / splits[0] if splits else root)
     for split in splits[1:]:
         _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
-    parts = {split: _labelled(root / split, names, others) for split in splits}
+    parts = {split: labelled(root / split, names, others) for split in splits}
+    whole = {} if splits else {"": labelled(root, names, others)}
+    if not any(paths for paths, _ in (*parts.values(), *whole.values())):
+        extensions = ", ".join(sorted(EXTENSIONS))
+        raise ConfigError(f"data.path: no image in the directories {listed(names)} of {str(root)!r}; files are taken"
+                          f" for images by their extension ({extensions})")  # fmt: skip
     if "val" not in parts:
-        paths, labels = parts["train"] if splits else _labelled(root, names, others)
+        paths, labels = parts["train"] if splits else whole[""]
         cut = split_labels(labels, names, with_test=not splits)
         held_out = [([paths[i] for i in index.tolist()], labels[index]) for index in cut]
         parts |= zip(SPLITS, held_out, strict=False)  # without a test split the two first
@@ -61,17 +66,14 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
     Raises:
         ConfigError: a directory is missing, an image has no mask, or a mask no image.
     """
-    root, others = _root(config), Counter[str]()
-    found = _splits(root, optional=("test",))
+    root, others = root_of(config), Counter[str]()
+    found = split_directories(root, optional=("test",))
     if not found:
         raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
-                          f" {listed(_directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
+                          f" {listed(directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
     values, splits = MaskValues.of(config), {}
     for split in found:
-        images, masks = (_by_stem(root / split / kind, others) for kind in ("images", "masks"))
-        _require_same(f"masks for the images of {root / split}", sorted(images), sorted(masks), root / split / "masks")
-        stems = sorted(images)
-        sources = [Files([str(paths[stem]) for stem in stems]) for paths in (images, masks)]
+        sources = [Files(paths) for paths in image_mask_pairs(root / split, others)]
         prepared = Preparation.of(config)
         splits[split] = Split(Decoded(sources[0], prepared), Decoded(sources[1], prepared, values, of=sources[0]))
     _show_others(root, others)
@@ -120,14 +122,14 @@ def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True
     return stratified_indices(labels) if with_test else hold_out(labels)
 
 
-def _root(config: DecodedConfig) -> Path:
+def root_of(config: DecodedConfig) -> Path:
     root = Path(config.path).expanduser()
     if not root.is_dir():
         raise ConfigError(f"data.path: expected a directory, found none at {config.path!r}")
     return root
 
 
-def _splits(root: Path, optional: Sequence[str]) -> list[str]:
+def split_directories(root: Path, optional: Sequence[str]) -> list[str]:
     """The directories among train, val and test that the data set has; empty if it is not divided into splits.
 
     Without `train`, or with `train` alone, these directories count as classes.
@@ -138,7 +140,7 @@ def _splits(root: Path, optional: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: train and one of val and test are there, and the other is missing and not optional.
     """
-    found = [split for split in SPLITS if split in _directories(root)]
+    found = [split for split in SPLITS if split in directories(root)]
     if "train" not in found or len(found) == 1:
         return []
     missing = [split for split in SPLITS if split not in found and split not in optional]
@@ -148,59 +150,76 @@ def _splits(root: Path, optional: Sequence[str]) -> list[str]:
     return found
 
 
-def _directories(root: Path) -> list[str]:
+def directories(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_names(root: Path) -> list[str]:
-    names = _directories(root)
+    names = directories(root)
     if len(names) < 2:
         raise ConfigError(f"data.path: expected a directory per class in {str(root)!r}, two or more, found"
                           f" {listed(names) or 'none'}")  # fmt: skip
     return names
 
 
-def _labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
+def labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
     """Paths of the images below the class directories, class by class, and their labels, (N,) int64."""
-    found = [_images(root / name, others) for name in names]
+    found = [image_files(root / name, others) for name in names]
     sizes = torch.tensor([len(paths) for paths in found])
     return [str(path) for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
 
 
-def _images(directory: Path, others: Counter[str]) -> list[Path]:
+def image_files(directory: Path, others: Counter[str]) -> list[Path]:
     """Image files at any depth, sorted; follows links, each directory once. Counts other files in `others`."""
     paths, seen = [], set()
     for parent, below, files in os.walk(directory, followlinks=True):
         real = os.path.realpath(parent)
         below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
         for name in () if real in seen else files:
-            extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS and not name.startswith("."):
+            if is_image(name):
                 paths.append(Path(parent, name))
             else:
-                others[extension or name] += 1
+                others[os.path.splitext(name)[1].lower() or name] += 1
         seen.add(real)
     return sorted(paths)
 
 
-def _by_stem(directory: Path, others: Counter[str]) -> dict[str, Path]:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def image_mask_pairs(directory: Path, others: Counter[str], key: str = "data.path") -> tuple[list[str], list[str]]:
+    """Paths of the files in `images/`, sorted, and in `masks/` of the same names; counts other files in `others`.
+
+    Raises:
+        ConfigError: an image without a mask, or a mask without an image; the message begins with `key`.
+    """
+    images, masks = (_by_stem(directory / kind, others, key) for kind in ("images", "masks"))
+    _require_same(f"masks for the images of {directory}", sorted(images), sorted(masks), directory / "masks", key)
+    return [str(images[stem]) for stem in sorted(images)], [str(masks[stem]) for stem in sorted(images)]
+
+
+def _by_stem(directory: Path, others: Counter[str], key: str) -> dict[str, Path]:
     """Image files by their path relative to `directory`, without the extension."""
     if not directory.is_dir():
-        raise ConfigError(f"data.path: expected the directory {str(directory)!r}, found none")
+        raise ConfigError(f"{key}: expected the directory {str(directory)!r}, found none")
     paths: dict[str, Path] = {}
-    for path in _images(directory, others):
+    for path in image_files(directory, others):
         stem = str(path.relative_to(directory).with_suffix(""))
         if stem in paths:
-            raise ConfigError(f"data.path: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
+            raise ConfigError(f"{key}: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
         paths[stem] = path
     return paths
 
 
-def _require_same(what: str, expected: Sequence[str], found: Sequence[str], where: Path) -> None:
+def _require_same(
+    what: str, expected: Sequence[str], found: Sequence[str], where: Path, key: str = "data.path"
+) -> None:
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         differences = [f"{word} {listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
-        raise ConfigError(f"data.path: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
+        raise ConfigError(f"{key}: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
 
 
 def _show_others(root: Path, others: Counter[str]) -> None:

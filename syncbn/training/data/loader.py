@@ -6,24 +6,17 @@ batches are bitwise the same for any number and speed of workers. One pool of wo
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from multiprocessing.connection import Connection
-from pickle import PicklingError
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import TrainingError
+from syncbn.training.data import workers as processes
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
@@ -31,19 +24,11 @@ from syncbn.training.distributed.rank_context import RankContext
 Batch = tuple[Tensor, Tensor]  # images and labels
 Task = tuple[Any, ...]  # name of a method of Data, followed by its arguments
 
-_STOPPING = {signal.SIGTERM, signal.SIGINT}
-_DIED = (
-    "data.workers: a worker process died; it may have run out of memory, or of shared memory (/dev/shm; in a container"
-    " --shm-size or --ipc=host): use fewer data.workers or a smaller data.prefetch or data.cache, or data.workers=0"
-)
-
 
 class Loader:
     """Prepares batches, in worker processes or (`workers=0`) in this one, and copies them to the device.
 
-    Workers come from a fork server, so that they share neither the process group nor CUDA with the rank, and use one
-    thread each. They ignore SIGTERM and SIGINT, which the rank handles, and exit when the rank does, however it ends.
-    They start with the first batch that is needed.
+    Workers (see `data.workers`) start with the first batch that is needed.
 
     Args:
         workers: worker processes of this rank.
@@ -75,7 +60,7 @@ class Loader:
 
     def one_batch(self, sampler: Sampler, seed: int, step: int) -> Batch:
         """This rank's part of the first micro-batch of any step, prepared in this process."""
-        return self._move(_do(self.data, next(self._train_tasks(sampler, seed, step))))
+        return self._move(_do(self.data, *next(self._train_tasks(sampler, seed, step))))
 
     def eval_batches(self, split: Any, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """A batch for each of `indices`, (N,) int64 positions in the split, in order."""
@@ -109,7 +94,7 @@ class Loader:
         """Results of the tasks, in order, on the device."""
         if self.num_workers == 0:
             for task in tasks:
-                yield self._move(_do(self.data, task))
+                yield self._move(_do(self.data, *task))
             return
         ahead: deque[Future[Batch]] = deque()
         try:
@@ -120,27 +105,16 @@ class Loader:
             while ahead:
                 yield self._move(ahead.popleft().result())
         except BrokenProcessPool:
-            raise TrainingError(_DIED) from None
+            raise TrainingError(processes.DIED) from None
         # Pending futures are not cancelled when the consumer stops early: a broken pool sets an exception on each
         # pending future, and in CPython 3.11 that fails for cancelled ones.
 
     def _submit(self, task: Task) -> Future[Batch]:
         if self._workers is None:
-            self._workers, self._lifeline = _start(self.data, self.num_workers)
+            self.data.pixel_stats  # noqa: B018 - computed once here instead of in each worker
+            self._workers, self._lifeline = processes.start(self.data, self.num_workers)
             self._pinning = ThreadPoolExecutor(1, "pin") if self._pins else None
-        # `submit` may start a worker, which inherits the mask of blocked signals. Signals stay pending meanwhile.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-        try:
-            # An index is sent as a NumPy array: a tensor would need a shared-memory file and a connection to this rank.
-            future = self._workers.submit(_work, tuple(_packed(part) for part in task))
-        except (AttributeError, TypeError, PicklingError) as error:
-            raise ConfigError(
-                f"data.workers: the data set cannot be sent to worker processes ({' '.join(str(error).split())}); let"
-                " it hold what pickles (functions of a module instead of lambdas, paths instead of open files), or use"
-                " data.workers=0"
-            ) from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        future = processes.submit(self._workers, _do, *task)
         return future if self._pinning is None else self._pinning.submit(_pinned, future)
 
     def _move(self, batch: Batch) -> Batch:
@@ -150,49 +124,13 @@ class Loader:
         return self.context.put(images), labels.to(self.context.device, non_blocking=True)
 
 
-def _do(data: Data, task: Task) -> Batch:
-    method, *arguments = task
+def _do(data: Data, method: str, *arguments: Any) -> Batch:
     if method == "eval_batch":
-        name, *arguments = arguments
-        return data.eval_batch(getattr(data, name), *arguments)
+        name, *others = arguments
+        return data.eval_batch(getattr(data, name), *others)
     return data.train_batch(*arguments)
 
 
 def _pinned(future: Future[Batch]) -> Batch:
     images, labels = future.result()
     return images.pin_memory(), labels.pin_memory()
-
-
-def _start(data: Data, num: int) -> tuple[ProcessPoolExecutor, Connection]:
-    data.pixel_stats  # noqa: B018 - computed once here instead of in each worker
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    theirs, ours = context.Pipe(duplex=False)
-    return ProcessPoolExecutor(num, context, _begin, (data, theirs)), ours
-
-
-_data: Data  # in a worker process: the data set that `_work` reads
-
-
-def _begin(data: Data, lifeline: Connection) -> None:
-    """Initializes a worker process."""
-    global _data
-    _data = data
-    for number in _STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-
-
-def _end_with(lifeline: Connection) -> None:
-    with suppress(EOFError):
-        lifeline.recv_bytes()  # nothing is ever sent: raises EOFError when the rank's end is closed
-    os._exit(0)  # the main thread may wait for tasks that no longer come
-
-
-def _work(task: Task) -> Batch:
-    return _do(_data, tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in task))
-
-
-def _packed(part: Any) -> Any:
-    return part.numpy() if isinstance(part, Tensor) else part

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from syncbn.report.metric_names import DRIFT, PRECISE, TEST, VAL, below
+from syncbn.report.metric_names import DRIFT, EVAL, PRECISE, TEST, VAL, below
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.keys import require_no_sweep
@@ -157,7 +157,7 @@ def print_table(sweep_dir: Path) -> None:
     if not summaries:  # some tasks, such as audit, write no summary; each job has printed its own result
         return
     found = dict.fromkeys(name for _, s in summaries for name in s["metrics"])
-    splits = (VAL, TEST, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
+    splits = (VAL, TEST, EVAL, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
     names = [
         name for name in found if name.rpartition("/")[0] in splits
     ]  # without values per class, which are one level deeper

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.atomic_write import WriteError
 from syncbn.training.checkpoint.lock import LOCK
-from syncbn.training.config.errors import ConfigError, RankError, TrainingError, printable
+from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, printable
 from syncbn.training.config.output import DISK_ERRORS, short, unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.distributed.world import attempt, is_distributed, rank, store, wait_for_rank_0, world_size
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 def clear_errors() -> Iterator[None]:
     """Turns a configuration or training error into one message, printed by the first rank that meets it.
 
-    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError or an error of
-    the disk. Any other exception propagates; if its traceback contains a secret, the redacted traceback is printed and
-    the exit code is 1.
+    The process exits with code 2 after a mistake in the configuration, and with 1 after a TrainingError, a sample that
+    cannot be used, or an error of the disk. Any other exception propagates; if its traceback contains a secret, the
+    redacted traceback is printed and the exit code is 1.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def _is_first_to_report(what: str = "") -> bool:
 
 def is_of_one_rank(error: BaseException) -> bool:
     """Whether the other ranks do not raise this error too, so that it has to be reported before they notice."""
-    return explain(error) is None or isinstance(_root(error), RankError | OSError)
+    return explain(error) is None or isinstance(_root(error), RankError | SampleError | OSError)
 
 
 def _root(error: BaseException) -> ConfigError | TrainingError | OSError | None:
@@ -144,7 +144,7 @@ def _names_a_file(error: OSError) -> bool:
 
 
 def _exit_code(error: BaseException) -> int:
-    return 1 if isinstance(_root(error), TrainingError | OSError) else 2
+    return 1 if isinstance(_root(error), TrainingError | SampleError | OSError) else 2
 
 
 def explain(error: BaseException) -> str | None:

@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 # Overrides that a task with `load` applies to its own configuration; all others are for the stored configuration.
 _KEPT = re.compile(
     r"(task|load|run|output_dir|share|trust|resume|device|collective_timeout|tracker(\.\w+)?"
-    r"|(eval|recalibrate|export|audit)\.\w+|init\.[^=]+"
+    r"|(eval|recalibrate|export|predict|audit)\.\w+|init\.[^=]+"
     r"|hydra[./].*)="
 )
-_WITHOUT_LOAD = {"train", "data", "parity"}
+_WITHOUT_LOAD = {"train", "data", "check", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks, metrics, transforms and parameter groups: the schema does not declare them,
 # so Hydra needs "++". So it does for the arguments of an optimizer by `_target_`.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from syncbn.training.config.data import DataConfig, OpenData
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.config.losses import (
@@ -18,7 +19,7 @@ from syncbn.training.config.losses import (
     LossConfig,
     MeanSquaredErrorConfig,
 )
-from syncbn.training.data.custom import CustomData
+from syncbn.training.data.custom import CustomData, LabelRange, with_label_range
 from syncbn.training.data.dataset import IGNORE, Data
 from syncbn.training.losses.class_weights import Weights, class_weights
 from syncbn.training.losses.dice import CrossEntropyAndDice, Dice
@@ -130,6 +131,18 @@ def metric_targets(loss: Loss, targets: Tensor) -> Tensor:
     convert = getattr(loss, "metric_targets", None)
     converted: Tensor = targets if convert is None else convert(targets)
     return converted
+
+
+def with_known_labels(data: Data, loss: Loss, config: DataConfig) -> Data:
+    """A user's data set that refuses labels which are no class; other data, or losses of other targets, as they are.
+
+    Raises:
+        ConfigError: see `with_label_range`.
+    """
+    of_classes = isinstance(loss, CrossEntropy | CrossEntropyAndDice | Dice)
+    if not (isinstance(config, OpenData) and of_classes) or data.num_classes is None:
+        return data
+    return with_label_range(data, LabelRange(data.num_classes, loss.ignore_index), f"data._target_={config.name}")
 
 
 def _build_own(config: dict[str, Any]) -> Loss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from syncbn.report.metric_names import PRECISE, prefixed
+from syncbn.report.metric_names import EVAL, PRECISE, VAL, prefixed
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.tasks.loaded import load_run
@@ -14,7 +14,7 @@ from syncbn.training.tracking.console import shown
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
-    """Evaluates the checkpoint that `load` names on validation and test data; every rank calls it.
+    """Evaluates the checkpoint that `load` names on validation and test data, or on `eval.path`; every rank calls it.
 
     With `eval.precise_bn` it is evaluated a second time, with population statistics (`precise/val/...`).
 
@@ -23,6 +23,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     """
     loaded = load_run(config, run_dir, context)
     metrics = loaded.evaluate("val", "test")
+    if config.eval.path is not None:  # all of that folder is the validation split
+        metrics = prefixed(EVAL, {name.removeprefix(f"{VAL}/"): value for name, value in metrics.items()})
     rows = []
     if config.eval.precise_bn is not None:
         found = recalibrate(loaded, config.eval.precise_bn)
@@ -31,5 +33,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     loaded.record(run_dir, metrics)
     if context.is_first:
         rows = [*((name, f"{value:.4f}") for name, value in metrics.items()), *rows]
-        console.print_table(loaded.describe(), [*rows, ("run directory", shown(run_dir))])
+        console.print_table(
+            loaded.describe(),
+            [*rows, *([("data", config.eval.path)] if config.eval.path else []), ("run directory", shown(run_dir))],
+        )
     return metrics

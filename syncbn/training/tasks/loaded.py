@@ -20,7 +20,9 @@ from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.config.schema import Config
 from syncbn.training.config.trust import Command, check_stored
 from syncbn.training.data import dataset, registry
+from syncbn.training.data.dataset import ModelShape
 from syncbn.training.data.loader import Loader
+from syncbn.training.data.whole_folder import load_whole
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import evaluate
@@ -33,7 +35,7 @@ from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer.build import build_model, context_for
 
 # Keys that a task reads from its own command line, not from the configuration of the training.
-OWN_KEYS = ("eval", "audit", "recalibrate", "export", "init")
+OWN_KEYS = ("eval", "audit", "recalibrate", "export", "predict", "init")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class LoadedRun:
         with configured_by(self.path):
             loss = self.loss()
             own = build_metrics(self.config.metrics, self.data.num_classes)
+            data = losses.with_known_labels(self.data, loss, self.config.data)
         metrics: dict[str, float] = {}
-        with self.loader() as loader:
+        with self.loader(data) as loader:
             for name in splits:
-                split = getattr(self.data, name)
+                split = getattr(data, name)
                 if split is None:
                     continue
-                values = evaluate(self.model, self.data, split, loss, self.context, metrics=own, loader=loader)
+                values = evaluate(self.model, data, split, loss, self.context, metrics=own, loader=loader)
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
 
@@ -81,9 +84,14 @@ class LoadedRun:
         """The loss of the training, its class weights those that the checkpoint stores; every rank has to call it."""
         return losses.build_loss(self.config.loss, self.data, self.class_weights)
 
-    def loader(self) -> Loader:
-        """A loader with the configured workers; it is a context manager."""
-        return Loader(self.data, self.context, workers=self.config.data.workers, prefetch=self.config.data.prefetch)
+    def loader(self, data: dataset.Data | None = None) -> Loader:
+        """A loader of `data`, by default the run's, with the configured workers; it is a context manager."""
+        return Loader(
+            data if data is not None else self.data,
+            self.context,
+            workers=self.config.data.workers,
+            prefetch=self.config.data.prefetch,
+        )
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
         """Appends metrics to `metrics.jsonl` of a run directory, at the checkpoint's step."""
@@ -93,37 +101,82 @@ class LoadedRun:
             records.log(self.step, metrics)
 
 
-def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
-    """Loads the checkpoint that `load` names, and sub-networks of other runs that `init` names; every rank calls it.
+@dataclass(frozen=True)
+class OpenedRun:
+    """A checkpoint that has been read and checked, with the configuration for using it; it needs no data set yet."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    weights: str
+    """See `LoadedRun`."""
+    state: dict[str, Tensor]
+    """The state dict of those weights."""
+    config: Config
+    """See `LoadedRun`."""
+
+    def model(self, shape: ModelShape, context: RankContext) -> nn.Module:
+        """Builds the model and loads it, and sub-networks of other runs that `init` names; every rank calls it.
+
+        Args:
+            context: that of `config`, see `context_for`.
+
+        Raises:
+            ConfigError: on every rank: the model cannot be built, or a state does not fit.
+        """
+        with configured_by(self.path, held_back()):
+            model = build_model(self.config, shape, context)
+        with failing_together():
+            state.load_into(model, self.state, self.path, "load")
+            load_pretrained(model, self.config.init)
+        return model
+
+
+def open_run(config: Config, run_dir: Path) -> OpenedRun:
+    """Reads the checkpoint that `load` names.
 
     Raises:
-        ConfigError: on every rank: `load` names no checkpoint of a run, or one without the chosen weights; a
-            sub-network does not fit; `run_dir` already contains a training run, or the checkpoint itself; the stored
-            configuration names code that this command does not trust.
+        ConfigError: `load` names no checkpoint of a run, or one without the chosen weights; `run_dir` already contains
+            a training run, or the checkpoint itself; the stored configuration names code that this command does not
+            trust.
+    """
+    require_regular_files(run_dir)
+    path, checkpoint = _read(config, run_dir)
+    weights, content = _choose_weights(checkpoint, config.eval.weights, path)
+    mine, given = to_dict(config), held_back()
+    command = Command(mine, config.trust, replaced=apply_overrides({}, given))
+    check_stored(_that_is_run(checkpoint["config"], config.task), "load", path, command)
+    with configured_by(path):
+        parse(checkpoint["config"] | of_command(config))
+    stored = apply_overrides(checkpoint["config"], given) | {key: mine[key] for key in OWN_KEYS}
+    require_secrets(stored, path, unused=("tracker",))
+    trained = parse(stored | of_command(config))
+    trained.bn.virtual_ranks = None
+    return OpenedRun(path, checkpoint, weights, content, trained)
+
+
+def load_run(config: Config, run_dir: Path, context: RankContext) -> LoadedRun:
+    """Loads the checkpoint that `load` names, and its data, or those of `eval.path`; every rank calls it.
+
+    Raises:
+        ConfigError: on every rank: see `open_run` and `OpenedRun.model`; the data cannot be loaded.
     """
     with failing_together():  # building the model may be a collective: a rank that cannot read fails all
-        require_regular_files(run_dir)
-        path, checkpoint = _read(config, run_dir)
-        weights, content = _choose_weights(checkpoint, config.eval.weights, path)
-        mine, given = to_dict(config), held_back()
-        command = Command(mine, config.trust, replaced=apply_overrides({}, given))
-        check_stored(_that_is_run(checkpoint["config"], config.task), "load", path, command)
-        with configured_by(path):
-            parse(checkpoint["config"] | of_command(config))
-        stored = apply_overrides(checkpoint["config"], given) | {key: mine[key] for key in OWN_KEYS}
-        require_secrets(stored, path, unused=("tracker",))
-        trained = parse(stored | of_command(config))
-        trained.bn.virtual_ranks = None
-        with configured_by(path, given):
-            data = dataset.as_trained(registry.load_data(_that_is_read(trained.data, config.task)), checkpoint)
+        opened = open_run(config, run_dir)
+        with configured_by(opened.path, [*held_back(), "eval.path"]):
+            data = dataset.as_trained(_data(opened, config.task), opened.checkpoint)
+    trained = opened.config
     context = context_for(trained, context)
-    with configured_by(path, given):
-        model = build_model(trained, data, context)
-    with failing_together():
-        state.load_into(model, content, path, "load")
-        load_pretrained(model, trained.init)
-    return LoadedRun(path, int(checkpoint["step"]), weights, trained, context, data, model,
-                     class_weights.stored(checkpoint))  # fmt: skip
+    step = int(opened.checkpoint["step"])
+    return LoadedRun(opened.path, step, opened.weights, trained, context, data, opened.model(data, context),
+                     class_weights.stored(opened.checkpoint))  # fmt: skip
+
+
+def _data(opened: OpenedRun, task: str) -> dataset.Data:
+    """The data set of the training, or that of `eval.path`."""
+    path = opened.config.eval.path
+    if path is None:
+        return registry.load_data(_that_is_read(opened.config.data, task))
+    return load_whole(opened.config.data, path, opened.checkpoint.get("data", {}).get("classes", []))
 
 
 def _that_is_run(stored: Mapping[str, Any], task: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch.overrides import held_back
 from syncbn.training.launch.process_group import process_group
-from syncbn.training.tasks import audit, evaluate, export, parity, recalibrate
+from syncbn.training.tasks import audit, check, evaluate, export, parity, predict, recalibrate
 from syncbn.training.tasks.measure_data import measure_loading
 from syncbn.training.tasks.train import train
 from syncbn.training.tracking.summary import write_summary
@@ -32,6 +32,7 @@ WITH_LOAD = {
     "audit": audit.run,
     "recalibrate": recalibrate.run,
     "export": export.run,
+    "predict": predict.run,
 }
 
 
@@ -60,6 +61,8 @@ def run(config: Config, run_dir: Path, job: str = "0", overrides: Sequence[str] 
             return metrics
         if config.task == "parity":
             return parity.run(config, run_dir, context)
+        if config.task == "check":
+            return check.run(config, run_dir, context)
         if config.task == "data":
             return measure_loading(config, context, registry.load_data(config.data))
         return train(config, run_dir, context, overrides, tracking)

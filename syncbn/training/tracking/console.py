@@ -66,13 +66,17 @@ class ShowStep(Protocol):
 
 
 @contextmanager
-def progress(num_steps: int, start: int, enabled: bool) -> Iterator[ShowStep | None]:
-    """Context with a progress bar over steps; None if disabled or without a terminal (then the caller logs lines)."""
+def progress(num_steps: int, start: int, enabled: bool, what: str = "step") -> Iterator[ShowStep | None]:
+    """Context with a progress bar over steps; None if disabled or without a terminal (then the caller logs lines).
+
+    Args:
+        what: the word beside the bar for what it counts.
+    """
     if not (enabled and CONSOLE.is_terminal):
         yield None
         return
     columns = (
-        TextColumn("step"),
+        TextColumn(what),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[loss]}"),

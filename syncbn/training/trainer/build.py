@@ -40,7 +40,7 @@ DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any ot
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
 
 
-def build_model(config: Config, data: dataset.Data, context: RankContext) -> nn.Module:
+def build_model(config: Config, data: dataset.ModelShape, context: RankContext) -> nn.Module:
     """The model with its initial weights, the same on every rank.
 
     Raises:
@@ -111,6 +111,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     sampler = sampler_for(config, data, context)
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
+    data = losses.with_known_labels(data, loss, config.data)
     outputs, targets = check_model(model, data, sampler, context, loss)
     metrics = build_metrics(config.metrics, data.num_classes)
     has_accuracy = data.num_classes is not None and losses.are_classes(loss)

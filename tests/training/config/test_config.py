@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.keys import TASKS
 from syncbn.training.config.schema import SCHEMAS, Config
 from tests.training.jobs import ROOT, compose_config, run_rank, start
 
@@ -59,7 +60,7 @@ MISTAKES = [
     (["metrics.f1.average=macro"], "metrics.f1._target_: required; give a metric"),
     (["best="], "best: expected auto, loss, or the name of a validation metric, got ''"),
     (["task=eval"], "load: expected a checkpoint or a run directory for task=eval"),
-    (["task=recal"], "task: expected one of train, eval, audit, recalibrate, export, data, parity, got 'recal'"),
+    (["task=recal"], f"task: expected one of {', '.join(TASKS)}, got 'recal'"),
     (["task=eval", "load=x", "eval.weight=raw"], "eval.weight: no such key; did you mean eval.weights?"),
     (["eval.weights=best"], "eval.weights: expected one of auto, raw, ema, got 'best'"),
     (["eval.precise_bn=0"], "eval.precise_bn: expected null or 1 or more global batches, got 0"),

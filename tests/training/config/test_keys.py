@@ -30,7 +30,7 @@ def test_what_has_an_entry_of_its_own_is_read_by_fewer_tasks_than_what_it_lies_i
 
 
 def test_a_key_below_another_is_read_by_the_same_tasks():
-    assert readers("data.path") == READERS["data"]
+    assert readers("model.width") == READERS["model"]
     assert readers("save.every") == READERS["save"]
     assert readers("bn.momentum") == ("train", "audit", "parity")
     assert readers("nope.x") is None

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from syncbn.training.config.errors import ConfigError, TrainingError
-from syncbn.training.data import loader, registry
+from syncbn.training.data import registry
+from syncbn.training.data import workers as processes
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.loader import Loader
 from syncbn.training.data.sampler import Sampler
@@ -278,7 +279,7 @@ def test_tasks_with_load_use_workers_too_to_the_same_numbers(files, tmp_path):
     run = run_rank(tmp_path, common)
     for name, task in (("eval", ("task=eval", "eval.precise_bn=2")), ("recalibrate", ("task=recalibrate",))):
         none = run_rank(tmp_path, (*task, f"load={run}", f"run={name}0"))
-        with patch.object(loader, "_start", wraps=loader._start) as start_workers:
+        with patch.object(processes, "start", wraps=processes.start) as start_workers:
             some = run_rank(tmp_path, (*task, f"load={run}", "data.workers=1", f"run={name}1"))
         assert start_workers.call_count == 3  # two evaluations, and the statistics between them
         assert read_metrics(none) == read_metrics(some)

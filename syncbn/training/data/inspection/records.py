@@ -1,0 +1,95 @@
+"""What a look at a data set finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+# Everything that is a finding, by its rule; docs/data.md has the same list.
+RULES = {
+    "layout": "directories or splits that a run would refuse",
+    "stray image": "an image outside of the directories that are read",
+    "unreadable": "a file that cannot be read, or pixels that cannot be used",
+    "no mask": "an image without a mask",
+    "no image": "a mask without an image",
+    "same name": "two files for one name",
+    "mask": "a mask that is no palette or gray of 8 bits",
+    "mask size": "a mask of another size than its image",
+    "mask values": "a mask with values that are no classes",
+    "item": "an item that raises, or is no image and target",
+    "shape": "an image or target of another shape than the first of its split",
+    "not finite": "an image or target with NaN or infinite values",
+    "label": "a label outside of the classes",
+    "duplicate": "the same image in two splits",
+    "two labels": "the same image with two labels in one split",
+    "class absent": "a class that never occurs in training",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a data set."""
+
+    rule: str
+    """One of RULES."""
+    split: str
+    """Empty if it concerns no single split."""
+    item: str
+    """The file, or the position in the split; empty if it concerns more than one."""
+    text: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For check.json."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """For the console."""
+        return ": ".join(part for part in (self.item or self.split, self.text) if part)
+
+
+Number = int | Fraction  # sums of them do not depend on their order
+
+
+@dataclass
+class Moments:
+    """Exact sums over the pixels of images, by channel."""
+
+    sums: list[Number]
+    squares: list[Number]
+    count: int
+    """Pixels."""
+
+    def add(self, other: Moments) -> None:
+        """Adds the sums of other images of as many channels."""
+        self.sums = [one + another for one, another in zip(self.sums, other.sums, strict=True)]
+        self.squares = [one + another for one, another in zip(self.squares, other.squares, strict=True)]
+        self.count += other.count
+
+    def mean_and_std(self, scale: int) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation by channel, divided by `scale`."""
+        means = [Fraction(total) / self.count for total in self.sums]
+        variances = [
+            (Fraction(square) - total * mean) / max(1, self.count - 1)
+            for total, square, mean in zip(self.sums, self.squares, means, strict=True)
+        ]
+        return [float(mean / scale) for mean in means], [float(variance) ** 0.5 / scale for variance in variances]
+
+
+@dataclass
+class Record:
+    """What a single sample shows."""
+
+    label: int | None = None
+    size: tuple[int, ...] | None = None
+    """Width and height of an image file; the shape of a tensor."""
+    kind: str = ""
+    """Pillow's mode of an image file; the type of a tensor."""
+    moments: Moments | None = None
+    digest: bytes | None = None
+    """Of the pixels; None if they could not be read."""
+    pixels: dict[int, int] = field(default_factory=dict)
+    """Of a mask: the number of pixels of each class."""
+    problems: Sequence[tuple[str, str, str]] = ()
+    """Rule, item and text of what is wrong with it."""
