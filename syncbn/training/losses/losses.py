@@ -139,8 +139,9 @@ def with_known_labels(data: Data, loss: Loss, config: DataConfig) -> Data:
     Raises:
         ConfigError: see `with_label_range`.
     """
-    of_classes = isinstance(loss, CrossEntropy | CrossEntropyAndDice | Dice)
-    if not (isinstance(config, OpenData) and of_classes) or data.num_classes is None:
+    if not isinstance(config, OpenData) or not isinstance(loss, CrossEntropy | CrossEntropyAndDice | Dice):
+        return data
+    if data.num_classes is None:
         return data
     return with_label_range(data, LabelRange(data.num_classes, loss.ignore_index), f"data._target_={config.name}")
 
