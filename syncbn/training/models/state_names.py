@@ -15,6 +15,7 @@ from syncbn.training.config.model import InitConfig
 
 Weights = Mapping[str, Tensor]
 WHOLE = "model"  # init.model is the whole model
+MOST_PARTS = 32  # of the end of a name that are compared: endings of all lengths grow as the square of their number
 
 
 def renamed(weights: Weights, name: str, config: InitConfig, own: Collection[str]) -> dict[str, Tensor]:
@@ -123,13 +124,13 @@ def nearest(state: Weights, own: Weights, name: str, config: InitConfig) -> str:
     """
     by_ending: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for key in state:
-        parts = key.split(".")
+        parts = key.split(".")[-MOST_PARTS:]
         for start in range(len(parts)):
             by_ending[tuple(parts[start:])].append(key)
     pairs: list[tuple[str, str]] = []
     prefixes: Counter[tuple[str, str]] = Counter()
     for key in own:
-        parts = key.split(".")
+        parts = key.split(".")[-MOST_PARTS:]
         for start in range(len(parts)):
             alike = (k for k in by_ending[tuple(parts[start:])] if state[k].shape == own[key].shape)
             if (found := next(alike, None)) is not None:
