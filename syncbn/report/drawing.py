@@ -25,12 +25,12 @@ from bokeh.models import (
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
+from syncbn.report.records import MOST, Series
 from syncbn.report.runs import Run, shorten, shorten_name
 
 WIDTH = 1280  # pixels of one row of plots
 # Okabe and Ito's palette, without its yellow, which is hard to see on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-NUM_POINTS = 1000  # maximum per curve; a longer one is drawn as means of neighboring values
 _INK, _GRID = "#333333", "#e4e4e4"
 
 
@@ -102,18 +102,14 @@ def steps_axis(drawn: figure) -> None:
     drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
 
 
-def thinned(table: dict[int, float], most: int = NUM_POINTS) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Steps and values of a curve, both (points,); neighboring values are averaged if there are more than `most`.
+def arrays(series: Series) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Steps and values of a curve, both (points,).
 
     A value that is not finite becomes NaN, which leaves a gap in the line.
     """
-    steps, values = np.array(list(table), dtype=np.float64), np.array(list(table.values()), dtype=np.float64)
+    values = np.array(list(series.points.values()), dtype=np.float64)
     values[~np.isfinite(values)] = np.nan
-    if len(steps) > most:
-        parts = np.array_split(np.arange(len(steps)), most)
-        steps = np.array([steps[part[-1]] for part in parts])
-        values = np.array([finite_mean(values[part]) for part in parts])
-    return steps.astype(np.float32), values.astype(np.float32)
+    return np.array(list(series.points), dtype=np.float32), values.astype(np.float32)
 
 
 def finite_mean(values: NDArray[np.float64], axis: int | None = None) -> NDArray[np.float64]:
@@ -132,10 +128,10 @@ def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence
     recorded = [
         (k, i, run.metrics[key]) for k, run in enumerate(runs) for i, key in enumerate(keys) if key in run.metrics
     ]
-    tables = [entry for entry in recorded if any(math.isfinite(value) for value in entry[2].values())]
-    if not tables:
+    drawable = [entry for entry in recorded if _finite(entry[2])]
+    if not drawable:
         return Panel(title, f"No {'finite ' if recorded else ''}{' or '.join(keys)} was recorded.")
-    values = np.array([value for *_, table in tables for value in table.values() if math.isfinite(value)])
+    values = np.array([value for *_, series in drawable for value in _finite(series)])
     is_log = bool(values.min() > 0 and values.max() > 30 * values.min())
     drawn = plot(WIDTH // 2 - 80, 240, x_range=steps, y_axis_type="log" if is_log else "linear")
     drawn.yaxis.axis_label = plain(f"{unit} (log scale)" if is_log else unit, 40)
@@ -143,27 +139,26 @@ def curves(runs: Sequence[Run], title: str, text: str, unit: str, keys: Sequence
         _label_decades(drawn, values.min(), values.max())
     steps_axis(drawn)
     lines: dict[str, list[GlyphRenderer]] = {}
-    for k, i, table in tables:
+    for k, i, series in drawable:
         name = keys[i] if len(runs) == 1 else runs[k].label
-        lines.setdefault(name, []).extend(_curve(drawn, table, color(i if len(runs) == 1 else k), i > 0, name, unit))
+        lines.setdefault(name, []).extend(_curve(drawn, series, color(i if len(runs) == 1 else k), i > 0, name, unit))
     if len(lines) > 1:
-        _add_legend(drawn, lines, is_rising=sum(_trend(table) for *_, table in tables) > 0)
+        _add_legend(drawn, lines, is_rising=sum(_trend(series) for *_, series in drawable) > 0)
     notes = [text]
-    if any(len(table) > NUM_POINTS for *_, table in tables):
-        notes.append(f"A longer record is drawn as {NUM_POINTS} means of neighbouring values.")
-    for k, i, table in recorded:
-        bad = [step for step, value in table.items() if not math.isfinite(value)]
-        if bad:
-            more = f" and {len(bad) - 1} later step(s)" if len(bad) > 1 else ""
+    if any(series.is_thinned for *_, series in drawable):
+        notes.append(f"A record of more than {MOST} values is drawn as means over equally many steps.")
+    for k, i, series in recorded:
+        if series.num_bad:
+            more = f" and {series.num_bad - 1} later step(s)" if series.num_bad > 1 else ""
             whose = "" if len(runs) == 1 else f"{runs[k].label}: "
-            notes.append(f"{whose}{keys[i]} was not finite at step {bad[0]}{more}.")
+            notes.append(f"{whose}{keys[i]} was not finite at step {series.first_bad}{more}.")
     return Panel(title, " ".join(notes), [drawn])
 
 
 def _curve(
-    drawn: figure, table: dict[int, float], line_color: str, is_second: bool, name: str, unit: str
+    drawn: figure, series: Series, line_color: str, is_second: bool, name: str, unit: str
 ) -> list[GlyphRenderer]:
-    x, y = thinned(table)
+    x, y = arrays(series)
     source = ColumnDataSource({"x": x, "y": y})
     dash, fill = ("dashed", "white") if is_second else ("solid", line_color)
     line = drawn.line("x", "y", source=source, color=line_color, line_width=1.5, line_dash=dash)
@@ -176,9 +171,13 @@ def _curve(
     return [line, dots]
 
 
-def _trend(table: dict[int, float]) -> int:
+def _finite(series: Series) -> list[float]:
+    return [value for value in series.points.values() if math.isfinite(value)]
+
+
+def _trend(series: Series) -> int:
     """The sign of the last finite value minus the first: 1, 0 or -1."""
-    finite = [value for value in table.values() if math.isfinite(value)]
+    finite = _finite(series)
     return (finite[-1] > finite[0]) - (finite[-1] < finite[0])
 
 

@@ -13,6 +13,7 @@ from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from syncbn.report.drawing import WIDTH, Panel, color, finite_mean, hover_names, name_rows, plain, plot, steps_axis
+from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
 NUM_CELLS = 20_000  # cells of all heatmaps of one quantity together, to bound the size of the file
@@ -133,7 +134,8 @@ def _grid(
         The first and last step that the columns cover; values of shape (layers, columns), NaN where nothing finite was
         recorded; and whether any column is a mean of several records.
     """
-    tables = [run.by_layer.get(layer, {}).get(key, {}) for layer in layers]
+    recorded = [run.by_layer.get(layer, {}).get(key, Series()) for layer in layers]
+    tables = [series.points for series in recorded]
     steps = sorted({step for table in tables for step in table})
     if not steps:
         return None
@@ -152,7 +154,11 @@ def _grid(
         finite_mean(values[:, begin : max(end, begin + 1)], axis=1)
         for begin, end in zip(np.minimum(begins, len(steps) - 1), ends, strict=True)
     ]
-    return (start, steps[-1]), np.stack(columns, axis=1), bool((ends - begins > 1).any())
+    return (
+        (start, steps[-1]),
+        np.stack(columns, axis=1),
+        any(series.is_thinned for series in recorded) or bool((ends - begins > 1).any()),
+    )
 
 
 def _colors_from_to(values: NDArray[np.float64], *, is_size: bool) -> tuple[float, float]:

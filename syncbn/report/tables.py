@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from syncbn.report.drawing import color
 from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TRAIN_LOSS, VAL
+from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
 _SEVERITIES = ("error", "warning", "info")
@@ -39,7 +40,7 @@ def _finals(run: Run) -> dict[str, float]:
     if isinstance(given, dict) and given:
         return {str(name): float(value) for name, value in given.items() if isinstance(value, (int, float, str))}
     wanted = (f"{VAL}/", f"{TEST}/", f"{DRIFT}/", TRAIN_LOSS, THROUGHPUT)
-    return {name: table[max(table)] for name, table in run.metrics.items() if name.startswith(wanted)}
+    return {name: series.last for name, series in run.metrics.items() if name.startswith(wanted)}
 
 
 def _order(name: str) -> int:
@@ -78,8 +79,8 @@ def layer_tables(runs: Sequence[Run]) -> str:
     return each(runs, numbers, "numbers of the last record")
 
 
-def _last(table: dict[int, float] | None) -> str:
-    return _number(table[max(table)]) if table else ""
+def _last(series: Series | None) -> str:
+    return "" if series is None else _number(series.last)
 
 
 def audit(run: Run) -> str:

@@ -67,13 +67,13 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
 def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
     """By module and switch, the spans in which it was frozen; without unfreezing, a span ends with the run."""
     found: dict[str, dict[str, _Bars]] = {}
-    for key, table in run.metrics.items():
+    for key, series in run.metrics.items():
         parts = module_and_switch(key)
         if parts is None or parts[1] not in SWITCHES:
             continue
         module, switch = parts
         spans, since = [], None
-        for step, value in table.items():
+        for step, value in series.points.items():
             if value and since is None:
                 since = step
             elif not value and since is not None:

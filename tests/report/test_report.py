@@ -122,8 +122,8 @@ def test_a_later_record_wins_and_damaged_lines_are_left_out(tmp_path):
         '{"step": 2, "tr',
     ]
     (run,) = read_runs([make_run(tmp_path / "run", lines)])
-    assert str(run.metrics["train/loss"][1]) == "nan"
-    assert run.metrics["train/lr"] == {1: 0.1}
+    assert str(run.metrics["train/loss"].points[1]) == "nan"
+    assert run.metrics["train/lr"].points == {1: 0.1}
     assert run.remarks == ["metrics.jsonl: 2 damaged line(s) left out"]
     page = own(write(run.path))
     assert "No finite train/loss or val/loss was recorded." in page
