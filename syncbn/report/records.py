@@ -52,12 +52,14 @@ def read_records(lines: Iterable[str]) -> tuple[dict[str, Series], list[str]]:
     Of several records of one step that follow each other, the last one counts, for each key.
     """
     metrics = _Metrics()
-    count, num_damaged, num_cut = 0, 0, 0
+    num_with_layers, num_cut, num_damaged = 0, 0, 0
     step, pending = -1, dict[str, Any]()
     uncut = ""  # the latest line, if it was cut
     for line in lines:
-        text = _without_layers(line) if count >= DENSE and count % (1 + count // DENSE) else line
-        count += bool(line.strip())
+        has_layers = f', "{BN}/' in line
+        every = 1 + num_with_layers // DENSE
+        text = _without_layers(line) if has_layers and num_with_layers % every else line
+        num_with_layers += has_layers
         try:
             record = json.loads(text)
             now = _step(record)
@@ -65,7 +67,7 @@ def read_records(lines: Iterable[str]) -> tuple[dict[str, Series], list[str]]:
             num_damaged += bool(line.strip())
             continue
         num_cut += text is not line
-        if f', "{BN}/' in line:
+        if has_layers:
             uncut = "" if text is line else line
         if now == step:
             pending |= record
@@ -77,7 +79,10 @@ def read_records(lines: Iterable[str]) -> tuple[dict[str, Series], list[str]]:
         metrics.add(*_layers_of(uncut))
     remarks = [f"{num_damaged} damaged line(s) left out"] if num_damaged else []
     if num_cut:
-        remarks.append(f"of {count} records, the layers of {count - num_damaged - num_cut} were read, and of the last")
+        whole = num_with_layers - num_cut
+        remarks.append(
+            f"of {num_with_layers} records with numbers of layers, these were read from {whole} and the last"
+        )
     return metrics.series(), remarks
 
 

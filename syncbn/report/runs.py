@@ -39,6 +39,7 @@ class Run:
         audit: findings, or None if no audit was written.
         environment: content of environment.json, by dotted key.
         summary: content of summary.json, which a run writes at its end; None without one.
+        has_checkpoint: whether the run can go on from where it was saved.
         remarks: messages about files that could not be read, and lines that were left out.
     """
 
@@ -53,6 +54,7 @@ class Run:
     audit: list[dict[str, str]] | None
     environment: dict[str, str]
     summary: dict[str, Any] | None
+    has_checkpoint: bool
     remarks: list[str]
 
     @property
@@ -60,6 +62,11 @@ class Run:
         """The last step on record; 0 if there is none."""
         recorded = [*self.metrics.values(), *(series for keys in self.by_layer.values() for series in keys.values())]
         return max((series.last_step for series in recorded), default=0)
+
+    @property
+    def failed(self) -> str:
+        """The reason why the run failed; empty if it did not."""
+        return str((self.summary or {}).get("failed") or "")
 
     @property
     def overrides(self) -> list[str]:
@@ -162,6 +169,7 @@ def _read_run(path: Path, label: str) -> Run:
         audit=audit,
         environment=_flat(_read_json(path / "environment.json", remarks) or {}),
         summary=_read_json(path / "summary.json", remarks),
+        has_checkpoint=any((path / "checkpoints").glob("step_*.pt")),
         remarks=remarks,
     )
 

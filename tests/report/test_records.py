@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_points_of_a_long_run_are_means_of_equally_many_records(monkeypatch,
     series = read_records(lines(num_records))[0]["train/loss"]
     steps = list(series.points)
     assert MOST // 2 <= len(steps) <= MOST
-    assert len({after - before for before, after in zip(steps, steps[1:-1], strict=False)}) == 1
+    assert len({after - before for before, after in pairwise(steps[:-1])}) == 1
     assert steps[-1] == series.last_step == num_records * 50
     width = steps[1] // 50 - steps[0] // 50
     assert list(series.points.values())[:2] == [(width + 1) / 2, width + (width + 1) / 2]
@@ -87,7 +88,7 @@ def test_of_a_very_long_run_the_layers_of_fewer_lines_are_read_and_those_of_the_
     # Ten, every second of ten, every third of ten, every fourth of ten, and the last, whose odd name forbids to cut it.
     assert len(metrics["bn/a/drift"].points) == 10 + 5 + 3 + 2 + 1
     assert metrics["bn/a/drift"].last_step == metrics['bn/a ": b/drift'].last_step == 2000
-    assert remarks == ["of 40 records, the layers of 21 were read, and of the last"]
+    assert remarks == ["of 40 records with numbers of layers, these were read from 21 and the last"]
 
 
 def test_layers_are_read_from_every_line_where_other_numbers_come_after_them(monkeypatch):
