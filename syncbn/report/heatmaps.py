@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from bokeh.models import ColorBar, ColumnDataSource, CustomJSHover, HoverTool, LinearColorMapper, Range1d
+from bokeh.models import (
+    BasicTickFormatter,
+    ColorBar,
+    ColumnDataSource,
+    CustomJSHover,
+    HoverTool,
+    LinearColorMapper,
+    Range1d,
+)
 from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from numpy.typing import NDArray
@@ -71,6 +79,7 @@ def heatmap(
         drawn.add_tools(hover)
         bar = ColorBar(color_mapper=mapper, title=unit, width=12, padding=4, title_text_font_size="11px")
         bar.title_text_font_style, bar.major_label_text_font_size = "normal", "10px"
+        bar.formatter = BasicTickFormatter(power_limit_low=-5)  # 0.006 and not 6.000e-3
         drawn.add_layout(bar, "right")
         plots.append(drawn)
     return Panel(title, " ".join(notes), plots)

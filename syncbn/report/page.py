@@ -16,6 +16,7 @@ from syncbn.report.heatmaps import heatmap as draw_heatmap
 from syncbn.report.heatmaps import histograms as draw_histograms
 from syncbn.report.metric_names import DRIFT, LEARNING_RATE, THROUGHPUT, TRAIN_LOSS, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.report.runs import Run
+from syncbn.report.synchronization import synchronization
 from syncbn.report.tables import audit, config, differences, each, environment, failures, layer_tables, overview, safe
 from syncbn.report.timeline import freeze_timeline
 
@@ -129,6 +130,7 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
         ("Overview", overview(runs) + differences(runs)),
         ("Curves", figures.add(curve_panels, "pairs")),
         ("Layers over time", figures.add(heat_panels)),
+        ("What would it change", each(runs, synchronization)),
         ("Freezing", figures.add([freeze_timeline(runs, steps)])),
         ("Layers at the end", layer_tables(runs) + figures.add(histogram_panels, "pairs")),
         ("Audit", each(runs, audit)),

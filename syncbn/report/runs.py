@@ -39,6 +39,7 @@ class Run:
         audit: findings, or None if no audit was written.
         environment: content of environment.json, by dotted key.
         summary: content of summary.json, which a run writes at its end; None without one.
+        operators: the profiler's table of operators; empty without one.
         has_checkpoint: whether the run can go on from where it was saved.
         remarks: messages about files that could not be read, and lines that were left out.
     """
@@ -54,6 +55,7 @@ class Run:
     audit: list[dict[str, str]] | None
     environment: dict[str, str]
     summary: dict[str, Any] | None
+    operators: str
     has_checkpoint: bool
     remarks: list[str]
 
@@ -169,6 +171,7 @@ def _read_run(path: Path, label: str) -> Run:
         audit=audit,
         environment=_flat(_read_json(path / "environment.json", remarks) or {}),
         summary=_read_json(path / "summary.json", remarks),
+        operators=_read_text(path / "profile" / "operators.txt", remarks),
         has_checkpoint=any((path / "checkpoints").glob("step_*.pt")),
         remarks=remarks,
     )
