@@ -19,7 +19,7 @@ from syncbn.report.metric_names import BN, FREEZE
 MOST = 1000  # maximum number of points per metric; a longer record is kept as means over steps of equal number
 # Of longer records the numbers of layers are read from fewer lines, of the n-th DENSE lines from every n-th: reading
 # numbers is what takes time, most of them are of layers, and a heatmap has 400 columns at most.
-DENSE = 5000
+DENSE = 3000
 NUM_BUFFERED = 2048  # records that are held until their numbers are distributed over the metrics
 _MAX_STEP = 2**53  # a larger one is no exact position on an axis
 
