@@ -7,17 +7,26 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from bokeh.models import ColorBar, ColumnDataSource, CustomJSHover, HoverTool, LinearColorMapper, Range1d
+from bokeh.models import (
+    BasicTickFormatter,
+    ColorBar,
+    ColumnDataSource,
+    CustomJSHover,
+    HoverTool,
+    LinearColorMapper,
+    Range1d,
+)
 from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from syncbn.report.drawing import WIDTH, Panel, color, finite_mean, hover_names, name_rows, plain, plot, steps_axis
+from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
 NUM_CELLS = 20_000  # cells of all heatmaps of one quantity together, to bound the size of the file
 NUM_BINS = 30
-_LABELS, _BAR, _PER_ROW = 210, 70, 4  # pixels for layer names; pixels for the color bar; plots per row
+_PER_ROW = 2  # plots in a row of a wide screen
 
 
 def heatmap(
@@ -53,26 +62,25 @@ def heatmap(
     present = [(run, grid) for run, grid in zip(runs, grids, strict=True) if grid is not None]
     if any(grid[2] for _, grid in present):
         notes.append("Where records are denser than the columns, a cell is the mean of its records.")
-    per_row = min(_PER_ROW, len(present))
-    width = (WIDTH - _LABELS - _BAR) // per_row - (34 if per_row > 1 else 0)
     names = list(reversed(layers))
     rows, hover_layer = Range1d(0, len(names)), hover_names(names)
     plots = []
-    for k, (run, ((start, end), cells, _)) in enumerate(present):
+    width = WIDTH // min(_PER_ROW, len(present))
+    for run, ((start, end), cells, _) in present:
         drawn = plot(width, _height(len(names), 14), run.label if len(runs) > 1 else "", x_range=steps, y_range=rows)
         drawn.image([np.flipud(cells).astype(np.float32)], start, 0, end - start, len(names), color_mapper=mapper)
         drawn.grid.visible = False
         steps_axis(drawn)
-        name_rows(drawn, names, visible=k % per_row == 0)
+        name_rows(drawn, names)
         every = (end - start) / cells.shape[1]
         code = f"return String(Math.round({start!r} + {every!r} * (Math.floor((value - {start!r}) / {every!r}) + 1)))"
         hover = HoverTool(formatters={"$y": hover_layer, "$x": CustomJSHover(code=code)}, visible=False)
         hover.tooltips = [("layer", "$y{custom}"), ("step", "$x{custom}"), (key, "@image{0.[0000]}")]
         drawn.add_tools(hover)
-        if k == len(present) - 1 or k % per_row == per_row - 1:
-            bar = ColorBar(color_mapper=mapper, title=unit, width=12, padding=4, title_text_font_size="11px")
-            bar.title_text_font_style, bar.major_label_text_font_size = "normal", "10px"
-            drawn.add_layout(bar, "right")
+        bar = ColorBar(color_mapper=mapper, title=unit, width=12, padding=4, title_text_font_size="11px")
+        bar.title_text_font_style, bar.major_label_text_font_size = "normal", "10px"
+        bar.formatter = BasicTickFormatter(power_limit_low=-5)  # 0.006 and not 6.000e-3
+        drawn.add_layout(bar, "right")
         plots.append(drawn)
     return Panel(title, " ".join(notes), plots)
 
@@ -100,7 +108,7 @@ def histograms(runs: Sequence[Run], layers: Sequence[str], kind: str, title: str
     margin = 0.02 * (high - low)
     across, rows = Range1d(low - margin, high + margin), Range1d(0, len(names))
     height = _height(len(names), 18 if len(runs) == 1 else 26)
-    drawn = plot(WIDTH // 2 - _LABELS - 20, height, x_range=across, y_range=rows)
+    drawn = plot(WIDTH // 2, height, x_range=across, y_range=rows)
     drawn.xaxis.axis_label = f"{title}, log10" if kind.endswith("var") else title
     name_rows(drawn, names)
     hover_layer = hover_names(names)
@@ -133,7 +141,8 @@ def _grid(
         The first and last step that the columns cover; values of shape (layers, columns), NaN where nothing finite was
         recorded; and whether any column is a mean of several records.
     """
-    tables = [run.by_layer.get(layer, {}).get(key, {}) for layer in layers]
+    recorded = [run.by_layer.get(layer, {}).get(key, Series()) for layer in layers]
+    tables = [series.points for series in recorded]
     steps = sorted({step for table in tables for step in table})
     if not steps:
         return None
@@ -152,7 +161,11 @@ def _grid(
         finite_mean(values[:, begin : max(end, begin + 1)], axis=1)
         for begin, end in zip(np.minimum(begins, len(steps) - 1), ends, strict=True)
     ]
-    return (start, steps[-1]), np.stack(columns, axis=1), bool((ends - begins > 1).any())
+    return (
+        (start, steps[-1]),
+        np.stack(columns, axis=1),
+        any(series.is_thinned for series in recorded) or bool((ends - begins > 1).any()),
+    )
 
 
 def _colors_from_to(values: NDArray[np.float64], *, is_size: bool) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from syncbn.report.heatmaps import heatmap as draw_heatmap
 from syncbn.report.heatmaps import histograms as draw_histograms
 from syncbn.report.metric_names import DRIFT, LEARNING_RATE, THROUGHPUT, TRAIN_LOSS, VAL, VAL_ACCURACY, VAL_LOSS, below
 from syncbn.report.runs import Run
-from syncbn.report.tables import audit, config, differences, each, environment, layer_tables, overview, safe
+from syncbn.report.synchronization import synchronization
+from syncbn.report.tables import audit, config, differences, each, environment, failures, layer_tables, overview, safe
 from syncbn.report.timeline import freeze_timeline
 
 _TEXTS = {
@@ -47,15 +48,17 @@ _ABSENT = {
 }
 
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; width: 1320px;
-  margin: 24px auto; }
+body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff;
+  max-width: 1320px; margin: 24px auto; padding: 0 16px; }
 h1 { font-size: 22px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; border-bottom: 1px solid #ccc; margin: 32px 0 8px; }
 h3 { font-size: 14px; margin: 12px 0 4px; }
 figure { margin: 0 0 20px; break-inside: avoid; }
 figcaption { max-width: 1100px; margin: 6px 0; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: 4px; }
-.pairs { display: grid; grid-template-columns: 1fr 1fr; gap: 8px 24px; }
+.row, .pairs { display: grid; grid-template-columns: minmax(0, 1fr); gap: 8px 24px; }
+@media (min-width: 800px) { .row:has(> :nth-child(2)), .pairs { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.row > div { min-width: 0; overflow-x: auto; }
+.failed { border-left: 4px solid #b00020; padding: 4px 12px; background: #fdf1f2; overflow-wrap: anywhere; }
 .absent { color: #666; font-style: italic; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 6px 0; font-variant-numeric: tabular-nums; }
@@ -64,23 +67,24 @@ th, td { border: 1px solid #ddd; padding: 3px 8px; text-align: left; vertical-al
 th { background: #f4f4f4; } pre { background: #f7f7f7; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: 2px 0; }
 .swatch { display: inline-block; width: 12px; height: 12px; margin-right: 6px; vertical-align: -1px; }
-@media print { body { width: auto; } details { display: block; } }
+@media print { body { max-width: none; } details { display: block; } }
 """
 
 
 def page(runs: Sequence[Run]) -> str:
     """The report of the runs as an HTML document."""
-    figures = _Figures()
+    figures = _Figures(with_absent=not all(run.failed for run in runs))
     body = "".join(
         f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{text}</section>'
         for name, text in _sections(runs, figures)
+        if text
     )
     title = safe(f"syncbn report: {', '.join(run.label for run in runs)}")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
-        f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n"
-        f"{figures.script()}\n</body>\n</html>\n"
+        f"{Resources(mode='inline', components=['bokeh']).render_js()}\n</head>\n<body>\n<h1>{title}</h1>\n"
+        f"{failures(runs)}{body}\n{figures.script()}\n</body>\n</html>\n"
     )
 
 
@@ -88,7 +92,8 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
     """Title and HTML of every section, in order."""
     layers = list(dict.fromkeys(layer for run in runs for layer in run.layers))
     # One range for all plots over steps: zooming into one zooms all.
-    steps = Range1d(0, max(1, *(run.last_step for run in runs)))
+    last = max(1, *(run.last_step for run in runs))
+    steps = Range1d(-0.015 * last, 1.015 * last)  # points at the ends are not cut
 
     def curves(title: str, text: str, unit: str, *keys: str) -> Panel:
         return draw_curves(runs, title, text, unit, keys, steps)
@@ -122,14 +127,15 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
     ]
     speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT)
     return [
-        ("Overview", overview(runs)),
+        ("Overview", overview(runs) + differences(runs)),
         ("Curves", figures.add(curve_panels, "pairs")),
         ("Layers over time", figures.add(heat_panels)),
+        ("What would it change", each(runs, synchronization)),
         ("Freezing", figures.add([freeze_timeline(runs, steps)])),
         ("Layers at the end", layer_tables(runs) + figures.add(histogram_panels, "pairs")),
         ("Audit", each(runs, audit)),
         ("Throughput", figures.add([speed])),
-        ("Configuration", differences(runs) + each(runs, config, "config.yaml")),
+        ("Configuration", each(runs, config, "config.yaml")),
         ("Environment", each(runs, environment, "environment.json")),
     ]
 
@@ -137,14 +143,15 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
 class _Figures:
     """The plots of a page: the elements that will show them, and the script that draws into these."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_absent: bool) -> None:
+        self._with_absent = with_absent  # whether a panel without plots is shown, for what it says
         self._document = Document()
         self._targets: list[str] = []  # ids of the elements, in the order of the document's roots
 
     def add(self, panels: Iterable[Panel], style: str = "") -> str:
         """Adds the plots of the panels to the document; returns the HTML that holds them, of a class `style`."""
         parts = []
-        for panel in panels:
+        for panel in panels if self._with_absent else (panel for panel in panels if panel.plots):
             places = []
             for drawn in panel.plots:
                 self._document.add_root(drawn)
@@ -154,7 +161,7 @@ class _Figures:
             kind = "absent" if not places else ""
             text = f"<figcaption><b>{safe(panel.title)}.</b> {safe(panel.text)}</figcaption>"
             parts.append(f'<figure class="{kind}">{text}{row}</figure>')
-        return f'<div class="{style}">{"".join(parts)}</div>'
+        return f'<div class="{style}">{"".join(parts)}</div>' if parts else ""
 
     def script(self) -> str:
         content = _renumbered(self._document.to_json(deferred=False))

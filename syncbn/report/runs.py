@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from syncbn.report.metric_names import layer_and_kind
+from syncbn.report.records import Series, number_of, read_records
 
 _MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with any of these files is a run directory
 _MIDDLE = "..."
-_MAX_STEP = 2**53  # a larger one is no exact position on an axis
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Run:
     Attributes:
         label: a short name, unique among the runs of a report.
         path: the run directory.
-        metrics: by name, then by step in ascending order; values may be NaN or infinite.
+        metrics: by name.
         layers: names of the batch normalization layers, in the order of the model.
-        by_layer: the metrics of layers (`bn/LAYER/KEY`): by layer, then by key, then by step.
+        by_layer: the metrics of layers (`bn/LAYER/KEY`): by layer, then by key.
         vectors: per layer the last recorded per-channel vectors (`weight`, `running_var`, ...), without values that are
             not finite.
         vectors_step: the step at which `vectors` were recorded; None if it is not known.
@@ -39,27 +39,36 @@ class Run:
         audit: findings, or None if no audit was written.
         environment: content of environment.json, by dotted key.
         summary: content of summary.json, which a run writes at its end; None without one.
+        operators: the profiler's table of operators; empty without one.
+        has_checkpoint: whether the run can go on from where it was saved.
         remarks: messages about files that could not be read, and lines that were left out.
     """
 
     label: str
     path: Path
-    metrics: dict[str, dict[int, float]]
+    metrics: dict[str, Series]
     layers: list[str]
-    by_layer: dict[str, dict[str, dict[int, float]]]
+    by_layer: dict[str, dict[str, Series]]
     vectors: dict[str, dict[str, list[float]]]
     vectors_step: int | None
     config: str
     audit: list[dict[str, str]] | None
     environment: dict[str, str]
     summary: dict[str, Any] | None
+    operators: str
+    has_checkpoint: bool
     remarks: list[str]
 
     @property
     def last_step(self) -> int:
         """The last step on record; 0 if there is none."""
-        tables = [*self.metrics.values(), *(table for keys in self.by_layer.values() for table in keys.values())]
-        return max((step for table in tables for step in table), default=0)
+        recorded = [*self.metrics.values(), *(series for keys in self.by_layer.values() for series in keys.values())]
+        return max((series.last_step for series in recorded), default=0)
+
+    @property
+    def failed(self) -> str:
+        """The reason why the run failed; empty if it did not."""
+        return str((self.summary or {}).get("failed") or "")
 
     @property
     def overrides(self) -> list[str]:
@@ -69,8 +78,8 @@ class Run:
 
     def last(self, key: str) -> float | None:
         """The last recorded value of a metric; None if it was not recorded."""
-        table = self.metrics.get(key)
-        return table[max(table)] if table else None
+        series = self.metrics.get(key)
+        return None if series is None else series.last
 
     def flat_config(self) -> dict[str, str]:
         """The configuration by dotted key; empty if there is none, it is not YAML, or has aliases.
@@ -162,52 +171,32 @@ def _read_run(path: Path, label: str) -> Run:
         audit=audit,
         environment=_flat(_read_json(path / "environment.json", remarks) or {}),
         summary=_read_json(path / "summary.json", remarks),
+        operators=_read_text(path / "profile" / "operators.txt", remarks),
+        has_checkpoint=any((path / "checkpoints").glob("step_*.pt")),
         remarks=remarks,
     )
 
 
-def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
-    """The metrics of the run and those of its layers, as in `Run.metrics` and `Run.by_layer`.
-
-    Of several records of one step the last one counts, for each key.
-    """
-    records: dict[int, dict[str, Any]] = {}
-    num_damaged = 0
-    for line in _read_text(path, remarks).split("\n"):
-        try:
-            record = json.loads(line)
-            step = record["step"]
-            if not isinstance(step, int) or not 0 <= step <= _MAX_STEP:
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            num_damaged += bool(line.strip())
-            continue
-        records.setdefault(step, {}).update(record)
-    if num_damaged:
-        remarks.append(f"metrics.jsonl: {num_damaged} damaged line(s) left out")
-    metrics: dict[str, dict[int, float]] = {}
-    by_layer: dict[str, dict[str, dict[int, float]]] = {}
-    for step in sorted(records):
-        for key, raw in records[step].items():
-            value = _number(raw)
-            if value is None or key == "step":
-                continue
-            if (of_layer := layer_and_kind(key)) is not None:
-                layer, kind = of_layer
-                by_layer.setdefault(layer, {}).setdefault(kind, {})[step] = value
-            else:
-                metrics.setdefault(key, {})[step] = value
+def _read_metrics(path: Path, remarks: list[str]) -> tuple[dict[str, Series], dict[str, dict[str, Series]]]:
+    """The metrics of the run and those of its layers, as in `Run.metrics` and `Run.by_layer`."""
+    if not _is_readable(path, remarks):
+        return {}, {}
+    try:
+        # Only "\n" ends a line: other line ends may stand in text.
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            recorded, found = read_records(lines)
+    except OSError as error:
+        remarks.append(f"{path.name} could not be read: {error.strerror}")
+        return {}, {}
+    remarks += [f"{path.name}: {remark}" for remark in found]
+    metrics: dict[str, Series] = {}
+    by_layer: dict[str, dict[str, Series]] = {}
+    for key, series in recorded.items():
+        if (of_layer := layer_and_kind(key)) is not None:
+            by_layer.setdefault(of_layer[0], {})[of_layer[1]] = series
+        else:
+            metrics[key] = series
     return metrics, by_layer
-
-
-def _number(value: Any) -> float | None:
-    """A recorded value as float (NaN and infinity are recorded as strings); None if it is not a number."""
-    if isinstance(value, (int, float, str)):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            return None
-    return None
 
 
 def _vectors(layers: Any) -> dict[str, dict[str, list[float]]]:
@@ -215,7 +204,7 @@ def _vectors(layers: Any) -> dict[str, dict[str, list[float]]]:
     for name, kinds in layers.items() if isinstance(layers, dict) else ():
         found[name] = {}
         for kind, values in kinds.items() if isinstance(kinds, dict) else ():
-            numbers = [_number(value) for value in values] if isinstance(values, list) else []
+            numbers = [number_of(value) for value in values] if isinstance(values, list) else []
             finite = [number for number in numbers if number is not None and math.isfinite(number)]
             if finite:
                 found[name][kind] = finite
@@ -228,14 +217,22 @@ def _findings(findings: Any) -> list[dict[str, str]]:
     return [{key: str(value) for key, value in finding.items()} for finding in findings if isinstance(finding, dict)]
 
 
-def _read_text(path: Path, remarks: list[str]) -> str:
+def _is_readable(path: Path, remarks: list[str]) -> bool:
+    """Whether the file is there; what is no regular file adds a remark."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would block
             remarks.append(f"{path.name} is no regular file")
-            return ""
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        return path.is_file()
+    except OSError as error:
+        remarks.append(f"{path.name} could not be read: {error.strerror}")
+        return False
+
+
+def _read_text(path: Path, remarks: list[str]) -> str:
+    if not _is_readable(path, remarks):
         return ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         remarks.append(f"{path.name} could not be read: {error.strerror}")
         return ""

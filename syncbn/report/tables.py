@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from syncbn.report.drawing import color
 from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TRAIN_LOSS, VAL
+from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
 _SEVERITIES = ("error", "warning", "info")
+
+
+def failures(runs: Sequence[Run]) -> str:
+    """Why runs failed, and what to do; empty if none did."""
+    return "".join(
+        f'<div class="failed"><p><b>{safe(run.label)} failed.</b> {safe(run.failed)}</p>{_go_on(run)}</div>'
+        for run in runs
+        if run.failed
+    )
+
+
+def _go_on(run: Run) -> str:
+    """What to do after a failure, as HTML."""
+    name = run.path.resolve().name
+    if name.isdecimal():
+        return "<p>Correct what the message names, and start the multirun again.</p>"
+    words = run.overrides
+    if run.has_checkpoint:
+        then = "the same command goes on from the last checkpoint"
+        words = words if any(word.startswith("run=") for word in words) else [*words, f"run={name}"]
+    else:
+        then = "it has no checkpoint, so the same command begins anew"
+    command = " ".join(["train.py", *map(shlex.quote, words)])
+    return f"<p>Correct what the message names; {then}:</p><pre>{safe(command)}</pre>"
 
 
 def overview(runs: Sequence[Run]) -> str:
@@ -39,7 +65,7 @@ def _finals(run: Run) -> dict[str, float]:
     if isinstance(given, dict) and given:
         return {str(name): float(value) for name, value in given.items() if isinstance(value, (int, float, str))}
     wanted = (f"{VAL}/", f"{TEST}/", f"{DRIFT}/", TRAIN_LOSS, THROUGHPUT)
-    return {name: table[max(table)] for name, table in run.metrics.items() if name.startswith(wanted)}
+    return {name: series.last for name, series in run.metrics.items() if name.startswith(wanted)}
 
 
 def _order(name: str) -> int:
@@ -50,8 +76,8 @@ def _order(name: str) -> int:
 def _state(run: Run) -> str:
     if run.summary is None:
         return "no end on record: it goes on, was killed, or failed"
-    if run.summary.get("failed"):
-        return f"failed: {run.summary['failed']}"
+    if run.failed:
+        return f"failed: {run.failed}"
     return "stopped early" if run.summary.get("stopped") else "finished"
 
 
@@ -78,8 +104,8 @@ def layer_tables(runs: Sequence[Run]) -> str:
     return each(runs, numbers, "numbers of the last record")
 
 
-def _last(table: dict[int, float] | None) -> str:
-    return _number(table[max(table)]) if table else ""
+def _last(series: Series | None) -> str:
+    return "" if series is None else _number(series.last)
 
 
 def audit(run: Run) -> str:
@@ -121,15 +147,20 @@ def environment(run: Run) -> str:
 
 
 def each(runs: Sequence[Run], content: Callable[[Run], str], folded: str = "") -> str:
-    """The content for each run under its label; inside of a collapsed element with `folded` as its title, if given."""
+    """The content for each run under its label; inside of a collapsed element with `folded` as its title, if given.
+
+    Of runs that failed, what is absent is left out.
+    """
     parts = []
     for run in runs:
-        name = safe(run.label) if len(runs) > 1 else ""
+        name, shown = safe(run.label) if len(runs) > 1 else "", content(run)
+        if run.failed and shown.startswith('<p class="absent">'):
+            continue
         if folded:
             summary = f"{name}: {folded}" if name else folded
-            parts.append(f"<details><summary>{summary}</summary>{content(run)}</details>")
+            parts.append(f"<details><summary>{summary}</summary>{shown}</details>")
         else:
-            parts.append((f"<h3>{name}</h3>" if name else "") + content(run))
+            parts.append((f"<h3>{name}</h3>" if name else "") + shown)
     return "".join(parts)
 
 

@@ -28,10 +28,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
             continue
         names = [name for name, _ in reversed(rows.items())]
         height = max(50, min(len(names) * 24, max(600, len(names) * 12)))
-        drawn = plot(
-            WIDTH - 320, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names))
-        )
-        drawn.min_border_left = 210  # the same for every run, so that the step axes align
+        drawn = plot(WIDTH, height, run.label if len(runs) > 1 else "", x_range=steps, y_range=Range1d(0, len(names)))
         items = []
         for lane, (switch, color) in enumerate(SWITCHES.items()):
             bars = [(row, name, bar) for row, name in enumerate(names) for bar in rows[name].get(switch, ())]
@@ -49,7 +46,9 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
             hover = HoverTool(renderers=[quads], visible=False)
             hover.tooltips = [("module", "@module"), ("frozen", f"{switch}, step @left to @right")]
             drawn.add_tools(hover)
-        drawn.add_layout(Legend(items=items, click_policy="hide", border_line_color=None), "right")
+        drawn.add_layout(
+            Legend(items=items, click_policy="hide", border_line_color=None, orientation="horizontal"), "above"
+        )
         name_rows(drawn, names)
         steps_axis(drawn)
         plots.append(drawn)
@@ -67,13 +66,13 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
 def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
     """By module and switch, the spans in which it was frozen; without unfreezing, a span ends with the run."""
     found: dict[str, dict[str, _Bars]] = {}
-    for key, table in run.metrics.items():
+    for key, series in run.metrics.items():
         parts = module_and_switch(key)
         if parts is None or parts[1] not in SWITCHES:
             continue
         module, switch = parts
         spans, since = [], None
-        for step, value in table.items():
+        for step, value in series.points.items():
             if value and since is None:
                 since = step
             elif not value and since is not None:

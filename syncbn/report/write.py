@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from syncbn.atomic_write import write_text
-from syncbn.report.runs import read_runs, run_directories
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
@@ -27,15 +26,16 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         ImportError: Bokeh is not installed.
         OSError: the file cannot be written.
     """
-    directories = list(dict.fromkeys(job for run in runs for job in run_directories(run)))
-    if not directories:
-        raise ValueError("a report needs at least one run")
     try:
-        importlib.import_module("bokeh.plotting")
+        importlib.import_module("bokeh.plotting")  # and with it NumPy, which reading the records needs too
     except ImportError as error:
         raise ImportError(f"the report is drawn by Bokeh: pip install 'syncbn[report]' ({error})") from error
     from syncbn.report.page import page
+    from syncbn.report.runs import read_runs, run_directories
 
+    directories = list(dict.fromkeys(job for run in runs for job in run_directories(run)))
+    if not directories:
+        raise ValueError("a report needs at least one run")
     content = page(read_runs(directories))
     write_text(path, content)
 

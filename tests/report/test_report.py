@@ -73,10 +73,31 @@ def test_what_is_absent_is_said_and_draws_nothing(tmp_path):
         assert text in page
 
 
-def test_a_failed_run_says_why(tmp_path):
-    summary = {"step": -1, "metrics": {}, "overrides": [], "stopped": False, "failed": "loss is not finite <at> step 3"}
-    page = own(write(make_run(tmp_path / "run", records(1), summary=summary)))
-    assert "failed: loss is not finite &lt;at&gt; step 3" in page
+def failed(reason="loss is not finite <at> step 3", overrides=("run=a b",)):
+    return {"step": -1, "metrics": {}, "overrides": list(overrides), "stopped": False, "failed": reason}
+
+
+def test_a_failed_run_begins_with_the_reason_and_what_to_do_and_has_no_empty_sections(tmp_path):
+    page = own(write(make_run(tmp_path / "run", [], config="seed: 1\n", summary=failed())))
+    assert page.index("run failed.</b> loss is not finite &lt;at&gt; step 3") < page.index("<h2>")
+    assert "the same command begins anew" in page
+    assert "<pre>train.py &#x27;run=a b&#x27;</pre>" in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Overview", "Configuration"]
+
+
+def test_a_failed_run_with_a_checkpoint_goes_on_and_shows_what_it_recorded(tmp_path):
+    run = make_run(tmp_path / "run", records(1), summary=failed())
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step_00000010.pt").touch()
+    page = own(write(run))
+    assert "goes on from the last checkpoint" in page
+    assert num_plots(page) == 4 + 3
+    assert "was recorded" not in page
+
+
+def test_runs_beside_a_failed_one_still_say_what_they_did_not_record(tmp_path):
+    page = own(write(make_run(tmp_path / "a", [], summary=failed()), make_run(tmp_path / "b", [])))
+    assert page.count("No audit was recorded") == 1
 
 
 def test_text_from_files_is_never_markup(tmp_path):
@@ -122,8 +143,8 @@ def test_a_later_record_wins_and_damaged_lines_are_left_out(tmp_path):
         '{"step": 2, "tr',
     ]
     (run,) = read_runs([make_run(tmp_path / "run", lines)])
-    assert str(run.metrics["train/loss"][1]) == "nan"
-    assert run.metrics["train/lr"] == {1: 0.1}
+    assert str(run.metrics["train/loss"].points[1]) == "nan"
+    assert run.metrics["train/lr"].points == {1: 0.1}
     assert run.remarks == ["metrics.jsonl: 2 damaged line(s) left out"]
     page = own(write(run.path))
     assert "No finite train/loss or val/loss was recorded." in page
@@ -165,9 +186,20 @@ def test_runs_side_by_side_list_the_keys_in_which_they_differ(tmp_path):
     a = make_run(tmp_path / "a", records(), config="optimizer: {lr: 0.1}\nseed: 7\n")
     b = make_run(tmp_path / "b", records(3), config="optimizer: {lr: 0.2}\nseed: 7\n")
     page = own(write(a, b))
-    assert "<tr><td>optimizer.lr</td><td>0.1</td><td>0.2</td></tr>" in page
+    assert page.index("<tr><td>optimizer.lr</td><td>0.1</td><td>0.2</td></tr>") < page.index("<h2>Curves")
+    assert "solid: train/loss" in page
+    assert "dashed: val/loss" in page
     assert "<td>seed</td>" not in page
     assert num_plots(page) == 4 + 3 * 2
+
+
+def test_the_page_is_one_column_in_a_narrow_window_and_no_point_is_cut(tmp_path):
+    page = own(write(make_run(tmp_path / "run", records())))
+    assert '"sizing_mode":"stretch_width"' in page.replace(": ", ":")
+    assert '"frame_width"' not in page
+    start, end = re.search(r'"start": (-[\d.]+), "end": ([\d.]+)', page).groups()
+    assert float(start) < 0
+    assert float(end) > 50
 
 
 def test_a_heatmap_cell_reaches_back_to_the_record_before(tmp_path):
