@@ -144,7 +144,7 @@ class NoPairs:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("collections.OrderedDict", "expected the datasets train and val"),
+        ("collections.OrderedDict", "expected the datasets train, val and test"),
         ("tests.training.test_own_package.Wrong", "train is empty"),
         (
             "tests.training.test_own_package.NoPairs",

@@ -24,7 +24,9 @@ OWN = {"config.run", "config.resume", "tracker.run"}  # of a run, not of its tra
 # Keys that 0.1.0 did not have, and the value that computes as it did.
 NEW = {"config.bn.skip_nonfinite": False, "config.early_stop": None, "config.optimizer.decay_norm_and_bias": True,
        "config.optimizer.groups": {}, "config.loss.class_weights": None, "config.data.mean": "auto",
-       "config.data.std": "auto", "config.data.augment": {}, "config.data.sampler": "shuffled"}  # fmt: skip
+       "config.data.std": "auto", "config.data.augment": {}, "config.data.sampler": "shuffled",
+       "config.eval.path": None, "config.predict.path": None, "config.predict.batch_size": 32,
+       "config.predict.flip": False}  # fmt: skip
 DESCRIBED = {"data.image.size": [8, 8], "data.image.channels": 1, "data.image.fit": "crop", "data.image.range": None}
 
 

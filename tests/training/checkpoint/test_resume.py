@@ -227,9 +227,9 @@ def test_a_signal_during_the_final_test_leaves_the_state_that_training_ended_wit
     whole = job(*same, "run=whole")
     original = Validation._evaluate
 
-    def interrupted(self, model, split):
+    def interrupted(self, model, split, *others):
         self._stop.requested |= split is self._components.data.test
-        return original(self, model, split)
+        return original(self, model, split, *others)
 
     monkeypatch.setattr(Validation, "_evaluate", interrupted)
     monkeypatch.setattr(Counters, "is_best", lambda self, *_: self.step == 3 and setattr(self, "best_step", 3) is None)
