@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncbn.kernels import cuda, cuda_step
 from syncbn.kernels.cuda_step import Statistics
 from syncbn.kernels.triton import launch_plan
-from tests.kernels.test_cuda import DEVICE, _tiles, make
+from tests.kernels.test_cuda import DEVICE, _tiles, clear_plans, make
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 from syncbn.kernels.triton import programs
@@ -64,20 +64,33 @@ def by_operators(activation=None, ranks=1, **options):
     return output, mean, invstd, count, grad_input, affine, grad, *statistics[:3]
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_same_bits_as_by_operators(options, monkeypatch):
+def check_same_bits(options, monkeypatch):
     monkeypatch.setattr(cuda_step, "_kinds", {})
     for one, other in zip(by_steps(**options), by_operators(**options), strict=True):
         assert (one is None) == (other is None)
         assert one is None or (torch.equal(one, other) and one.stride() == other.stride())
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_same_bits_where_a_program_reads_several_tiles_of_its_channel(options, monkeypatch):
+def test_the_same_bits_as_by_operators(options, monkeypatch):
+    check_same_bits(options, monkeypatch)
+
+
+@pytest.fixture
+def _several_tiles_of_a_channel(monkeypatch):
+    """Six tiles of 64 values for each channel of `operands`, of one program."""
     monkeypatch.setattr(launch_plan, "_SUM_TILE", 64)
     monkeypatch.setattr(launch_plan, "_TILES_PER_PROGRAM", 7)
-    test_the_same_bits_as_by_operators(options, monkeypatch)
+    clear_plans()
+    yield
+    clear_plans()
+
+
+@pytest.mark.usefixtures("_several_tiles_of_a_channel")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_same_bits_where_a_program_reads_several_tiles_of_its_channel(options, monkeypatch):
+    check_same_bits(options, monkeypatch)
 
 
 def test_a_channel_that_one_program_can_hold_takes_one_launch_each_way(monkeypatch):
