@@ -82,6 +82,9 @@ def _serve(address: str) -> None:
 
     for name in SERVER_IMPORTS:
         importlib.import_module(name)
+    composing = importlib.import_module("composing")  # beside this file
+    composing.remember_files()
+    composing.read_ahead()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)

@@ -31,7 +31,9 @@ from syncbn.training.tasks import check
 from syncbn.training.tasks.run import WITH_LOAD
 from syncbn.training.tasks.train import train
 from syncbn.training.trainer.build import context_for
-from tests import warm
+from tests import composing, warm
+
+composing.remember_files()
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
