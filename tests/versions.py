@@ -22,7 +22,7 @@ TIMEOUT = 3600.0  # seconds for one suite
 TRAINER = [
     "tests/training/trainer/test_train.py::test_the_default_job_learns_the_digits",
     "tests/training/trainer/test_train.py::test_a_single_process_evaluates_the_checkpoint_to_the_same_numbers",
-    "tests/training/trainer/test_train.py::test_twenty_steps_follow_the_same_trajectory_at_any_world_size",
+    "tests/training/trainer/test_train.py::test_every_step_of_the_trajectory_is_the_same_at_any_world_size",
     "tests/training/trainer/test_train.py::test_freezing_and_unfreezing_in_the_middle_is_the_same_at_any_world_size",
     "tests/training/trainer/test_train.py::test_the_same_run_name_goes_on_where_it_stopped",
     "tests/training/trainer/test_train.py::test_wrapping_anew_leaves_what_groups_of_ranks_have_gathered",

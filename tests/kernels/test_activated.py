@@ -17,6 +17,7 @@ DEVICE = {cpu: "cpu", cuda: "cuda" if torch.cuda.is_available() else "cpu", refe
 KERNELS = [pytest.param(kernels, id=kernels.__name__.split(".")[-1]) for kernels in DEVICE]
 CASES = list(itertools.product([None, *ACTIVATIONS], [False, True]))
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+LIKE_OTHERS = (torch.float32, torch.float16)  # types that go the way of another one, most of them only in `slow` tests
 
 
 def make(kernels, shape, dtype, layout="contiguous", mean=0.3):
@@ -81,7 +82,11 @@ def test_the_same_in_one_pass_in_every_layout(kernels, shape, layout):
         check(kernels, shape, torch.float32, layout, activation, with_residual)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, marks=pytest.mark.slow) if dtype in LIKE_OTHERS else dtype for dtype in BOUNDS],
+    ids=str,
+)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_in_every_type(kernels, dtype):
     for activation, with_residual in CASES:

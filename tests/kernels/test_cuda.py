@@ -25,6 +25,10 @@ ROUNDOFF = {torch.float64: 1e-12, torch.float32: 6e-7, torch.bfloat16: 2.0**-7, 
 NAMES = ("output", "gradient", "sums", "gradients of bias and weight", "running mean", "running variance", "counter")
 
 
+# Small tiles take every loop of the programs; usual ones hold the small inputs of these tests whole.
+SMALL_FIRST = ["small tiles", pytest.param("usual tiles", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(params=["usual tiles", "small tiles"])
 def _tiles(request, monkeypatch):
     """Small tiles cut small inputs into as many parts as large ones."""
@@ -104,6 +108,7 @@ SHAPES = [(6, 4, 9, 7), (1, 3, 64), (70, 5), (2, 3, 4, 5, 6), (5, 1, 33), (300, 
           (1, 7, 5), (2, 4, 16, 16)]  # fmt: skip
 
 
+@pytest.mark.parametrize("_tiles", SMALL_FIRST, indirect=True)
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "channels of rows", "strided", "transposed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,6 +116,7 @@ def test_every_layout_and_rank(shape, layout):
     check(*make(shape, torch.float32, layout))
 
 
+@pytest.mark.parametrize("_tiles", SMALL_FIRST, indirect=True)
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("layout", ["contiguous", "rows"])
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)

@@ -25,6 +25,7 @@ OPTIONS = {
     "relu": {"activation": "relu"},
     "silu, residual, two ranks": {"activation": "silu", "residual": True, "ranks": 2},
 }
+TELLING = ("plain", "half", "silu, residual, two ranks")  # enough of them, where the others are `slow`
 
 
 def operands(affine=True, momentum=0.1, tracked=True, dtype=torch.float32, layout="contiguous", residual=False, **_):
@@ -88,9 +89,11 @@ def _several_tiles_of_a_channel(monkeypatch):
 
 
 @pytest.mark.usefixtures("_several_tiles_of_a_channel")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_same_bits_where_a_program_reads_several_tiles_of_its_channel(options, monkeypatch):
-    check_same_bits(options, monkeypatch)
+@pytest.mark.parametrize(
+    "name", [name if name in TELLING else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
+def test_the_same_bits_where_a_program_reads_several_tiles_of_its_channel(name, monkeypatch):
+    check_same_bits(OPTIONS[name], monkeypatch)
 
 
 def test_a_channel_that_one_program_can_hold_takes_one_launch_each_way(monkeypatch):

@@ -96,7 +96,7 @@ def check_compiled(backend, sizes, dynamic, wrapped):
         pytest.param(MANY_SHAPES, None, True, id="many-ddp", marks=pytest.mark.slow),
         pytest.param(MANY_SHAPES, True, False, id="many-dynamic", marks=pytest.mark.slow),
         pytest.param(WITH_EMPTY, None, True, id="empty-ddp", marks=pytest.mark.slow),
-        pytest.param(WITH_EMPTY, True, True, id="empty-dynamic-ddp"),
+        pytest.param(WITH_EMPTY, True, True, id="empty-dynamic-ddp", marks=pytest.mark.slow),
     ],
 )
 def test_one_graph_with_the_same_numbers_over_ranks(ranks, backend, world_size, sizes, dynamic, wrapped):
@@ -184,6 +184,7 @@ def check_sub_group():
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_sub_groups_compile(ranks):
     ranks(4, check_sub_group)
 

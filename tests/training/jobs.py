@@ -25,7 +25,8 @@ from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.launch import overrides as command_line
-from syncbn.training.launch.overrides import open_overrides
+from syncbn.training.launch.explain import explain
+from syncbn.training.launch.overrides import open_overrides, require_applied
 from syncbn.training.launch.resolvers import register_resolvers
 from syncbn.training.tasks import check
 from syncbn.training.tasks.run import WITH_LOAD
@@ -53,6 +54,19 @@ def compose_config(*overrides: str) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return parse(compose("train", open_overrides(overrides)))
+
+
+def outcome(overrides: Sequence[str]) -> Config | str:
+    """The configuration, or the message that a user would read; any other exception is the test's failure."""
+    try:
+        config = compose_config(*overrides)
+        require_applied(config.task, list(overrides))
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        return message
+    return config
 
 
 def without_report(overrides: Sequence[str]) -> tuple[str, ...]:

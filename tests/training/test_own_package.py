@@ -96,6 +96,7 @@ def last_model(run):
     return torch.load(sorted(run.glob("checkpoints/step_*.pt"))[-1], weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_a_package_of_ones_own_trains_the_same_on_one_rank_and_two(elsewhere):
     common = ["--config-dir", "conf", "experiment=mine"]
     # 43 signals in batches of 7: one is left for the last batch, and the second rank has none of it.

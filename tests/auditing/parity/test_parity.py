@@ -97,7 +97,7 @@ def test_one_fault_behind_another_is_found_too_in_the_order_of_the_network(diagn
     [
         (models.resnet, models.cross_entropy, models.images),
         (models.unet, models.masked, models.masks),
-        (models.group_norm, models.cross_entropy, models.images),
+        pytest.param(models.group_norm, models.cross_entropy, models.images, marks=slow),
         (models.frozen_in_part, models.cross_entropy, models.images),
         (models.torch_sync, models.cross_entropy, models.images),
         pytest.param(models.Shuffled, models.cross_entropy, models.images, marks=slow),
@@ -247,6 +247,7 @@ def test_a_cut_is_never_even(num, world_size, cut):
     assert all(sum(other) == num and other[-1] >= 1 for other in other_cuts(cut))
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_parity_says_about_its_three_mistakes(diagnose):
     mistakes = importlib.import_module("docs.parity_mistakes")
     page = (ROOT / "docs/parity.md").read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ def check_same_run(run_dir, expected, num_steps=STEPS):
     [
         pytest.param("rank(s) on cpu", id="before the first step", marks=pytest.mark.slow),
         pytest.param("step 1/", id="first step", marks=pytest.mark.slow),
-        pytest.param("step 9/", id="training"),
+        pytest.param("step 9/", id="training", marks=pytest.mark.slow),
         pytest.param("step 10/", id="evaluation", marks=pytest.mark.slow),
         pytest.param("step 14/", id="saving", marks=pytest.mark.slow),
     ],
@@ -217,6 +217,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_metrics_are_readable_after_a_kill_of_everything(killed):
     lines = (killed[0] / "outputs/job/metrics.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) >= 12
@@ -248,6 +249,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout_and_is_named_with_the_
     assert live.output.count(message) == 1
 
 
+@pytest.mark.slow
 def test_on_one_machine_the_ranks_listen_on_the_loopback_device_alone(killed):
     assert killed[1] == {"0100007F"}  # 127.0.0.1
 

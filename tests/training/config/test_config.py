@@ -14,8 +14,10 @@ from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.keys import TASKS
 from syncbn.training.config.schema import SCHEMAS, Config
-from tests.training.jobs import ROOT, compose_config, run_rank, start
+from tests.training.jobs import ROOT, compose_config, outcome, run_rank, start
 
+# Seen when Hydra makes the run directory.
+MISTAKES_OF_HYDRA = [(["run=../elsewhere"], "run: expected a directory name")]
 MISTAKES = [
     (["optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
     (["+optimizer.lrr=1"], "optimizer.lrr: no such key; did you mean optimizer.lr?"),
@@ -33,7 +35,6 @@ MISTAKES = [
     (["precision=fp8"], "precision: expected one of fp64, fp32, bf16, fp16, got 'fp8'"),
     (["batch_size=0"], "batch_size: expected 1 or more samples over all ranks, got 0"),
     (["duration=5 apples"], "duration: expected a duration such as 200 (steps), 5ep (epochs), got '5 apples'"),
-    (["run=../elsewhere"], "run: expected a directory name"),
     (["freeze.a.matchh=x"], "freeze.a.matchh: no such key; did you mean freeze.a.match?"),
     (["freeze.a.match=x", "freeze.a.stats=maybe"], "freeze.a.stats: expected bool, got 'maybe'"),
     (["freeze.a.match=x", "freeze.a.until=3x"], "freeze.a.until: expected a duration"),
@@ -121,7 +122,15 @@ def check_one_message(done, message):
 @pytest.mark.parametrize(
     ("overrides", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_a_mistake_is_one_message_that_names_the_key(tmp_path, overrides, message):
+def test_a_mistake_is_one_message_that_names_the_key(overrides, message):
+    told = outcome(overrides)
+    assert isinstance(told, str)
+    assert told.startswith(message)
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("overrides", "message"), [*MISTAKES[::10], *MISTAKES_OF_HYDRA], ids=lambda value: value[0])
+def test_on_the_command_line_it_is_all_that_is_printed(tmp_path, overrides, message):
     check_one_message(start(tmp_path, *overrides), message)
 
 

@@ -3,40 +3,14 @@
 import re
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from syncbn.training.config.errors import printable
-from syncbn.training.config.parsing import parse, to_dict
+from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.schema import Config
-from syncbn.training.launch import resolvers
-from syncbn.training.launch.explain import explain, known_keys
-from syncbn.training.launch.overrides import open_override
-from tests.training.jobs import ROOT, start
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _configs():
-    resolvers.register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        yield
-
-
-def outcome(overrides):
-    """The configuration, or the message that a user would read; any other exception is the test's failure."""
-    from hydra import compose
-
-    try:
-        return parse(compose("train", [open_override(override) for override in overrides]))
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            raise
-        return message
-
+from syncbn.training.launch.explain import known_keys
+from tests.training.jobs import ROOT, outcome, start
 
 KEYS = [key for key in known_keys() if key not in ("run", "task", "load")]
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "hydra")
@@ -67,7 +41,7 @@ overrides = st.one_of(
 ).filter(lambda text: not text.startswith("-"))  # a flag, for argparse to complain about
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @example(["freeze=0"])
 @example(["data=true"])
 @example(["~seed"])

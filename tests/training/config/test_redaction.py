@@ -243,13 +243,13 @@ def everything_below(directory):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["hydra.run.dir=../elsewhere"],
+        pytest.param(["hydra.run.dir=../elsewhere"], marks=pytest.mark.slow),
         ["hydra.run.dir=elsewhere"],
-        ["run=../elsewhere"],
+        pytest.param(["run=../elsewhere"], marks=pytest.mark.slow),
         ["run=link"],
         ["hydra.job.chdir=true"],
         ["-m", "hydra.sweep.dir=../elsewhere"],
-        ["-m", "hydra.sweep.subdir=../../elsewhere"],
+        pytest.param(["-m", "hydra.sweep.subdir=../../elsewhere"], marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -96,7 +96,8 @@ def newest(run):
     return sorted(run.glob("checkpoints/step_*.pt"))[-1]
 
 
-LOADING = ["task=eval", "task=audit", "task=export", "task=recalibrate"]
+LOADING = ["task=eval", "task=export", pytest.param("task=audit", marks=pytest.mark.slow),
+           pytest.param("task=recalibrate", marks=pytest.mark.slow)]  # fmt: skip
 
 
 @pytest.mark.parametrize("task", LOADING)

@@ -41,7 +41,13 @@ def only_rank(monkeypatch):
     world.store.cache_clear()
 
 
-@pytest.mark.parametrize("error", [None, ValueError("a bug"), ConfigError("a key"), KeyboardInterrupt(), SystemExit(3)])
+FURTHER = (ConfigError("a key"), KeyboardInterrupt(), SystemExit(3))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [None, ValueError("a bug"), *(pytest.param(e, marks=pytest.mark.slow) for e in FURTHER)],
+)
 def test_the_process_group_is_destroyed_on_every_path(only_rank, error):
     def job():
         with process_group("cpu", "0", 60.0):

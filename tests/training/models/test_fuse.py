@@ -43,6 +43,7 @@ def checkpoint(run):
     return read(sorted((run / "checkpoints").glob("step*"))[-1], "load")
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_the_checkpoint_has_the_same_keys(job):
     runs = [job(*SMALL, *FREEZE, f"bn.fuse={fuse}", f"run={fuse}") for fuse in ("false", "true")]
     contents = [checkpoint(run)["model"] for run in runs]
@@ -50,6 +51,7 @@ def test_what_is_frozen_stays_and_the_checkpoint_has_the_same_keys(job):
     torch.testing.assert_close(*contents, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_fused_run_is_resumed_audited_and_exported(job):
     job(*SMALL, "run=a", "bn.fuse=true")
     run = job(*SMALL, "run=a", "bn.fuse=true", "duration=8")

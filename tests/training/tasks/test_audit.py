@@ -108,6 +108,7 @@ def test_a_backbone_frozen_before_anything_was_loaded_is_an_error(job):
     assert findings(run) == (0, {("frozen-at-initial-values", "error")})
 
 
+@pytest.mark.slow
 def test_few_samples_per_step_are_a_warning_by_the_ranks_that_are_summed_over(job):
     assert findings(job(*SMALL, "batch_size=8", "run=a", num_ranks=2)) == (0, set())
     for name, options in {"b": ["batch_size=4"], "c": ["batch_size=16", "accumulate=4"]}.items():

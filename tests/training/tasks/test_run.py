@@ -23,6 +23,7 @@ def was_checking(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_job_without_debug_after_one_with_debug_runs_without(tmp_path, monkeypatch, was_checking):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rank_checks, "enabled", False)

@@ -21,6 +21,7 @@ from syncbn.training.tasks import export, recalibrate
 from syncbn.training.tasks.loaded import load_run
 from tests.training.jobs import compose_config, read_metrics, run_rank, start
 
+SLOW = pytest.mark.slow
 SMALL = ("data=synthetic", "data.num_samples=125", "data.size=6", "model.width=4", "batch_size=24", "tracker=none")
 TRAIN = (*SMALL, "duration=6", "eval_every=2", "save.every=2", "precision=fp64", "data.shift=1", "optimizer.lr=0.02")
 TRUST = "trust=[mine_of_tasks.*]"
@@ -166,7 +167,10 @@ def recalibrated_state(averaged, cwd, num_batches, accumulate):
     return loaded.model.state_dict()
 
 
-@pytest.mark.parametrize(("num_batches", "accumulate"), [(None, 1), (2, 1), (99, 5)])
+@pytest.mark.parametrize(
+    ("num_batches", "accumulate"),
+    [pytest.param(None, 1, marks=pytest.mark.slow), (2, 1), pytest.param(99, 5, marks=pytest.mark.slow)],
+)
 def test_population_statistics_are_the_same_bits_on_every_rank_and_the_same_for_any_cut(
     ranks, averaged, tmp_path, num_batches, accumulate
 ):
@@ -271,7 +275,10 @@ def test_statistics_that_are_not_finite_are_not_written(job, averaged, monkeypat
     assert not (tmp_path / "outputs/r/recalibrated.pt").exists()
 
 
-@pytest.mark.parametrize("task", ["eval", "recalibrate", "export"])
+@pytest.mark.parametrize(
+    "task",
+    ["eval", pytest.param("recalibrate", marks=SLOW), pytest.param("export", marks=SLOW)],
+)
 def test_what_is_loaded_is_never_changed(job, averaged, task, tmp_path):
     def content(directory):
         return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
@@ -337,7 +344,8 @@ def test_kept_classes_are_labels_by_their_names(job):
     assert told["output"]["labels"] == ["7", "2", "5"]
 
 
-@pytest.mark.parametrize("last", [pytest.param("BatchNorm1d", marks=pytest.mark.slow), "SyncBatchNorm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["BatchNorm1d", "SyncBatchNorm"])
 def test_a_model_of_ones_own_gets_its_own_classes_back(job, own_modules, last):
     model = ("model=custom", "model._target_=mine_of_tasks.Net", f"+model.last={last}")
     trained = job(*(o for o in TRAIN if not o.startswith("model.")), *model, "precision=fp32", "run=a")
@@ -365,7 +373,7 @@ def check_a_broken_export(cwd, run):
         run_rank(cwd, ("task=export", f"load={run}", "run=x"))
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_file_that_computes_something_else_is_an_error_on_every_rank_and_leaves_nothing_behind(
     job, ranks, averaged, tmp_path, num_ranks
 ):

@@ -241,6 +241,7 @@ for step in range(2):
 """
 
 
+@pytest.mark.slow
 def test_an_online_run_that_is_resumed_is_the_same_run_to_the_server(tmp_path, online):
     with wandb_servers.answering() as (address, seen):
         online(address)
@@ -258,6 +259,7 @@ def test_an_online_run_that_is_resumed_is_the_same_run_to_the_server(tmp_path, o
     assert len({name for name in seen if name.startswith("UpsertBucket")}) == 1
 
 
+@pytest.mark.slow
 def test_without_a_key_nobody_is_asked_for_one(tmp_path, online, monkeypatch):
     with wandb_servers.answering() as (address, seen):
         online(address)

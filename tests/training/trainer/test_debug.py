@@ -18,7 +18,7 @@ from tests.training.jobs import ROOT, compose_config, read_metrics, start
 TINY = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sound_model_overfits_and_stops_as_soon_as_it_has(job, num_ranks):
     run = job("debug=overfit", *TINY, "run=a", num_ranks=num_ranks)
     evaluated = [record for record in read_metrics(run) if "val/accuracy" in record]
@@ -27,6 +27,7 @@ def test_a_sound_model_overfits_and_stops_as_soon_as_it_has(job, num_ranks):
     assert evaluated[-1]["step"] < 300
 
 
+@pytest.mark.slow
 def test_a_frozen_model_that_cannot_is_one_message_and_exit_code_1(tmp_path):
     frozen = ["freeze.a.match=backbone", "freeze.a.weights=true", "duration=20"]
     done = start(tmp_path, "debug=overfit", *frozen)
@@ -36,6 +37,7 @@ def test_a_frozen_model_that_cannot_is_one_message_and_exit_code_1(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_statistics_that_evaluation_uses_and_training_does_not_are_found(job):
     with pytest.raises(TrainingError, match=r"look at bn\.momentum"):
         job("debug=overfit", *TINY, "bn.momentum=1e-6", "duration=60", "run=a")
@@ -57,6 +59,7 @@ def test_every_rank_leaves_a_trace_and_one_a_table(job):
     assert "aten::mkldnn_convolution" in (run / "profile/operators.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_too_short_to_profile_says_so(job, caplog):
     run = job("debug=profile", *TINY, "duration=2", "run=a")
     assert "profile: nothing to show, the first 5 steps are warm-up" in caplog.text
@@ -93,7 +96,7 @@ def test_without_timm_the_message_says_what_to_install(monkeypatch):
         build_network(config.model, config.bn, in_channels=1, num_classes=10)
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--help"], pytest.param(["--cfg", "job"], marks=pytest.mark.slow)], ids=" ".join)
 def test_what_only_prints_does_not_import_torch(flags):
     code = f"""
 import sys, runpy

@@ -18,7 +18,7 @@ from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import read_metrics, run_rank
 
 JOB = [*SMALL, "duration=9", "log_every=1", "eval_every=4", "save.every=1", "save.keep=99", "ema=0.9", "run=a"]
-WORLDS = [1, 2]
+WORLDS = [pytest.param(1, marks=pytest.mark.slow), 2]
 
 
 def run_poisoned(cwd, overrides, sample, lag=None):
@@ -150,7 +150,7 @@ def test_a_gradient_alone_that_is_not_finite_names_every_rank_s_samples(tmp_path
     assert str(error.value).startswith("step 0: the gradient is not finite; training samples of rank 0: ")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 @pytest.mark.parametrize("num_ranks", WORLDS)
 def test_narrow_types_train_with_wide_weights_and_statistics(job, precision, num_ranks):
     run = job(*SMALL, "duration=3ep", f"precision={precision}", "run=a", num_ranks=num_ranks)

@@ -169,14 +169,17 @@ def load_last(run_dir, nth=-1):
     return torch.load(sorted((run_dir / "checkpoints").glob("step_*.pt"))[nth], weights_only=True)
 
 
-def test_twenty_steps_follow_the_same_trajectory_at_any_world_size(job, tmp_path):
-    overrides = [*INVARIANCE, "precision=fp64", "duration=20", "loss.class_weights=balanced", "data.sampler=balanced",
-                 "data.mean=0.3", "data.augment.jiggle._target_=tests.training.transforms.Jiggle"]  # fmt: skip
-    runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in (1, 4)]
-    runs.append(run_job(tmp_path, *overrides, "run=command", num_ranks=2))  # as a user starts it
+@pytest.mark.parametrize(("num_steps", "worlds"), [(6, (1, 3)), pytest.param(20, (1, 4), marks=pytest.mark.slow)])
+def test_every_step_of_the_trajectory_is_the_same_at_any_world_size(job, tmp_path, num_steps, worlds):
+    overrides = [*INVARIANCE, "precision=fp64", f"duration={num_steps}", "loss.class_weights=balanced",
+                 "data.sampler=balanced", "data.mean=0.3",
+                 "data.augment.jiggle._target_=tests.training.transforms.Jiggle"]  # fmt: skip
+    runs = [job(*overrides, f"run=w{world}", num_ranks=world) for world in worlds]
+    if num_steps > 6:
+        runs.append(run_job(tmp_path, *overrides, "run=command", num_ranks=2))  # as a user starts it
     models = [load_last(run)["model"] for run in runs]
     losses = [[r["train/loss"] for r in read_metrics(run) if "train/loss" in r] for run in runs]
-    assert len(losses[0]) == 20
+    assert len(losses[0]) == num_steps
     moved = [
         key
         for key, value in models[0].items()
@@ -293,6 +296,7 @@ def sweep(tmp_path_factory):
     return made_once(tmp_path_factory, "sweep", make)
 
 
+@pytest.mark.slow
 def test_multirun_gives_each_job_its_own_directory_wandb_run_and_line_in_the_table(sweep):
     directory, done = sweep
     jobs = [directory / "1", directory / "3"]
@@ -307,6 +311,7 @@ def test_multirun_gives_each_job_its_own_directory_wandb_run_and_line_in_the_tab
     assert "duration=2" not in table  # which is the same in all of them
 
 
+@pytest.mark.slow
 def test_a_job_of_a_multirun_that_fails_has_its_line_and_the_others_go_on(sweep):
     directory, done = sweep
     assert done.returncode != 0
@@ -317,6 +322,7 @@ def test_a_job_of_a_multirun_that_fails_has_its_line_and_the_others_go_on(sweep)
     assert ["selects no" in row for row in rows] == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_multirun_ends_with_a_report_of_its_jobs_side_by_side(sweep):
     directory, _ = sweep
     report = (directory / "report.html").read_text()
@@ -413,7 +419,7 @@ def test_uneven_micro_batches_are_exact(job, tmp_path):
         assert (states[3][key] - value).abs().max() < 1e-12, key
 
 
-GROUPS = [["bn.group=1"], ["bn.sync=false"]]
+GROUPS = [["bn.group=1"], pytest.param(["bn.sync=false"], marks=pytest.mark.slow)]
 # Batches of 3: two samples on rank 0, one on rank 1. With momentum 1 the running statistics are those of the last
 # batch.
 THREES = ["data=synthetic", "data.num_samples=40", "data.size=8", "model.width=4", "batch_size=3", "bn.momentum=1.0",
@@ -444,6 +450,7 @@ def test_evaluation_uses_the_pooled_statistics_that_the_checkpoint_has(job, opti
     assert read_metrics(evaluated)[-1]["val/loss"] == pytest.approx(recorded, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_per_group_statistics_are_left_as_they_are(job):
     pooled, own = (
         load_last(job(*THREES, "bn.sync=false", f"bn.buffers={choice}", f"run={choice}", "duration=1", num_ranks=2))[
