@@ -18,14 +18,9 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import activations, reference
-from syncbn.kernels.cpu_blocks import PIECE, ROWS, Blocks, pair_sums, pieces_of, plane_size
-from syncbn.kernels.packing import pack
+from syncbn.kernels.cpu_blocks import PIECE, ROWS, Blocks, constants, pair_sums, pieces_of, plane_size
+from syncbn.kernels.cpu_statistics import move, pack_sums, rounded
 
-# Three limits on r = |mean| / std of a channel.
-# Raw sums are used up to this r: the variance inherits their relative error, multiplied by about 1 + r^2.
-_SUMS_UP_TO = 1.0
-# float32 sums around a pivot are used up to this r: beyond, float32 represents the values too coarsely for them.
-_PIVOT_UP_TO = 64.0
 # x * scale + shift is used up to this r: beyond, the rounding error of the shift is too large for the output.
 _SHIFT_UP_TO = 4.0
 # Values of the largest plane for which torch's own sums, with one accumulator per SIMD lane, are accurate enough.
@@ -36,30 +31,9 @@ _aten = torch.ops.aten
 
 def moments(input: Tensor, mask: Tensor | None = None) -> Tensor:
     """See `reference.moments`."""
-    if mask is not None or not _is_regular(input):
+    if mask is not None or not is_regular(input):
         return reference.moments(input, mask)
-    num_channels = input.size(1)
-    count = input.numel() // num_channels
-    dtype = reference.compute_dtype(input.dtype)
-    sums = pair_sums(input, input, torch.zeros(num_channels, dtype=dtype))
-    packed = torch.zeros(4 * num_channels + 1, dtype=torch.float64)
-    packed[0] = count
-    parts = packed[1:].view(4, num_channels)  # S1 high, S1 low, S2 high, S2 low
-    parts[::2] = sums
-    mean, mean_square = sums.div_(count).unbind()
-    # mean^2 > r^2 * variance, where variance = E[x^2] - mean^2. False for NaN, which a pivot would not help either.
-    square = mean.square()
-    ill = square * (1.0 + _SUMS_UP_TO**-2) > mean_square
-    if ill.any():
-        part, pivot = (input, mean) if ill.all() else (input[:, ill], mean[ill])
-        if (square * (1.0 + _PIVOT_UP_TO**-2) > mean_square).any():
-            careful = reference.moments(part)
-        else:
-            pivot = pivot.to(dtype)
-            centred = part.to(dtype) - reference.per_channel(pivot, part)
-            careful = pack(count, pivot.to(torch.float64), *pair_sums(centred, centred, torch.zeros_like(pivot)))
-        parts[:, ill] = careful[1:].view(4, -1)
-    return packed
+    return pack_sums(input, pair_sums(input, input, None))
 
 
 def finish(
@@ -72,28 +46,16 @@ def finish(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.finish`; calls a third as many ATen operators if no channel needs double-double arithmetic."""
-    count = float(packed[0])
+    total = packed[0]
+    count = float(total)
     num_channels = (packed.numel() - 1) // 4
     mean, mean_square = packed[1:].view(2, 2, num_channels).sum(1).div_(max(count, 1.0)).unbind()
     variance = torch.addcmul(mean_square, mean, mean, value=-1)
     # Comparisons with NaN are false, so statistics that are not finite go to the reference too.
-    if not (count >= 1.0 and bool((mean_square <= 1e4 * variance).all())):
+    if not (count >= 1.0 and float(torch.sub(mean_square, variance, alpha=1e4).amax()) <= 0.0):
         return reference.finish(packed, running_mean, running_var, num_batches_tracked, momentum, eps, dtype)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is not None and running_var is not None:
-        if momentum is not None:
-            rate = momentum
-        else:
-            rate = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-        running_mean.copy_(running_mean.to(torch.float64).lerp_(mean, rate))
-        if count > 1.0:
-            unbiased = variance * (count / (count - 1.0))
-            running_var.copy_(running_var.to(torch.float64).lerp_(unbiased, rate))
-    two_parts = torch.empty((2, num_channels), dtype=dtype)
-    two_parts[0] = mean
-    two_parts[1] = mean - two_parts[0]
-    return two_parts, (variance + eps).rsqrt_().to(dtype), packed[0].clone()
+    move(running_mean, running_var, num_batches_tracked, momentum, count, mean, variance)
+    return *rounded(mean, variance, eps, dtype), total.clone()
 
 
 def normalize(
@@ -106,7 +68,7 @@ def normalize(
     activation: str | None = None,
 ) -> Tensor:
     """See `reference.normalize`; residual and activation are applied to each block while it is in the cache."""
-    if not _is_regular(input):
+    if not is_regular(input):
         return reference.normalize(input, mean, invstd, weight, bias, residual, activation)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     if _is_far(mean, invstd):
@@ -115,7 +77,13 @@ def normalize(
         shift = reference.per_channel(wide_shift, input)
         torch.addcmul(shift, output, reference.per_channel(scale, input), out=output)
         return activations.apply_in_place(output.to(input.dtype), residual, activation)
-    shift = _shift(mean, scale, bias)
+    return normalize_near(input, scale, shift_of(mean, scale, bias), residual, activation)
+
+
+def normalize_near(
+    input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    """activation(x * scale + shift + residual), for an input that no channel's mean is far from 0 in."""
     if residual is None and activation is None:
         return _scale_and_shift(input, scale, shift)
     output = torch.empty_like(input)
@@ -132,10 +100,12 @@ def backward_reduce(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See `reference.backward_reduce`."""
-    if not _is_regular(input):
+    if not is_regular(input):
         return reference.backward_reduce(grad, input, mean, invstd, dtype)
-    sums = pair_sums(_like(grad, input), input, mean[0])
-    sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
+    high, low = mean.unbind()
+    sums = pair_sums(_like(grad, input), input, high)
+    first, second = sums.unbind()
+    second.addcmul_(low, first, value=-1).mul_(invstd)
     return sums.view(-1), sums.to(dtype, copy=True)
 
 
@@ -143,7 +113,7 @@ def backward_elementwise(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> Tensor:
     """See `reference.backward_elementwise`."""
-    if not _is_regular(input):
+    if not is_regular(input):
         return reference.backward_elementwise(grad, input, mean, invstd, weight, sums, count)
     output = torch.empty_like(input)
     _write_gradient(output, _like(grad, input), input, mean, invstd, weight, sums, count)
@@ -154,7 +124,7 @@ def backward_elementwise_(
     grad: Tensor, input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sums: Tensor, count: Tensor
 ) -> None:
     """See `reference.backward_elementwise_`."""
-    if _is_regular(input) and grad.stride() == input.stride():
+    if is_regular(input) and grad.stride() == input.stride():
         _write_gradient(grad, grad, input, mean, invstd, weight, sums, count)
     else:
         grad.copy_(backward_elementwise(grad, input, mean, invstd, weight, sums, count))
@@ -177,15 +147,18 @@ def _write_gradient(
         mean = torch.stack([torch.zeros_like(mean[0]), mean[1]])
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     grad_mean, projection = (sums / max(float(count), 1.0)).chunk(2)
-    slope = -(scale * invstd) * projection
-    shift = -mean.sum(0, dtype=torch.float64) * slope - scale * grad_mean
+    slope = (scale * invstd).mul(projection).neg_()
+    shift = _in_one(mean).mul_(slope).add_(scale * grad_mean).neg_()
     blocks = Blocks(input)
     tensors = (blocks.cut(tensor) for tensor in (offset, grad, output))
     vectors = (blocks.spread(vector.to(mean.dtype)) for vector in (shift, slope, scale))
     for x, g, out, shift_part, slope_part, scale_part in zip(*tensors, *vectors, strict=True):
         per_channel = reference.per_channel(scale_part, x)
         if x.dtype == g.dtype == out.dtype == mean.dtype:
-            torch.addcmul(_scale_and_shift(x, slope_part, shift_part), g, per_channel, out=out)
+            if output is grad:  # parts of it are views
+                torch.addcmul(_scale_and_shift(x, slope_part, shift_part), g, per_channel, out=out)
+            else:
+                _scale_and_shift(x, slope_part, shift_part, out).addcmul_(g, per_channel)
         else:  # mixed types: the wider temporary of one block stays in the cache
             wide = torch.addcmul(reference.per_channel(shift_part, x), x, reference.per_channel(slope_part, x))
             out.copy_(wide.addcmul_(g, per_channel))
@@ -203,7 +176,7 @@ def activated_reduce(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.activated_reduce`."""
-    if not _is_regular(input):
+    if not is_regular(input):
         return reference.activated_reduce(grad, input, mean, invstd, weight, bias, kept, activation, dtype)
     is_output = kept is not None and activations.output_tells(activation)
     if not is_output and _is_far(mean, invstd):
@@ -212,7 +185,7 @@ def activated_reduce(
         kept, is_output = normalize(input, mean, invstd, weight, bias, kept), True
     through = torch.empty_like(input)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-    shift = scale if is_output else _shift(mean, scale, bias)
+    shift = scale if is_output else shift_of(mean, scale, bias)
     blocks = Blocks(input)
     tensors = (blocks.cut(tensor) for tensor in (_like(grad, input), input, through))
     kept_parts = None if kept is None else blocks.cut(_like(kept, input))
@@ -250,7 +223,7 @@ def backward_local(
     return grad_input, torch.stack([grad_bias, grad_weight]).to(dtype)
 
 
-def _is_regular(input: Tensor) -> bool:
+def is_regular(input: Tensor) -> bool:
     """Whether the fast kernels support `input`: not empty; channels_last, or contiguous with planes that can be cut."""
     if input.numel() == 0:
         return False
@@ -272,15 +245,21 @@ def _is_far(mean: Tensor, invstd: Tensor) -> bool:
     return float(torch.linalg.vector_norm(mean[0] * invstd, math.inf)) > _SHIFT_UP_TO
 
 
-def _shift(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def shift_of(mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """bias - mean * scale, computed in float64 and rounded once."""
-    exact = mean.sum(0, dtype=torch.float64).mul_(scale)
+    exact = _in_one(mean).mul_(scale)
     return (exact.neg_() if bias is None else bias - exact).to(scale.dtype)
+
+
+def _in_one(mean: Tensor) -> Tensor:
+    """The two parts of the mean as one (C,) float64 vector."""
+    high, low = mean.unbind()
+    return torch.add(high.to(torch.float64), low)
 
 
 def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel, in the input's type and layout (torch's batch norm with mean 0 and variance 1)."""
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    zero, one = constants(scale.numel(), scale.dtype)
     if out is not None:
         unused = {"save_mean": scale.new_empty(0), "save_invstd": scale.new_empty(0)}
         _aten.native_batch_norm.out(input, scale, shift, zero, one, False, 0.0, 0.0, out=out, **unused)

@@ -7,9 +7,12 @@ float32 sums then have an error near 1e-7.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from syncbn.torch_compat import hidden_from_modes
 
 # Contiguous layout: the most values that are added up before float64 takes over. The rounding errors of such pieces
 # average out over a channel.
@@ -20,6 +23,13 @@ ROWS, _COLUMNS = 256, 1024
 _BLOCK = 2**18
 
 _aten = torch.ops.aten
+
+
+@lru_cache(maxsize=256)
+def constants(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`size` zeros and ones, kept because small activations feel every operator; nobody writes to them."""
+    with hidden_from_modes(), torch.inference_mode(False):
+        return torch.zeros(size, dtype=dtype, device="cpu"), torch.ones(size, dtype=dtype, device="cpu")
 
 
 def pieces_of(input: Tensor) -> int:
@@ -90,7 +100,7 @@ class Blocks:
         """`pair_sums` of one block; per piece, not per channel, in the contiguous layout with several blocks."""
         if self._is_one or self._order is not None:
             return pair_sums(grad, input, mean)
-        return torch.stack(native_sums(grad, input, mean, torch.ones_like(mean)))
+        return torch.stack(native_sums(grad, input, mean))
 
     def total(self, parts: list[Tensor]) -> Tensor:
         """(2, C) float64: the results of `sums` for all blocks, in their order, added up per channel."""
@@ -101,17 +111,19 @@ class Blocks:
         return torch.cat(columns, 1).view(2, self._channels, self._pieces).sum(2)
 
 
-def pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
+def pair_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> Tensor:
     """sum(grad) and sum(grad * (input - mean)) per channel, (2, C) float64.
 
-    Both tensors are dense and in the same layout; `mean` is in the compute type.
+    Both tensors are dense and in the same layout; `mean` is in the compute type, None for 0.
     """
     num_channels = input.size(1)
     if input.is_contiguous() and input.dim() > 2:
         pieces = pieces_of(input)
+        if pieces == 1:
+            return torch.stack(native_sums(grad, input, mean)).to(torch.float64)
         shape = (input.size(0), num_channels * pieces, plane_size(input) // pieces)
-        mean = mean.repeat_interleave(pieces) if pieces > 1 else mean
-        pair = native_sums(grad.view(shape), input.view(shape), mean, torch.ones_like(mean))
+        mean = None if mean is None else mean.repeat_interleave(pieces)
+        pair = native_sums(grad.view(shape), input.view(shape), mean)
         return torch.stack(pair).view(2, num_channels, pieces).sum(2, dtype=torch.float64)
     # Every row holds all channels. Several rows are joined into one longer row, whose accumulators still fit into the
     # nearest cache. Where one row is already that long, a channel still gets up to 8 accumulators of 16 values or more:
@@ -122,19 +134,29 @@ def pair_sums(grad: Tensor, input: Tensor, mean: Tensor) -> Tensor:
     num_rows = rows.size(0)
     width = min(num_rows, max(1, _COLUMNS // num_channels, min(8, num_rows // 16)))
     whole = num_rows // width * width
-    long_mean = mean.repeat(width) if width > 1 else mean
-    ones = torch.ones_like(long_mean)
-    long, long_grad = (tensor[:whole].view(-1, width * num_channels) for tensor in (rows, grad_rows))
-    blocks = [native_sums(g, x, long_mean, ones) for g, x in zip(long_grad.split(ROWS), long.split(ROWS), strict=True)]
-    every = torch.stack([torch.stack(vectors) for vectors in zip(*blocks, strict=True)]).view(2, -1, num_channels)
-    sums = every.sum(1, dtype=torch.float64)
+    long_mean = mean.repeat(width) if mean is not None and width > 1 else mean
+    blocks = [
+        torch.stack(native_sums(long_grad, long, long_mean))
+        for long_grad, long in zip(*(_long_rows(tensor, whole, width) for tensor in (grad_rows, rows)), strict=True)
+    ]
+    every = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    sums = every.view(2, -1, num_channels).sum(1, dtype=torch.float64)
     if whole < num_rows:
-        sums += torch.stack(native_sums(grad_rows[whole:], rows[whole:], mean, ones[:num_channels]))
+        sums += torch.stack(native_sums(grad_rows[whole:], rows[whole:], mean))
     return sums
 
 
-def native_sums(grad: Tensor, input: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+def _long_rows(rows: Tensor, whole: int, width: int) -> Sequence[Tensor]:
+    """The first `whole` rows, joined `width` at a time, in blocks of at most ROWS of the joined rows."""
+    long = (rows if whole == rows.size(0) else rows[:whole]).view(-1, width * rows.size(1))
+    return (long,) if long.size(0) <= ROWS else long.split(ROWS)
+
+
+def native_sums(grad: Tensor, input: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum(grad) and sum(grad * (input - mean)) over all dimensions but 1, in the compute type, by one ATen operator."""
+    dtype = mean.dtype if mean is not None else torch.promote_types(input.dtype, torch.float32)
+    zeros, ones = constants(input.size(1), dtype)
+    mean = zeros if mean is None else mean
     _, product, first = _aten.native_batch_norm_backward(
         grad, input, ones, mean, ones, mean, ones, False, 0.0, [False, True, True]
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.kernels import activations, cuda, cuda_step, operators, reference
+from syncbn.kernels import activations, cpu, cpu_step, cuda, cuda_step, operators, reference
 from syncbn.kernels.cuda_step import Statistics
 from syncbn.nn import lean
 from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_compiled
@@ -57,7 +57,10 @@ class NormalizeByBatch(torch.autograd.Function):
     ) -> Tensor:
         group, activation = call.group, call.activation
         done = None
-        if call.is_plain and operators.IMPLEMENTATIONS.get(input.device.type) is cuda:
+        kernels = operators.IMPLEMENTATIONS.get(input.device.type) if call.is_plain else None
+        if kernels is cpu and group is None:
+            done = cpu_step.forward(input, weight, bias, residual, activation, call.statistics)
+        elif kernels is cuda:
             total = None if group is None else partial(sum_in_place, group=group, owner=call.owner, direction="forward")
             done = cuda_step.forward(input, weight, bias, residual, activation, call.statistics, total)
         output, mean, invstd, count = done or _forward(input, weight, bias, residual, call)

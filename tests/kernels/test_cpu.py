@@ -112,7 +112,7 @@ def test_channels_far_from_zero_among_others(means, std, layout):
 )
 def test_any_shape_and_layout(rows, channels, size, layout, mean):
     input, grad = make((rows, channels, size, 1), [mean, 0.0], 1.0, torch.float64, layout)
-    if cpu._is_regular(input):
+    if cpu.is_regular(input):
         expected = torch.stack([grad.sum((0, 2, 3)), (grad * input).sum((0, 2, 3))])
         torch.testing.assert_close(pair_sums(grad, input, torch.zeros(channels).double()), expected)
     torch.testing.assert_close(
@@ -142,7 +142,7 @@ def test_the_gradient_where_it_follows_the_input(layout, kind):
 def test_planes_that_cannot_be_cut():
     for size in (257, 3137, 8209):  # primes; the last is too long for one accumulator and goes to the reference
         check((2, 3, size), [0.0, 0.7], 1.0, torch.float32, "contiguous")
-    assert not cpu._is_regular(torch.empty(2, 3, 8209))
+    assert not cpu.is_regular(torch.empty(2, 3, 8209))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (4, 0, 3), (4, 3, 0), (0, 3), (0, 3, 2, 2)], ids=str)
@@ -246,7 +246,7 @@ def check_operators():
     counts, whole = one_step(SyncBatchNorm(64))
     # Over ranks the sums have to be known before the gradient: a read for them, and one pass in blocks (here it is
     # one), which are still in the cache when the second operator comes.
-    assert whole == {"aten::native_batch_norm": 2, "aten::native_batch_norm_backward": 2, "aten::addcmul": 1}
+    assert whole == {"aten::native_batch_norm": 2, "aten::native_batch_norm_backward": 2, "aten::addcmul_": 1}
     assert counts["syncbn::backward_reduce"] == counts["syncbn::backward_elementwise"] == 1
 
 
@@ -257,7 +257,7 @@ def test_a_step_over_ranks_touches_it_once_more(ranks):
 def test_a_small_step_is_not_many_operators():
     for activation in (None, "relu"):
         counts, _ = one_step(SyncBatchNorm(64, activation=activation))
-        assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 400
+        assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 330
 
 
 def check_collectives():
