@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig, parse_bytes
 from syncbn.training.config.errors import ConfigError, SampleError
+from syncbn.training.config.loading import DecodedConfig, parse_bytes
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation, channels_first
 from syncbn.training.distributed import world

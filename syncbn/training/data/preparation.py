@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data.dataset import IGNORE
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.data import FITS
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.loading import FITS
 from syncbn.training.data.preparation import Preparation, normalized
 
 

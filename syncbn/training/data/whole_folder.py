@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from syncbn.training.config.data import DataConfig, DecodedConfig, MaskFolderConfig
+from syncbn.training.config.data import DataConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data import folders
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from syncbn.training.config.data import DataConfig, DecodedConfig, ImageFolderConfig, MaskFolderConfig, OpenData
+from syncbn.training.config.data import DataConfig, ImageFolderConfig, MaskFolderConfig, OpenData
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data import custom, folders, registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Data, Rows
