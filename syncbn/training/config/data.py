@@ -8,6 +8,9 @@ from typing import Any
 from syncbn.training.config.errors import require, require_choice
 from syncbn.training.config.loading import SAMPLERS, DecodedConfig, LoadingConfig
 
+# What the targets of images are; docs/data.md explains them.
+TARGETS = ("classes", "labels", "numbers")
+
 
 @dataclass
 class DigitsConfig(LoadingConfig):
@@ -94,23 +97,80 @@ class MaskFolderConfig(DecodedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(2 <= self.num_classes <= 255, "data.num_classes", "2 to 255", self.num_classes)
-        valid = self.ignore is None or 0 <= self.ignore <= 255
-        require(valid, "data.ignore", "null or a value between 0 and 255", self.ignore)
-        if self.values is not None:
-            self._check_values(self.values)
+        _check_masks(self.num_classes, self.ignore, self.values)
 
-    def _check_values(self, values: Any) -> None:
-        require(isinstance(values, dict), "data.values", "values with a class each, {0:0,255:1}", values)
-        for value, number in values.items():
-            is_value = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-            require(is_value, "data.values", "values between 0 and 255 with a class each, {0:0,255:1}", value)
-            is_class = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.num_classes
-            require(number is None or is_class, f"data.values.{value}",
-                    f"null or a class, 0 to {self.num_classes - 1}", number)  # fmt: skip
-        require(any(number is not None for number in values.values()), "data.values", "a class or more", values)
-        require(self.ignore in (None, 255), "data.ignore",
-                "its default with data.values, where null stands for what does not count", self.ignore)  # fmt: skip
+
+@dataclass(kw_only=True)
+class TableConfig(DecodedConfig):
+    """Images that a table lists, with their labels, numbers or masks; `path` is a CSV or Parquet file."""
+
+    name: str
+    image: str
+    """Column of the image files, relative to the table."""
+    label: str | list[str] | None = None
+    """Column of the labels, or several; None: the column "label", unless there is `mask`."""
+    target: str | None = None
+    """What the labels are: "classes", "labels" (a 0 or 1 in each column) or "numbers"; None: classes in one column,
+    labels in several.
+    """
+    mask: str | None = None
+    """Column of mask files, for segmentation."""
+    num_classes: int | None = None
+    """Of masks; otherwise the table tells them."""
+    ignore: int | None = 255
+    """See `MaskFolderConfig`, as for `values`."""
+    values: Any = None
+    split: str | None = None
+    """Column with train, val or test for each row; None: the table is divided by `group`, `fold` and `split_seed`."""
+    group: str | None = None
+    """Column of what must not be in two splits, such as the patient; None: the image file itself."""
+    fold: Any = None
+    """The fold that is tested, a tenth of the others validates; None: no folds."""
+    folds: Any = 5
+    """Number of folds, or the column that holds the fold of each row."""
+    split_seed: int = 0
+    """Seed of the division, apart from the run's own seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.target in (None, *TARGETS), "data.target", f"null or one of {', '.join(TARGETS)}", self.target)
+        names = self.label if isinstance(self.label, list) else [self.label]
+        valid = bool(names) and all(name is None or _is_name(name) for name in names) and len({*names}) == len(names)
+        require(valid, "data.label", "a column or a list of columns, each once", self.label)
+        self._check_target()
+        require(self.fold is None or _is_fold(self.fold), "data.fold", "null or a fold, by number or name", self.fold)
+        require(_is_name(self.folds) or (_is_fold(self.folds) and self.folds >= 2), "data.folds",
+                "2 or more folds, or the column that holds the fold of each row", self.folds)  # fmt: skip
+        require(self.fold is None or self.split is None, "data.split",
+                "null with data.fold, which divides the whole table", self.split)  # fmt: skip
+        if self.fold is not None and isinstance(self.folds, int):
+            require(self.fold in range(self.folds), "data.fold",
+                    f"0 to {self.folds - 1} with data.folds={self.folds}", self.fold)  # fmt: skip
+
+    @property
+    def labels(self) -> list[str]:
+        """The columns of the labels; none with masks."""
+        if self.mask is not None:
+            return []
+        return self.label if isinstance(self.label, list) else [self.label or "label"]
+
+    @property
+    def kind(self) -> str:
+        """One of TARGETS; masks are classes."""
+        return self.target or ("labels" if len(self.labels) > 1 else "classes")
+
+    def _check_target(self) -> None:
+        if self.mask is not None:
+            require(self.label is None, "data.label", "null with data.mask", self.label)
+            require(self.target in (None, "classes"), "data.target", "null with data.mask", self.target)
+            require(self.num_classes is not None, "data.num_classes", "2 to 255 with data.mask", None)
+            _check_masks(self.num_classes or 0, self.ignore, self.values)
+        else:
+            require(self.kind != "classes" or len(self.labels) == 1, "data.label", "one column for data.target=classes",
+                    self.label)  # fmt: skip
+            for key in ("num_classes", "values"):
+                value = getattr(self, key)
+                require(value is None, f"data.{key}", "null without data.mask", value)
 
 
 @dataclass(kw_only=True)
@@ -175,12 +235,37 @@ class OpenData(dict[str, Any]):
         return {key: value for key, value in self.items() if key not in ("workers", "prefetch", "sampler")}
 
 
+def _check_masks(num_classes: int, ignore: int | None, values: Any) -> None:
+    require(2 <= num_classes <= 255, "data.num_classes", "2 to 255", num_classes)
+    require(ignore is None or 0 <= ignore <= 255, "data.ignore", "null or a value between 0 and 255", ignore)
+    if values is None:
+        return
+    require(isinstance(values, dict), "data.values", "values with a class each, {0:0,255:1}", values)
+    for value, number in values.items():
+        is_value = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+        require(is_value, "data.values", "values between 0 and 255 with a class each, {0:0,255:1}", value)
+        is_class = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < num_classes
+        require(number is None or is_class, f"data.values.{value}", f"null or a class, 0 to {num_classes - 1}", number)
+    require(any(number is not None for number in values.values()), "data.values", "a class or more", values)
+    require(ignore in (None, 255), "data.ignore",
+            "its default with data.values, where null stands for what does not count", ignore)  # fmt: skip
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_fold(value: object) -> bool:
+    return _is_name(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
 DataConfig = (
     DigitsConfig
     | FashionMnistConfig
     | SyntheticConfig
     | ImageFolderConfig
     | MaskFolderConfig
+    | TableConfig
     | ShapesConfig
     | HfConfig
     | OpenData

@@ -17,6 +17,7 @@ from syncbn.training.config.data import (
     MaskFolderConfig,
     ShapesConfig,
     SyntheticConfig,
+    TableConfig,
 )
 from syncbn.training.config.errors import parse_duration, require, require_choice
 from syncbn.training.config.keys import TASKS
@@ -150,6 +151,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hf": HfConfig,
         "shapes": ShapesConfig,
         "mask_folder": MaskFolderConfig,
+        "table": TableConfig,
     },
     "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
     "loss": {

@@ -187,6 +187,7 @@ def test_every_config_file_composes_and_passes_the_schema(choice):
         "experiment=fine_tuning": ["data.path=x", "init.model.path=x"],
         "data=hf": ["data.path=x"],
         "data=mask_folder": ["data.path=x", "data.num_classes=2"],
+        "data=table": ["data.path=x"],
     }
     extra = required.get(choice, ["experiment=small_batch"] if choice.startswith("experiment/small_batch=") else [])
     assert isinstance(compose_config(choice, *extra), Config)
