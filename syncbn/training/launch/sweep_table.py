@@ -29,7 +29,7 @@ def print_table(sweep_dir: Path) -> None:
         console.print_rows(f"sweep {sweep_dir}", *rows_of(summaries))
 
 
-def rows_of(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+def rows_of(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows.
 
     Args:

@@ -183,7 +183,7 @@ def test_class_weights_that_do_not_fit_are_one_line():
         (
             schema.MeanSquaredErrorConfig("mse"),
             {},
-            "mse is for targets of numbers, which only data=table with data.target=numbers",
+            "mse is for targets of numbers, which only data=table with data.target=n",
         ),
         (schema.DiceConfig("dice", None, 0.0), {"own": True, "num_classes": None}, "loss: dice is for classes, which"),
     ],
