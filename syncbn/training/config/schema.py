@@ -42,6 +42,7 @@ from syncbn.training.config.optim import (
     ConstantConfig,
     CosineConfig,
     OptimizerConfig,
+    PolyConfig,
     ScheduleConfig,
     SgdConfig,
     StepConfig,
@@ -162,5 +163,5 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mse": MeanSquaredErrorConfig,
     },
     "optimizer": {"sgd": SgdConfig, "adamw": AdamwConfig},
-    "schedule": {"cosine": CosineConfig, "constant": ConstantConfig, "step": StepConfig},
+    "schedule": {"cosine": CosineConfig, "poly": PolyConfig, "constant": ConstantConfig, "step": StepConfig},
 }

@@ -56,6 +56,7 @@ MISTAKES = [
         ["schedule=step", "schedule.step_size=5ep", "schedule.gamma=1"],
         "schedule.gamma: expected a number",
     ),
+    (["schedule=poly", "schedule.power=0"], "schedule.power: expected a number above 0, got 0.0"),
     (["schedule=step", "schedule.milestones=[5 apples]"], "schedule.milestones: expected a duration such as"),
     (["early_stop=5 apples"], "early_stop: expected a duration such as 200 (steps), 5ep (epochs), got '5 apples'"),
     (["metrics.f1.average=macro"], "metrics.f1._target_: required; give a metric"),

@@ -83,9 +83,7 @@ def test_the_predictions_of_a_sweep_have_the_same_bytes_at_any_world_size(ranks,
 
 
 def test_another_task_wants_one_job_of_the_sweep(sweep, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"^load: .* is a multirun of 3 jobs, which task=predict alone takes;"
-    ):
+    with pytest.raises(ConfigError, match=r"^load: .* is a multirun of 3 jobs, which task=predict alone takes;"):
         run_rank(tmp_path, ("task=eval", f"load={sweep / 'outputs/folds'}", "run=e"))
 
 
