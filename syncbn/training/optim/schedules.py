@@ -20,8 +20,8 @@ def build_schedule(config: ScheduleConfig, num_steps: int, steps_per_epoch: int)
 
     A linear warm-up over w steps, (step + 1) / (w + 1), is followed by a constant 1, or by half a cosine from 1 at the
     end of the warm-up to `config.final` at `num_steps` (Loshchilov and Hutter 2017, arXiv:1608.03983, without
-    restarts), or by (1 - share of the steps done) to the power `config.power`, as for semantic segmentation (Chen et al.
-    2016, arXiv:1606.00915). Steps by `gamma` are counted from the beginning of the run, and multiply the warm-up too.
+    restarts), or by (1 - share of the steps done) to the power `config.power` (Chen et al. 2016, arXiv:1606.00915).
+    Steps by `gamma` are counted from the beginning of the run, and multiply the warm-up too.
 
     Raises:
         ConfigError: milestones that do not increase.
