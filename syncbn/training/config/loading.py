@@ -11,6 +11,7 @@ from syncbn.training.config.errors import ConfigError, require, require_choice
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 FITS = ("crop", "pad", "stretch")
+DECODINGS = ("full", "reduced")
 SAMPLERS = ("shuffled", "balanced")
 _POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
@@ -66,6 +67,8 @@ class DecodedConfig(LoadingConfig):
     """How images of other shapes get this size: "crop" (resized to cover it, the center cut out), "pad" (resized to lie
     in it, the rest padded) or "stretch" (height and width resized each by itself).
     """
+    decode: str = "full"
+    """JPEG files: "full", or "reduced" (at a half, a quarter or an eighth of their size, if twice `size` is left)."""
     range: list[float] | None = None
     """Values of images of more than 8 bits that become black and white; None: the upper 8 of 16 bits are used."""
     cache: str
@@ -77,6 +80,7 @@ class DecodedConfig(LoadingConfig):
         valid = len(sizes) == (2 if isinstance(self.size, list) else 1) and all(_is_count(size) for size in sizes)
         require(valid, "data.size", "1 pixel or more, or [height, width]", self.size)
         require_choice("data.fit", self.fit, FITS)
+        require_choice("data.decode", self.decode, DECODINGS)
         limits = self.range
         valid = limits is None or (len(limits) == 2 and all(map(isfinite, limits)) and limits[0] < limits[1])
         require(valid, "data.range", "null or [low, high], the lower one first", limits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
@@ -22,7 +22,7 @@ from syncbn.training.config.schema import Config
 from syncbn.training.data import workers as processes
 from syncbn.training.data.folders import image_files
 from syncbn.training.data.original_size import mask_in_original_size
-from syncbn.training.data.preparation import Preparation
+from syncbn.training.data.preparation import Preparation, upright_size
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
@@ -226,16 +226,18 @@ def read(reader: Reader, positions: Sequence[int]) -> Read:
     images = [list[Tensor]() for _ in reader.preparations]
     for position in positions:
         try:
-            with Image.open(reader.paths[position]) as image:
-                upright = ImageOps.exif_transpose(image)
-            fitted = [preparation.fitted(upright) for preparation in reader.preparations]
+            fitted = list[Tensor]()
+            for preparation in reader.preparations:
+                with Image.open(reader.paths[position]) as image:
+                    size = upright_size(image)
+                    fitted.append(preparation.fitted_file(image))
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
             errors[position] = " ".join(str(error).split()) or type(error).__name__
             continue
         for prepared, one in zip(images, fitted, strict=True):
             prepared.append(one)
         readable.append(position)
-        sizes.append((upright.height, upright.width))
+        sizes.append(size)
     return Read(readable, [torch.stack(prepared) for prepared in images] if readable else [], sizes, errors)
 
 
