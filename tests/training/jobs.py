@@ -77,7 +77,8 @@ def without_report(overrides: Sequence[str]) -> tuple[str, ...]:
 
 @cache
 def _composed_data(name: str) -> DataConfig:
-    required = {"image_folder": ["data.path=x"], "mask_folder": ["data.path=x", "data.num_classes=3"]}
+    required = {"image_folder": ["data.path=x"], "mask_folder": ["data.path=x", "data.num_classes=3"],
+                "table": ["data.path=x"]}  # fmt: skip
     return compose_config(f"data={name}", *required.get(name, [])).data
 
 

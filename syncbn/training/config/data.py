@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass
 from typing import Any
 
-from syncbn.training.config.errors import ConfigError, require, require_choice
+from syncbn.training.config.errors import require, require_choice
+from syncbn.training.config.loading import SAMPLERS, DecodedConfig, LoadingConfig
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
-FITS = ("crop", "pad", "stretch")
-SAMPLERS = ("shuffled", "balanced")
-_POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
-
-
-@dataclass(kw_only=True)
-class LoadingConfig:
-    """Settings that the named data sets share: augmentation, and the processes that prepare batches."""
-
-    shift: int
-    """Largest random shift, in pixels, up, down, left and right."""
-    flip: bool
-    """Mirror images left to right, at random, half of the time."""
-    workers: int = 0
-    """Worker processes per rank that prepare batches ahead; 0: the training process prepares each when it needs it."""
-    prefetch: int = 2
-    """Batches that each worker prepares ahead."""
-    mean: Any = "auto"
-    """Mean by which pixels from 0 to 1 are normalized: "auto" (of the training images), "imagenet", a number or one per
-    channel, or "init.<name>" (by which the network in that file was trained).
-    """
-    std: Any = "auto"
-    """Standard deviation by which they are normalized; as `mean`."""
-    sampler: str = "shuffled"
-    """Samples of an epoch: "shuffled" (each once) or "balanced" (as many draws, equally many of each class)."""
-    augment: dict[str, Any] = field(default_factory=dict)
-    """Transforms of whole training images by name, `_target_` and arguments each; they replace `shift` and `flip`."""
-
-    def __post_init__(self) -> None:
-        self.augment = {name: node for name, node in self.augment.items() if node is not None}
-        for name, node in self.augment.items():
-            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-                key = f"data.augment.{name}._target_"
-                raise ConfigError(f"{key}: required; give a transform, {key}=torchvision.transforms.v2.RandomRotation")
-        for key, value in (("data.mean", self.mean), ("data.std", self.std)):
-            _check_statistic(key, value)
-        require_choice("data.sampler", self.sampler, SAMPLERS)
-        require(self.shift >= 0, "data.shift", "a number of pixels, 0 or more", self.shift)
-        require(self.workers >= 0, "data.workers", "a number of processes, 0 or more", self.workers)
-        require(self.prefetch >= 1, "data.prefetch", "1 batch or more", self.prefetch)
+# What the targets of images are; docs/data.md explains them.
+TARGETS = ("classes", "labels", "numbers")
 
 
 @dataclass
@@ -103,45 +63,6 @@ class SyntheticConfig(LoadingConfig):
 
 
 @dataclass(kw_only=True)
-class DecodedConfig(LoadingConfig):
-    """Settings that data sets of encoded images (files or bytes) share."""
-
-    path: str
-    """Directory of the data set."""
-    size: Any
-    """Height and width of every image, in pixels: a number, or [height, width]."""
-    channels: int
-    """3: RGB; 1: gray."""
-    fit: str = "crop"
-    """How images of other shapes get this size: "crop" (resized to cover it, the center cut out), "pad" (resized to lie
-    in it, the rest padded) or "stretch" (height and width resized each by itself).
-    """
-    range: list[float] | None = None
-    """Values of images of more than 8 bits that become black and white; None: the upper 8 of 16 bits are used."""
-    cache: str
-    """Memory for keeping decoded images: "auto" (a quarter of the free memory), a size such as 2GB, or 0 for none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        sizes = self.size if isinstance(self.size, list) else [self.size]
-        valid = len(sizes) == (2 if isinstance(self.size, list) else 1) and all(_is_count(size) for size in sizes)
-        require(valid, "data.size", "1 pixel or more, or [height, width]", self.size)
-        require_choice("data.fit", self.fit, FITS)
-        limits = self.range
-        valid = limits is None or (len(limits) == 2 and all(map(isfinite, limits)) and limits[0] < limits[1])
-        require(valid, "data.range", "null or [low, high], the lower one first", limits)
-        require(self.channels in (1, 3), "data.channels", "3 (RGB) or 1 (gray)", self.channels)
-        require(self.cache == "auto" or parse_bytes(self.cache) is not None, "data.cache",
-                "auto, 0, or a size such as 500MB or 2GB", self.cache)  # fmt: skip
-
-    @property
-    def height_and_width(self) -> tuple[int, int]:
-        """Both of `size`."""
-        height, width = self.size if isinstance(self.size, list) else (self.size, self.size)
-        return height, width
-
-
-@dataclass(kw_only=True)
 class ImageFolderConfig(DecodedConfig):
     """Classification images, in one directory per class."""
 
@@ -176,23 +97,80 @@ class MaskFolderConfig(DecodedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(2 <= self.num_classes <= 255, "data.num_classes", "2 to 255", self.num_classes)
-        valid = self.ignore is None or 0 <= self.ignore <= 255
-        require(valid, "data.ignore", "null or a value between 0 and 255", self.ignore)
-        if self.values is not None:
-            self._check_values(self.values)
+        _check_masks(self.num_classes, self.ignore, self.values)
 
-    def _check_values(self, values: Any) -> None:
-        require(isinstance(values, dict), "data.values", "values with a class each, {0:0,255:1}", values)
-        for value, number in values.items():
-            is_value = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-            require(is_value, "data.values", "values between 0 and 255 with a class each, {0:0,255:1}", value)
-            is_class = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < self.num_classes
-            require(number is None or is_class, f"data.values.{value}",
-                    f"null or a class, 0 to {self.num_classes - 1}", number)  # fmt: skip
-        require(any(number is not None for number in values.values()), "data.values", "a class or more", values)
-        require(self.ignore in (None, 255), "data.ignore",
-                "its default with data.values, where null stands for what does not count", self.ignore)  # fmt: skip
+
+@dataclass(kw_only=True)
+class TableConfig(DecodedConfig):
+    """Images that a table lists, with their labels, numbers or masks; `path` is a CSV or Parquet file."""
+
+    name: str
+    image: str
+    """Column of the image files, relative to the table."""
+    label: str | list[str] | None = None
+    """Column of the labels, or several; None: the column "label", unless there is `mask`."""
+    target: str | None = None
+    """What the labels are: "classes", "labels" (a 0 or 1 in each column) or "numbers"; None: classes in one column,
+    labels in several.
+    """
+    mask: str | None = None
+    """Column of mask files, for segmentation."""
+    num_classes: int | None = None
+    """Of masks; otherwise the table tells them."""
+    ignore: int | None = 255
+    """See `MaskFolderConfig`, as for `values`."""
+    values: Any = None
+    split: str | None = None
+    """Column with train, val or test for each row; None: the table is divided by `group`, `fold` and `split_seed`."""
+    group: str | None = None
+    """Column of what must not be in two splits, such as the patient; None: the image file itself."""
+    fold: Any = None
+    """The fold that is tested, a tenth of the others validates; None: no folds."""
+    folds: Any = 5
+    """Number of folds, or the column that holds the fold of each row."""
+    split_seed: int = 0
+    """Seed of the division, apart from the run's own seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.target in (None, *TARGETS), "data.target", f"null or one of {', '.join(TARGETS)}", self.target)
+        names = self.label if isinstance(self.label, list) else [self.label]
+        valid = bool(names) and all(name is None or _is_name(name) for name in names) and len({*names}) == len(names)
+        require(valid, "data.label", "a column or a list of columns, each once", self.label)
+        self._check_target()
+        require(self.fold is None or _is_fold(self.fold), "data.fold", "null or a fold, by number or name", self.fold)
+        require(_is_name(self.folds) or (_is_fold(self.folds) and self.folds >= 2), "data.folds",
+                "2 or more folds, or the column that holds the fold of each row", self.folds)  # fmt: skip
+        require(self.fold is None or self.split is None, "data.split",
+                "null with data.fold, which divides the whole table", self.split)  # fmt: skip
+        if self.fold is not None and isinstance(self.folds, int):
+            require(self.fold in range(self.folds), "data.fold",
+                    f"0 to {self.folds - 1} with data.folds={self.folds}", self.fold)  # fmt: skip
+
+    @property
+    def labels(self) -> list[str]:
+        """The columns of the labels; none with masks."""
+        if self.mask is not None:
+            return []
+        return self.label if isinstance(self.label, list) else [self.label or "label"]
+
+    @property
+    def kind(self) -> str:
+        """One of TARGETS; masks are classes."""
+        return self.target or ("labels" if len(self.labels) > 1 else "classes")
+
+    def _check_target(self) -> None:
+        if self.mask is not None:
+            require(self.label is None, "data.label", "null with data.mask", self.label)
+            require(self.target in (None, "classes"), "data.target", "null with data.mask", self.target)
+            require(self.num_classes is not None, "data.num_classes", "2 to 255 with data.mask", None)
+            _check_masks(self.num_classes or 0, self.ignore, self.values)
+        else:
+            require(self.kind != "classes" or len(self.labels) == 1, "data.label", "one column for data.target=classes",
+                    self.label)  # fmt: skip
+            for key in ("num_classes", "values"):
+                value = getattr(self, key)
+                require(value is None, f"data.{key}", "null without data.mask", value)
 
 
 @dataclass(kw_only=True)
@@ -257,38 +235,41 @@ class OpenData(dict[str, Any]):
         return {key: value for key, value in self.items() if key not in ("workers", "prefetch", "sampler")}
 
 
+def _check_masks(num_classes: int, ignore: int | None, values: Any) -> None:
+    require(2 <= num_classes <= 255, "data.num_classes", "2 to 255", num_classes)
+    require(ignore is None or 0 <= ignore <= 255, "data.ignore", "null or a value between 0 and 255", ignore)
+    if values is None:
+        return
+    require(isinstance(values, dict), "data.values", "values with a class each, {0:0,255:1}", values)
+    for value, number in values.items():
+        is_value = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+        require(is_value, "data.values", "values between 0 and 255 with a class each, {0:0,255:1}", value)
+        is_class = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < num_classes
+        require(number is None or is_class, f"data.values.{value}", f"null or a class, 0 to {num_classes - 1}", number)
+    require(any(number is not None for number in values.values()), "data.values", "a class or more", values)
+    require(ignore in (None, 255), "data.ignore",
+            "its default with data.values, where null stands for what does not count", ignore)  # fmt: skip
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_fold(value: object) -> bool:
+    return _is_name(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
 DataConfig = (
     DigitsConfig
     | FashionMnistConfig
     | SyntheticConfig
     | ImageFolderConfig
     | MaskFolderConfig
+    | TableConfig
     | ShapesConfig
     | HfConfig
     | OpenData
 )
-
-
-def parse_bytes(text: str) -> int | None:
-    """Parses a size such as 500MB or 2GB into bytes (powers of 1000); None if the text is no size."""
-    found = _SIZE.fullmatch(text.strip())
-    return None if found is None else int(float(found[1]) * 10 ** _POWERS[found[2].upper()])
-
-
-def _check_statistic(key: str, value: Any) -> None:
-    numbers = value if isinstance(value, list) else [value]
-    is_positive = all(
-        isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
-        and (number > 0 or key == "data.mean") for number in numbers
-    )  # fmt: skip
-    is_name = isinstance(value, str) and (value in ("auto", "imagenet") or value.startswith("init."))
-    require(is_name or (bool(numbers) and is_positive), key,
-            "auto, imagenet, init.<name>, or numbers, one per channel" + ("" if key == "data.mean" else ", above 0"),
-            value)  # fmt: skip
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_classes(classes: list[int] | None) -> None:

@@ -64,7 +64,10 @@ READERS: dict[str, tuple[str, ...]] = {
     "predict": ("predict",),
     "tracker": _TRAIN,
     "data": _EVERY,
-    **dict.fromkeys(("data.path", "data.size", "data.channels", "data.fit", "data.range", "data.cache"), _WITH_DATA),
+    **dict.fromkeys(
+        ("data.path", "data.size", "data.channels", "data.fit", "data.decode", "data.range", "data.cache"), _WITH_DATA
+    ),
+    **dict.fromkeys(("data.split", "data.group", "data.fold", "data.folds", "data.split_seed"), _WITH_DATA),
     "data.mean": ("train", "data", "parity"),  # tasks with load take the numbers of the checkpoint
     "data.std": ("train", "data", "parity"),
     "data.sampler": ("train", "eval", "audit", "recalibrate", "parity"),  # eval: of eval.precise_bn

@@ -130,6 +130,23 @@ class CosineConfig:
 
 
 @dataclass
+class PolyConfig:
+    """Linear warm-up, then a power of the share of steps that are left, down to `final`."""
+
+    name: str
+    warmup: str
+    power: float
+    """1: a straight line; below 1 the learning rate stays high for longer."""
+    final: float
+    """Learning rate at the end, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        parse_duration("schedule.warmup", self.warmup)
+        require(self.power > 0, "schedule.power", "a number above 0", self.power)
+        require(0 <= self.final <= 1, "schedule.final", "a share between 0 and 1", self.final)
+
+
+@dataclass
 class ConstantConfig:
     """Linear warm-up, then constant."""
 
@@ -176,4 +193,4 @@ def _check_common(config: SgdConfig | AdamwConfig) -> None:
 
 
 OptimizerConfig = SgdConfig | AdamwConfig | CustomOptimizer
-ScheduleConfig = CosineConfig | ConstantConfig | StepConfig
+ScheduleConfig = CosineConfig | PolyConfig | ConstantConfig | StepConfig

@@ -20,6 +20,8 @@ class TrackerConfig:
     """Seconds to wait for wandb's server when the run starts, and again for the remaining uploads at its end."""
     report: bool = True
     """Write report.html at the end of the run, whatever the tracker, and at the end of a multirun one of all jobs."""
+    tensorboard: bool = False
+    """Write files for TensorBoard below the run directory, beside wandb or (`mode: disabled`) instead."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))

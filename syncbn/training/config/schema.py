@@ -17,6 +17,7 @@ from syncbn.training.config.data import (
     MaskFolderConfig,
     ShapesConfig,
     SyntheticConfig,
+    TableConfig,
 )
 from syncbn.training.config.errors import parse_duration, require, require_choice
 from syncbn.training.config.keys import TASKS
@@ -41,6 +42,7 @@ from syncbn.training.config.optim import (
     ConstantConfig,
     CosineConfig,
     OptimizerConfig,
+    PolyConfig,
     ScheduleConfig,
     SgdConfig,
     StepConfig,
@@ -150,6 +152,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hf": HfConfig,
         "shapes": ShapesConfig,
         "mask_folder": MaskFolderConfig,
+        "table": TableConfig,
     },
     "model": {"resnet_small": ResnetSmallConfig, "unet_small": UnetSmallConfig},
     "loss": {
@@ -160,5 +163,5 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mse": MeanSquaredErrorConfig,
     },
     "optimizer": {"sgd": SgdConfig, "adamw": AdamwConfig},
-    "schedule": {"cosine": CosineConfig, "constant": ConstantConfig, "step": StepConfig},
+    "schedule": {"cosine": CosineConfig, "poly": PolyConfig, "constant": ConstantConfig, "step": StepConfig},
 }

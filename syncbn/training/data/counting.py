@@ -64,10 +64,13 @@ def check_training_classes(data: Data) -> None:
         ConfigError: masks of 0 and 255 with two classes, where 255 does not count: nothing but class 0 would be learnt;
             a mask that cannot be read.
     """
-    if not isinstance(data, ImageData) or data.num_classes is None:
+    if not isinstance(data, ImageData) or data.num_classes is None or data.targets == "numbers":
         return
     labels, num = data.train.labels, len(data.train)
     num_counted = min(num, COUNTED_MASKS) if data.has_masks else num
+    if data.targets == "labels":
+        _warn_of_absent_labels(labels[torch.arange(num)], data.class_names)
+        return
     counted = count_classes(labels, data.num_classes, torch.arange(num_counted) * num // num_counted)
     absent = counted.absent(data.class_names)
     if not absent:
@@ -83,3 +86,13 @@ def check_training_classes(data: Data) -> None:
     part = f"{num_counted} of the {num}" if num_counted < num else f"{num}"
     log.warning("no %s of the %s training %s: the model cannot learn %s", listed(absent), part,
                 "masks" if data.has_masks else "images", "it" if len(absent) == 1 else "them")  # fmt: skip
+
+
+def _warn_of_absent_labels(labels: Tensor, names: Sequence[str]) -> None:
+    """Warns of labels that no training image has, or every one."""
+    share = (labels > 0.5).to(torch.float64).mean(0)
+    for what, found in (("none", share == 0), ("every one", share == 1)):
+        if found.any():
+            named = listed([names[number] for number in found.nonzero().flatten().tolist()])
+            log.warning("%s of the %d training images has %s: the model cannot learn when it is there", what,
+                        len(labels), named)  # fmt: skip

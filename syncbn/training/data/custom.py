@@ -66,6 +66,16 @@ class CustomData:
         return ()
 
     @property
+    def targets(self) -> str:
+        """ "any": only the loss interprets the targets."""
+        return "any"
+
+    @property
+    def division(self) -> None:
+        """None: the user's datasets are divided already."""
+        return None
+
+    @property
     def num_channels(self) -> int:
         """Channels of an image; reads the first training sample."""
         return int(self._batch(self.train, torch.tensor([0]), (0, 0), torch.float32)[0].size(1))

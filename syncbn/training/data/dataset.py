@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 IGNORE = 255  # mask value of pixels that loss and metrics exclude
 
@@ -32,7 +35,8 @@ class Split:
     """Images of a split and their labels or masks.
 
     Images are (N, C, H, W): float32 between 0 and 1 (synthetic ones: any range), or uint8 between 0 and 255. Labels are
-    (N,) int64, or masks (N, H, W) uint8 in which IGNORE (255) marks pixels that do not count.
+    (N,) int64, or masks (N, H, W) uint8 in which IGNORE (255) marks pixels that do not count, or several labels or
+    numbers of each image, (N, K) float32.
     """
 
     images: Rows
@@ -74,11 +78,19 @@ class Data(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None if the targets are not classes."""
+        """Number of classes, or of the labels or numbers of an image; None if the targets are none of these."""
+
+    @property
+    def targets(self) -> str:
+        """What the targets are: "classes", "labels" (a 0 or 1 each), "numbers"; "any" if only the loss knows."""
+
+    @property
+    def division(self) -> str | None:
+        """Digest of which sample is in which split, where it is not the files that say so; None otherwise."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the labels 0, 1, ...; empty if the data set has none."""
+        """Names of the labels 0, 1, ..., or of what each label or number is; empty if the data set has none."""
 
     @property
     def num_channels(self) -> int:
@@ -90,7 +102,7 @@ class Data(Protocol):
 
     @property
     def train_labels(self) -> Tensor | None:
-        """Labels of the training samples, (N,) int64; None for masks, and where only an item tells its target."""
+        """Classes of the training samples, (N,) int64; None for masks, for other targets, and if only items tell."""
 
     @property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +139,8 @@ def describe_data(data: Data) -> dict[str, Any]:
     """What a checkpoint says of its data, which `as_trained` and `TrainedInput` read: classes, pixels, preparation."""
     mean, std = data.pixel_stats
     names, image = list(data.class_names), data.image_settings
-    return {"data": {"classes": names, "mean": mean, "std": std, "image": image}}
+    division = {} if data.division is None else {"division": data.division}
+    return {"data": {"classes": names, "mean": mean, "std": std, "image": image, **division}}
 
 
 def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
@@ -144,18 +157,33 @@ def as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
             f"data.path: the model was trained on the classes {', '.join(stored['classes']) or 'without names'}, the"
             f" data has {', '.join(data.class_names) or 'none with names'}"
         )
-    return normalized_as_trained(data, checkpoint)
+    if _is_divided_otherwise(data, stored):
+        log.warning("data.path: the table is divided otherwise than it was in training (it has other rows, or data.fold"
+                    " or another key has changed); val and test may hold images that were trained on")  # fmt: skip
+    return _normalized_as_trained(data, stored)
 
 
 def normalized_as_trained(data: Data, checkpoint: Mapping[str, Any]) -> Data:
     """The data, normalized by the pixel statistics that the checkpoint stores, for a run that goes on.
 
     Raises:
-        ConfigError: its statistics are none of such images.
+        ConfigError: its statistics are none of such images; a table is divided otherwise than when the run began.
     """
     stored = checkpoint.get("data")
     if stored is None:
         return data
+    if _is_divided_otherwise(data, stored):
+        raise ConfigError("data.path: the table has other rows than when this run began, which divides it otherwise:"
+                          " what was trained on could be tested on; go on with the table as it was, or begin another"
+                          " run with run=...")  # fmt: skip
+    return _normalized_as_trained(data, stored)
+
+
+def _is_divided_otherwise(data: Data, stored: Mapping[str, Any]) -> bool:
+    return None not in (data.division, stored.get("division")) and data.division != stored["division"]
+
+
+def _normalized_as_trained(data: Data, stored: Mapping[str, Any]) -> Data:
     shape = (1, data.num_channels, 1, 1)
     if not all(stored[name].shape == shape and stored[name].is_floating_point() for name in ("mean", "std")):
         raise ConfigError(f"data: the model was trained on images of other channels, the data has {data.num_channels}")

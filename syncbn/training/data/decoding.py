@@ -17,15 +17,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig, parse_bytes
 from syncbn.training.config.errors import ConfigError, SampleError
+from syncbn.training.config.loading import DecodedConfig, parse_bytes
 from syncbn.training.data.masks import MaskValues
-from syncbn.training.data.preparation import Preparation, channels_first
+from syncbn.training.data.preparation import Preparation, channels_first, upright_size
 from syncbn.training.distributed import world
 
 log = logging.getLogger(__name__)
 
-_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's orientation tag; its values from 5 on exchange height and width
 _FEW = 8  # images that `warn_of_lost_bits` looks at, about
 _SHARED_MEMORY = "/dev/shm"  # where torch keeps the tensors that processes share, on Linux
 
@@ -122,7 +121,7 @@ class Decoded:
 
     def whole(self, position: int) -> Tensor:
         """An image or mask in its own size, (channels, H, W) or (H, W) uint8; not cached."""
-        return self._decode(position, self._whole)
+        return self._decode(position, lambda position: self._whole(self.upright(position), position))
 
     def upright(self, position: int) -> Image.Image:
         """The image or mask as its EXIF data turns it, decoded; Pillow's exceptions of many types if it is damaged."""
@@ -142,16 +141,22 @@ class Decoded:
 
     def _row(self, position: int) -> Tensor:
         if self.cache is None:
-            return self._decode(position, self.fitted)
+            return self._decode(position, self._fitted_file)
         if not self.cache.filled[position]:
-            self.cache.rows[position] = self._decode(position, self.fitted)
+            self.cache.rows[position] = self._decode(position, self._fitted_file)
             self.cache.filled[position] = 1  # after the row, so that a set flag implies a complete row
         return self.cache.rows[position]
 
-    def _decode(self, position: int, convert: Callable[[Image.Image, int], Tensor]) -> Tensor:
+    def _fitted_file(self, position: int) -> Tensor:
+        if self.values is not None:
+            return self.fitted(self.upright(position), position)
+        with opened(self.source, position) as image:
+            return self.preparation.fitted_file(image)
+
+    def _decode(self, position: int, read: Callable[[int], Tensor]) -> Tensor:
         name = self.source.name(position)
         try:
-            return convert(self.upright(position), position)
+            return read(position)
         except ConfigError:
             raise
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
@@ -170,9 +175,9 @@ class Decoded:
         if self.of is None:
             return
         with opened(self.of, position) as other:
-            size = other.size[::-1] if other.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS else other.size
-        if image.size != size:
-            raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, *size))
+            height, width = upright_size(other)
+        if image.size != (width, height):
+            raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, width, height))
 
 
 def opened(source: Source, position: int) -> Image.Image:

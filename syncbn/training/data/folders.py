@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig, ImageFolderConfig, MaskFolderConfig
+from syncbn.training.config.data import ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
 from syncbn.training.data.images import ImageData

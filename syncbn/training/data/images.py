@@ -45,6 +45,10 @@ class ImageData:
     """The user's transforms of whole training images, which take the place of shift and flip."""
     preparation: Preparation | None = None
     """How images in files become those of the splits; None for images that are no files, whose size is theirs."""
+    targets: str = "classes"
+    """See `Data`."""
+    division: str | None = None
+    """See `Data`."""
 
     @property
     def num_channels(self) -> int:
@@ -54,28 +58,30 @@ class ImageData:
     @property
     def has_masks(self) -> bool:
         """Whether labels are per pixel (masks) instead of per image."""
-        return len(self.train.labels.shape) > 1
+        return self.targets == "classes" and len(self.train.labels.shape) > 1
 
     def train_batch(
         self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Augmented, normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64; see `Data`.
+        """Augmented, normalized images (N, C, H, W) and their targets; see `Data`.
+
+        Targets are classes, (N,) or (N, H, W) int64, or several labels or numbers, (N, K) float32.
 
         A mask moves with its image; mask pixels that a shift brings in are IGNORE.
         """
         names = occurrences(index, repeats)
         if self.augmentation is not None:
             images, labels = self._transformed(index, names, seed, epoch)
-            return normalized(images, *self.pixel_stats, dtype), labels.to(torch.int64)
-        images, labels = self.train.images[index], self.train.labels[index].to(torch.int64)
+            return normalized(images, *self.pixel_stats, dtype), _as_targets(labels)
+        images, labels = self.train.images[index], _as_targets(self.train.labels[index])
         images = augment(images, names, self.shift, self.flip, seed, epoch)
         if self.has_masks:
             labels = augment(labels[:, None], names, self.shift, self.flip, seed, epoch, fill=IGNORE)[:, 0]
         return normalized(images, *self.pixel_stats, dtype), labels
 
     def eval_batch(self, split: Split, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Normalized images (N, C, H, W) and their labels, (N,) or (N, H, W) int64."""
-        return normalized(split.images[index], *self.pixel_stats, dtype), split.labels[index].to(torch.int64)
+        """Normalized images (N, C, H, W) and their targets, as in `train_batch`."""
+        return normalized(split.images[index], *self.pixel_stats, dtype), _as_targets(split.labels[index])
 
     @cached_property
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +111,7 @@ class ImageData:
     @property
     def train_labels(self) -> Tensor | None:
         """See `Data`."""
-        return None if self.has_masks else self.train.labels[torch.arange(len(self.train))]
+        return None if self.has_masks or self.targets != "classes" else self.train.labels[torch.arange(len(self.train))]
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -161,6 +167,11 @@ class ImageData:
     def _name(self, sample: int) -> str:
         images = self.train.images
         return repr(images.source.name(sample)) if isinstance(images, Decoded) else f"training sample {sample}"
+
+
+def _as_targets(labels: Tensor) -> Tensor:
+    """Class numbers as int64; labels and numbers as they are."""
+    return labels if labels.is_floating_point() else labels.to(torch.int64)
 
 
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncbn.training.config.data import MaskFolderConfig
+from syncbn.training.config.data import MaskFolderConfig, TableConfig
 from syncbn.training.data.dataset import IGNORE
 
 _UNKNOWN = -1
@@ -22,12 +22,13 @@ class MaskValues:
     """Whether `data.values` lists them; otherwise values are classes, and `data.ignore` is one that does not count."""
 
     @classmethod
-    def of(cls, config: MaskFolderConfig) -> MaskValues:
+    def of(cls, config: MaskFolderConfig | TableConfig) -> MaskValues:
         """What `data.values`, or else `data.num_classes` and `data.ignore`, say."""
         if config.values is not None:
             classes = [config.values.get(value, _UNKNOWN) for value in range(256)]
             return cls(tuple(IGNORE if number is None else number for number in classes), given=True)
-        table = [value if value < config.num_classes else _UNKNOWN for value in range(256)]
+        num_classes = config.num_classes or 0  # the schema requires it of masks
+        table = [value if value < num_classes else _UNKNOWN for value in range(256)]
         if config.ignore is not None:
             table[config.ignore] = IGNORE
         return cls(tuple(table), given=False)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.data import DecodedConfig
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data.dataset import IGNORE
+
+_ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's orientation tag; its values from 5 on exchange height and width
 
 
 class Placement(NamedTuple):
@@ -59,17 +61,20 @@ class Preparation:
     """See `placement`."""
     range: tuple[float, float] | None = None
     """Values of an image of more than 8 bits that become 0 and 255; None: the upper 8 of 16 bits."""
+    decode: str = "full"
+    """ "reduced": JPEG files are decoded at a half, a quarter or an eighth of their size, see `fitted_file`."""
 
     @classmethod
     def of(cls, config: DecodedConfig) -> Preparation:
         """The preparation that the configuration of a data set of encoded images asks for."""
         limits = None if config.range is None else (config.range[0], config.range[1])
-        return cls(config.height_and_width, config.channels, config.fit, limits)
+        return cls(config.height_and_width, config.channels, config.fit, limits, config.decode)
 
     def description(self) -> dict[str, Any]:
         """The settings as plain containers."""
         limits = None if self.range is None else list(self.range)
-        return {"size": list(self.size), "channels": self.channels, "fit": self.fit, "range": limits}
+        described = {"size": list(self.size), "channels": self.channels, "fit": self.fit, "range": limits}
+        return described if self.decode == "full" else {**described, "decode": self.decode}
 
     def whole(self, image: Image.Image) -> Image.Image:
         """The image in its own size, as RGB or gray of 8 bits.
@@ -79,13 +84,31 @@ class Preparation:
         """
         return self._as_bytes(image).convert("RGB" if self.channels == 3 else "L")
 
-    def fitted(self, image: Image.Image) -> Tensor:
+    def fitted(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """The image in the size that the model takes, (channels, *size) uint8; padding is 0.
+
+        Args:
+            size: height and width of the file, if the image has been reduced.
 
         Raises:
             ValueError: see `whole`.
         """
-        return channels_first(self._resized(self.whole(image)))
+        return channels_first(self._resized(self.whole(image), of_file=size))
+
+    def fitted_file(self, image: Image.Image) -> Tensor:
+        """An opened file, not decoded yet, upright and fitted.
+
+        With `decode="reduced"` a JPEG file is decoded at the smallest of its half, quarter and eighth in which the part
+        that is used has at least twice the height and width of the result; the resizing does the rest.
+        """
+        size = upright_size(image)
+        if self.decode == "reduced":
+            (left, top, right, bottom), (at_left, at_top, at_right, at_bottom) = placement(self.fit, size, self.size)
+            ratio = min((right - left) / (at_right - at_left), (bottom - top) / (at_bottom - at_top))
+            factor = next((factor for factor in (8, 4, 2) if ratio >= 2 * factor), 1)
+            if factor > 1:  # other formats than JPEG take no notice
+                image.draft(None, (image.width // factor, image.height // factor))
+        return self.fitted(ImageOps.exif_transpose(image), size)
 
     def fitted_mask(self, image: Image.Image, convert: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Tensor:
         """A mask in the size that the model takes, (*size,) uint8, by the nearest pixel; padding is IGNORE.
@@ -101,8 +124,13 @@ class Preparation:
         resampling: Image.Resampling = Image.Resampling.BILINEAR,  # antialiased in Pillow
         padding: int = 0,
         convert: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        of_file: tuple[int, int] | None = None,
     ) -> np.ndarray:
-        source, (left, top, right, bottom) = placement(self.fit, image.size[::-1], self.size)
+        size = of_file or (image.height, image.width)
+        source, (left, top, right, bottom) = placement(self.fit, size, self.size)
+        # The eighth of 801 pixels has 101, the last of which stands for a single one of them.
+        factor = next(factor for factor in (1, 2, 4, 8) if -(-size[1] // factor) == image.width)
+        source = (source[0] / factor, source[1] / factor, source[2] / factor, source[3] / factor)
         inner = convert(np.array(image.resize((right - left, bottom - top), resampling, box=source)))
         if inner.shape[:2] == self.size:
             return inner
@@ -138,6 +166,12 @@ class Preparation:
                 )
             return Image.fromarray((values >> 8).astype(np.uint8))
         return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an opened image, once it is turned as its EXIF data says."""
+    sideways = image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def is_deep(mode: str) -> bool:

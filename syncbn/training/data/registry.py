@@ -17,6 +17,7 @@ from syncbn.training.config.data import (
     OpenData,
     ShapesConfig,
     SyntheticConfig,
+    TableConfig,
 )
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data import builtin, custom, folders, hf, shapes
@@ -24,6 +25,7 @@ from syncbn.training.data.augmentation import Augmentation
 from syncbn.training.data.dataset import Data, Split
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.pixel_stats import given_statistic
+from syncbn.training.data.tables.load import load_table
 
 
 def load_data(config: DataConfig) -> Data:
@@ -46,6 +48,8 @@ def load_data(config: DataConfig) -> Data:
             data = folders.load_classes(config)
         case MaskFolderConfig():
             data = folders.load_masks(config)
+        case TableConfig():
+            data = load_table(config)
         case HfConfig():
             data = hf.load_hf(config)
         case OpenData():

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from syncbn.training.config.data import FITS
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.loading import DECODINGS, FITS
 from syncbn.training.data.preparation import Preparation, normalized
 
 
@@ -47,9 +47,15 @@ class TrainedInput:
                 channels=int(image["channels"]),
                 fit=str(image.get("fit", "crop")),
                 range=None if limits is None else (float(limits[0]), float(limits[1])),
+                decode=str(image.get("decode", "full")),
             )
             mean, std = data["mean"], data["std"]
-            if preparation.fit not in FITS or preparation.channels not in (1, 3) or min(preparation.size) < 1:
+            if (
+                preparation.fit not in FITS
+                or preparation.decode not in DECODINGS
+                or preparation.channels not in (1, 3)
+                or min(preparation.size) < 1
+            ):
                 raise ValueError("settings that no run has")
             if any(statistic.shape != (1, preparation.channels, 1, 1) for statistic in (mean, std)):
                 raise ValueError("statistics of other channels")
@@ -68,5 +74,5 @@ class TrainedInput:
             ValueError: pixels that have no fixed range (see `Preparation.whole`); on a damaged file Pillow raises
                 exceptions of many types.
         """
-        pixels = self.preparation.fitted(ImageOps.exif_transpose(image))
+        pixels = self.preparation.fitted_file(image)
         return normalized(pixels[None], self.mean, self.std, dtype)[0]

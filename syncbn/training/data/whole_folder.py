@@ -6,18 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from syncbn.training.config.data import DataConfig, DecodedConfig, MaskFolderConfig
+from syncbn.training.config.data import DataConfig, MaskFolderConfig, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data import folders
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation
+from syncbn.training.data.tables.load import load_whole_table
 
 
 def load_whole(config: DataConfig, path: str, names: Sequence[str]) -> ImageData:
-    """All images below `eval.path` as the validation split: a directory per class, or `images/` and `masks/`.
+    """All images of `eval.path` as the validation split: a directory per class, `images/` and `masks/`, or a table.
 
     Args:
         config: that of the data set of the training, which says how images are prepared.
@@ -28,7 +30,13 @@ def load_whole(config: DataConfig, path: str, names: Sequence[str]) -> ImageData
             had not, or images and masks that are no pairs.
     """
     if not isinstance(config, DecodedConfig):
-        raise ConfigError("eval.path: needs a run on image files (data=image_folder, mask_folder or hf); leave it out")
+        raise ConfigError(
+            "eval.path: needs a run on image files (image_folder, mask_folder, table or hf); leave it out"
+        )
+    if isinstance(config, TableConfig) and not Path(path).expanduser().is_dir():
+        return load_whole_table(config, path, names)
+    if isinstance(config, TableConfig) and (config.mask is not None or config.kind != "classes"):
+        raise ConfigError("eval.path: expected a table with the columns of the training's, got a directory")
     root, prepared, others = Path(path).expanduser(), Preparation.of(config), Counter[str]()
     if not root.is_dir():
         raise ConfigError(f"eval.path: expected a directory, found none at {path!r}")

@@ -11,7 +11,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from syncbn.report.metric_names import DRIFT, EVAL, PRECISE, TEST, VAL, below
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.keys import require_no_sweep
@@ -23,7 +22,7 @@ from syncbn.training.distributed import world
 from syncbn.training.launch.explain import clear_errors
 from syncbn.training.launch.overrides import require_applied
 from syncbn.training.launch.reports import write_or_warn
-from syncbn.training.tracking.summary import SUMMARY, read_summary
+from syncbn.training.launch.sweep_table import print_table
 
 # Files and directories of which a run that has begun has at least one.
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -145,36 +144,3 @@ def _is_below(directory: Path, root: Path) -> bool:
 def _holds_run(directory: Path) -> bool:
     """Whether the directory holds a run, or a multirun's directory one of a job."""
     return any((directory / mark).exists() or any(directory.glob(f"*/{mark}")) for mark in _MARKS)
-
-
-def print_table(sweep_dir: Path) -> None:
-    """Prints a row per job of a multirun: overrides that not all jobs share, final metrics, the reason of a failure."""
-    from syncbn.training.tracking import console
-
-    jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
-    read = [(job.name, read_summary(job)) for job in jobs]
-    summaries = [(job, summary) for job, summary in read if summary is not None]
-    if not summaries:  # some tasks, such as audit, write no summary; each job has printed its own result
-        return
-    found = dict.fromkeys(name for _, s in summaries for name in s["metrics"])
-    splits = (VAL, TEST, EVAL, f"{PRECISE}/{VAL}", f"{PRECISE}/{TEST}")
-    names = [
-        name for name in found if name.rpartition("/")[0] in splits
-    ]  # without values per class, which are one level deeper
-    names = [name for name in names if not name.endswith("/loss")] or names
-    names += sorted(below(DRIFT, found))
-    given = [[override.lstrip("+") for override in s["overrides"]] for _, s in summaries]
-    common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
-    rows = [
-        (
-            job,
-            " ".join(text for text in texts if text not in common),
-            *(f"{s['metrics'][n]:.4g}" if n in s["metrics"] else "" for n in names),
-            s["failed"],
-        )
-        for (job, s), texts in zip(summaries, given, strict=True)
-    ]
-    headers = ("job", "overrides", *names, "failed")
-    if not any(row[-1] for row in rows):
-        headers, rows = headers[:-1], [row[:-1] for row in rows]
-    console.print_rows(f"sweep {sweep_dir}", headers, rows)

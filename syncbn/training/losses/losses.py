@@ -19,7 +19,7 @@ from syncbn.training.config.losses import (
     LossConfig,
     MeanSquaredErrorConfig,
 )
-from syncbn.training.data.custom import CustomData, LabelRange, with_label_range
+from syncbn.training.data.custom import LabelRange, with_label_range
 from syncbn.training.data.dataset import IGNORE, Data
 from syncbn.training.losses.class_weights import Weights, class_weights
 from syncbn.training.losses.dice import CrossEntropyAndDice, Dice
@@ -105,16 +105,25 @@ def build_loss(config: LossConfig, data: Data, weights: Tensor | None = None) ->
             assert_never(config)
 
 
+# What targets are, in words, and the loss that is for them.
+_WORDS = {"classes": "classes", "labels": "a 0 or 1 for each label", "numbers": "numbers"}
+_LOSSES = {"classes": "cross_entropy", "labels": "bce", "numbers": "mse"}
+
+
 def _require_targets(config: Any, data: Data) -> None:
     """Raises a ConfigError unless the data may have targets of the kind that the loss is for."""
-    own, name = isinstance(data, CustomData), config.name
+    own, name = data.targets == "any", config.name
     if isinstance(config, BinaryCrossEntropyConfig | MeanSquaredErrorConfig):
-        what = "a 0 or 1 for each label" if isinstance(config, BinaryCrossEntropyConfig) else "numbers"
-        if not own:
+        what = "labels" if isinstance(config, BinaryCrossEntropyConfig) else "numbers"
+        if not own and data.targets != what:
+            found = "masks" if data.has_masks else data.targets
             raise ConfigError(
-                f"loss: {name} is for targets of {what}, which only data=custom has, this data has"
-                f" {'masks' if data.has_masks else 'classes'}; choose loss=cross_entropy, or data=custom"
+                f"loss: {name} is for targets of {_WORDS[what]}, which only data=table with data.target={what} and"
+                f" data=custom have, this data has {found}; choose loss={_LOSSES[data.targets]}, or other data"
             )
+    elif data.targets in ("labels", "numbers"):
+        raise ConfigError(f"loss: {name} is for classes, this data has {_WORDS[data.targets]} (data.target="
+                          f"{data.targets}); choose loss={_LOSSES[data.targets]}")  # fmt: skip
     elif data.num_classes is None:
         raise ConfigError(f"loss: {name} is for classes, which this data has not; choose loss=custom")
     elif not isinstance(config, CrossEntropyConfig) and not (own or data.has_masks):
@@ -137,13 +146,26 @@ def with_known_labels(data: Data, loss: Loss, config: DataConfig) -> Data:
     """A user's data set that refuses labels which are no class; other data, or losses of other targets, as they are.
 
     Raises:
-        ConfigError: see `with_label_range`.
+        ConfigError: see `with_label_range`; labels of a table are unknown (-1), and the loss would count them.
     """
+    if data.targets == "labels" and isinstance(loss, BinaryCrossEntropy):
+        _require_known(data, loss)
     if not isinstance(config, OpenData) or not isinstance(loss, CrossEntropy | CrossEntropyAndDice | Dice):
         return data
     if data.num_classes is None:
         return data
     return with_label_range(data, LabelRange(data.num_classes, loss.ignore_index), f"data._target_={config.name}")
+
+
+def _require_known(data: Data, loss: BinaryCrossEntropy) -> None:
+    for name in ("train", "val", "test"):
+        split = getattr(data, name)
+        labels = torch.zeros(0) if split is None else split.labels[torch.arange(len(split))]
+        unknown = ((labels < 0) & (labels != loss.ignore_index)).any(0) if len(labels) else labels
+        if unknown.any():
+            column = data.class_names[int(unknown.nonzero()[0])]
+            raise ConfigError(f"loss.ignore_index: column {column!r} has labels of -1, which are not known; give"
+                              " loss.ignore_index=-1 to leave them out of loss and metrics")  # fmt: skip
 
 
 def _build_own(config: dict[str, Any]) -> Loss:

@@ -30,6 +30,7 @@ from syncbn.training.evaluation.metrics import build_metrics
 from syncbn.training.launch.overrides import held_back
 from syncbn.training.losses import class_weights, losses
 from syncbn.training.models.pretrained import load_pretrained
+from syncbn.training.tasks.sweeps import jobs_of
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer.build import build_model, context_for
@@ -208,6 +209,9 @@ def _read(config: Config, run_dir: Path) -> tuple[Path, dict[str, Any]]:
     if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name, load={shown(run_dir)}")
     assert config.load is not None
+    if jobs := jobs_of(Path(config.load), "load"):
+        raise ConfigError(f"load: {config.load!r} is a multirun of {len(jobs)} jobs, which task=predict alone takes;"
+                          f" give one of them, load={shown(jobs[0])}")  # fmt: skip
     stored = files.read_best_or_newest(Path(config.load), "load")
     if is_below(stored.path, run_dir):
         raise ConfigError(f"run: {shown(run_dir)} holds what load names, which is never changed; choose another name")

@@ -29,6 +29,7 @@ from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import SUMMARY, read_summary, write_summary
+from syncbn.training.tracking.tensorboard_run import require_installed
 from syncbn.training.tracking.tracker import Tracker, cut_back
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.build import build_components, context_for
@@ -68,6 +69,8 @@ def train(
         context = context_for(config, context)
         with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
             execution.check(config, context.device)
+            if config.tracker.tensorboard:
+                require_installed()
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
             return _train(config, run_dir, context, checkpoint, overrides, tracking, stop)
 
@@ -106,7 +109,7 @@ def _train(
         findings = audit.audit_at(model, plan, sampler, trainer.counters.step)
         audit.record(findings, trainer.counters.step, run_dir, context, ("error", "warning"))
         audit.stop_at_errors(findings, config.audit, run_dir)
-    tracker.start()
+    tracker.start(trainer.counters.step)
     _announce(run_dir, trainer, overrides)
     if metrics is not None:
         tested = {name: metrics[name] for name in below(TEST, metrics)}

@@ -1,4 +1,4 @@
-"""Tracking on rank 0: metrics.jsonl always, and wandb if configured, whose failure does not end the training."""
+"""Tracking on rank 0: metrics.jsonl always; wandb and TensorBoard as configured, whose failure ends no training."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from syncbn.training.config.output import unwritable
 from syncbn.training.config.redaction import redact
 from syncbn.training.config.run import TrackerConfig
 from syncbn.training.tracking.records import Records, jsonable
+from syncbn.training.tracking.tensorboard_run import TensorBoardRun
 from syncbn.training.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values
 
 
 class Tracker:
-    """Writes one record per logged step, with flat keys such as `val/loss`, to `metrics.jsonl` and to wandb.
+    """Writes one record per logged step, with flat keys such as `val/loss`, to `metrics.jsonl`, wandb and TensorBoard.
 
     Its state is the id of the online wandb run, so that a resumed run continues the same one. wandb cannot continue an
     offline run: there, each attempt is a run of its own, in a group with the others. Training never waits for wandb.
@@ -48,14 +49,21 @@ class Tracker:
         self._config, self._run_dir, self._full_config, self._active = config, run_dir, full_config, active
         self._records: Records | None = None
         self._wandb: WandbRun | None = None
+        self._tensorboard: TensorBoardRun | None = None
         self._id: str | None = None
         self._warned = False
-        self._in_full: dict[str, int] = {}  # the latest step that wandb got histograms of, and a table
+        self._in_full: dict[str, int] = {}  # the latest step that trackers got histograms of, and a table
         if active:
             self._records = Records(run_dir / "metrics.jsonl")
 
-    def start(self) -> None:
-        """Starts the wandb run; a state has to be loaded before, because it determines the run's id."""
+    def start(self, step: int = 0) -> None:
+        """Starts the wandb run and TensorBoard's files; a state has to be loaded before, as it has the run's id.
+
+        Args:
+            step: the step at which this attempt begins.
+        """
+        if self._active and self._config.tensorboard:
+            self._tensorboard = TensorBoardRun(self._run_dir, step, self._full_config)
         if not self._active or self._config.mode == "disabled":
             return
         online = self._config.mode == "online"
@@ -84,7 +92,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float], layers: Mapping[str, LayerSnapshot] | None = None) -> None:
         """Records metrics, and scalars per layer under `bn/<layer>/`.
 
-        wandb also gets histograms over channels, of fewer of the steps the longer a run is; see DENSITY.
+        wandb and TensorBoard also get histograms over channels, of fewer of the steps the longer a run is; see DENSITY.
         """
         if self._records is None:
             return
@@ -97,9 +105,13 @@ class Tracker:
             if values:  # NaN is the worst value; max and min may miss it, since it compares as false
                 record[f"{BN}/{worst.__name__}_{key}"] = next(filter(math.isnan, values), worst(values))
         self._records.append(record)
+        if self._wandb is None and self._tensorboard is None:
+            return
+        vectors = _vectors(layers) if layers and self._is_chosen("histograms", step) else {}
         if self._wandb is not None:
-            in_full = layers if layers and self._is_chosen("histograms", step) else {}
-            self._wandb.do(lambda run: run.log({**record, **_histograms(in_full)}))
+            self._wandb.do(lambda run: run.log({**record, **_histograms(vectors)}))
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, record, vectors)
 
     def show_layers(self, step: int, layers: Mapping[str, LayerSnapshot]) -> None:
         """Records all layers: values per channel in `layers.json` (of the latest step only), and a table in wandb.
@@ -140,13 +152,15 @@ class Tracker:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes the file and ends the wandb run.
+        """Closes the files and ends the wandb run.
 
         Raises:
             RankError: records could not be written; if the run has failed anyway, that is a warning.
         """
         if self._wandb is not None:
             self._wandb.finish(failed=failed)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._records is not None:
             try:
                 self._records.close()
@@ -167,9 +181,14 @@ def _table(layers: Mapping[str, LayerSnapshot]) -> Any:
     return wandb.Table(columns=["position", "layer", *columns], data=data)
 
 
-def _histograms(layers: Mapping[str, LayerSnapshot]) -> dict[str, Any]:
+def _histograms(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: _histogram(vector) for name, vector in vectors.items()}
+
+
+def _vectors(layers: Mapping[str, LayerSnapshot]) -> dict[str, Tensor]:
+    """What histograms are of: the finite values over channels, by the name of the histogram."""
     return {
-        of_layer(name, f"hist/{kind}"): _histogram(finite)
+        of_layer(name, f"hist/{kind}"): finite
         for name, layer in layers.items()
         for kind, vector in layer.vectors().items()
         if len(finite := vector[vector.isfinite()])

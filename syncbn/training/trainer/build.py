@@ -32,7 +32,7 @@ from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
-from syncbn.training.trainer.checks import build_freeze_plan, check_model, warn_of_dropout
+from syncbn.training.trainer.checks import build_freeze_plan, check_division, check_model, warn_of_dropout
 from syncbn.training.trainer.early_stop import EarlyStop
 from syncbn.training.trainer.pixels import with_statistics_of_init
 
@@ -92,6 +92,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
             `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`.
     """
     data = registry.load_data(config.data)
+    check_division(data)
     if config.overfit is not None:
         data = overfit.only_a_few(data, config.overfit)
     elif checkpoint is None:

@@ -98,6 +98,17 @@ def check_model(
     return outputs, targets
 
 
+def check_division(data: Data) -> None:
+    """Raises a ConfigError, on every rank, unless a table is divided alike on all of them; a collective."""
+    if data.division is None:
+        return
+    found = world.on_all_ranks(data.division)
+    if len({*found}) > 1:
+        other = next(rank for rank, division in enumerate(found) if division != found[0])
+        raise ConfigError(f"data.path: rank {other} reads another table than rank 0, which divides it otherwise; give"
+                          " every machine the same")  # fmt: skip
+
+
 def check_run_directory(run_dir: Path, step: int) -> None:
     """Checks that the run directory has not been deleted since the run began; every rank has to call it.
 

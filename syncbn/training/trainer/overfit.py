@@ -27,6 +27,8 @@ def only_a_few(data: Data, num_samples: int) -> Data:
         raise ConfigError(f"overfit: expected at most the {len(data.train)} training samples, got {num_samples}")
     if data.num_classes is None:
         raise ConfigError("overfit: goes by accuracy, and this data has no classes; give it num_classes")
+    if data.targets in ("labels", "numbers"):
+        raise ConfigError(f"overfit: goes by accuracy, and this data has {data.targets}; use a small table")
     return data.first(num_samples)
 
 

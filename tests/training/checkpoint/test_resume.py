@@ -22,6 +22,7 @@ from syncbn.training.tracking.tracker import cut_back
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.trainer import Trainer
 from syncbn.training.trainer.validation import Validation
+from tests.training.images import save_image
 from tests.training.jobs import OPTIMIZERS, compose_config, read_metrics, run_rank
 from tests.training.trainer.test_train import load_last
 
@@ -30,6 +31,17 @@ SMALL = ["data=synthetic", "data.num_samples=130", "data.size=8", "model.width=4
 
 def without_speed(record):
     return {key: value for key, value in record.items() if key != "train/samples_per_second"}
+
+
+def table_of(cwd):
+    """Overrides for 130 images of nine classes that a table lists, three of each patient; a quarter is tested."""
+    lines = ["image,diagnosis,patient"]
+    for number in range(130):
+        save_image(cwd / f"scans/{number}.png", number, size=(8, 8))
+        lines.append(f"scans/{number}.png,{'abcdefghi'[number // 3 % 9]},p{number // 3}")
+    (cwd / "study.csv").write_text("\n".join(lines))
+    return ["data=table", f"data.path={cwd}/study.csv", "data.label=diagnosis", "data.group=patient", "data.fold=1",
+            "data.folds=4", "data.size=8", "data.workers=0"]  # fmt: skip
 
 
 SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custom")]
@@ -41,10 +53,10 @@ SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custo
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks, optimizer):
     # Schedule, averaged weights, accumulation with a ragged last window, transforms, momentum, groups of parameters;
     # balanced draws, some of them twice in an epoch; a sub-network that stays frozen and one that is released on the
-    # way. Weights from a file, weights of classes.
+    # way. Weights from a file, weights of classes. Images of a table, divided into folds by patient.
     donor = ResnetSmall(in_channels=3, num_classes=9, width=4, depth=1, stages=3)
     torch.save({"ema": {f"net.{name}": value for name, value in donor.state_dict().items()}}, tmp_path / "donor.pt")
-    same = [*SMALL, *OPTIMIZERS[optimizer],
+    same = [*SMALL[3:], *table_of(tmp_path), *OPTIMIZERS[optimizer],
             "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "ema=0.9", "early_stop=14",
             "data.sampler=balanced", "data.augment.jiggle._target_=tests.training.transforms.Jiggle",
             "data.mean=0.1", "data.std=[1,1,2]",
@@ -98,7 +110,8 @@ def test_what_a_model_draws_after_a_resume_is_what_it_would_have_drawn(job, tmp_
     [(1, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
 )
 def test_another_world_size_goes_on_along_the_same_trajectory(job, tmp_path, before, after):
-    same = [*SMALL, "duration=16", "precision=fp64", "save.every=1", "save.keep=99", "log_every=1", "data.shift=1"]
+    same = [*SMALL[3:], *table_of(tmp_path), "schedule=poly", "duration=16", "precision=fp64", "save.every=1",
+            "save.keep=99", "log_every=1", "data.shift=1"]  # fmt: skip
     whole = job(*same, "run=whole", num_ranks=before)
     parts = tmp_path / "outputs/parts"
     (parts / "checkpoints").mkdir(parents=True)
@@ -408,6 +421,7 @@ def stored_run(directory, *overrides):
         (["optimizer.groups.a.match=head"], "optimizer.groups.a.match"),
         (["optimizer.decay_norm_and_bias=false"], "optimizer.decay_norm_and_bias"),
         (["optimizer=adamw"], "optimizer.betas"),
+        (["schedule=poly"], "schedule.name"),
     ],
 )
 def test_what_may_not_change_is_named(job, tmp_path, overrides, key):

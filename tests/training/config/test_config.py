@@ -56,6 +56,7 @@ MISTAKES = [
         ["schedule=step", "schedule.step_size=5ep", "schedule.gamma=1"],
         "schedule.gamma: expected a number",
     ),
+    (["schedule=poly", "schedule.power=0"], "schedule.power: expected a number above 0, got 0.0"),
     (["schedule=step", "schedule.milestones=[5 apples]"], "schedule.milestones: expected a duration such as"),
     (["early_stop=5 apples"], "early_stop: expected a duration such as 200 (steps), 5ep (epochs), got '5 apples'"),
     (["metrics.f1.average=macro"], "metrics.f1._target_: required; give a metric"),
@@ -187,6 +188,7 @@ def test_every_config_file_composes_and_passes_the_schema(choice):
         "experiment=fine_tuning": ["data.path=x", "init.model.path=x"],
         "data=hf": ["data.path=x"],
         "data=mask_folder": ["data.path=x", "data.num_classes=2"],
+        "data=table": ["data.path=x"],
     }
     extra = required.get(choice, ["experiment=small_batch"] if choice.startswith("experiment/small_batch=") else [])
     assert isinstance(compose_config(choice, *extra), Config)

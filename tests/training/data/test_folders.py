@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from syncbn.training.config.data import parse_bytes
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.loading import parse_bytes
 from syncbn.training.data import decoding, images, registry
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.decoding import Decoded, Files

@@ -33,6 +33,48 @@ def test_a_crop_is_what_pillow_s_fit_makes(tmp_path, size):
             assert found.numpy().transpose(1, 2, 0).tobytes() == expected.tobytes()
 
 
+def save_photograph(path, size=(401, 300), orientation=1):
+    """A JPEG file of soft shapes, about as a photograph has them, turned by its EXIF data."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=95, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_a_reduced_jpeg_is_the_same_picture_to_a_few_gray_levels(tmp_path, fit, orientation):
+    path = save_photograph(tmp_path / "a.jpg", orientation=orientation)
+    full, reduced = (Preparation((36, 48), 3, fit, decode=decode) for decode in ("full", "reduced"))
+    with Image.open(path) as one, Image.open(path) as other:
+        expected, found = full.fitted_file(one).int(), reduced.fitted_file(other).int()
+        assert one.size == (401, 300)
+        assert other.size in ((101, 75), (201, 150))
+    # A pixel out of place would be seen at once: neighbours differ by far more.
+    assert (found - expected).abs().float().mean() < 1
+    assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().float().mean() > 5
+
+
+@pytest.mark.parametrize(("size", "width"), [(38, 401), (37, 201), (18, 101), (9, 51), (4, 51)])
+def test_a_jpeg_is_reduced_only_as_far_as_twice_the_result_is_left(tmp_path, size, width):
+    with Image.open(save_photograph(tmp_path / "a.jpg")) as image:
+        Preparation((2 * size, 2 * size), 1, decode="reduced").fitted_file(image)
+        assert image.width == width
+
+
+def test_other_formats_are_decoded_in_full_and_a_checkpoint_says_how_its_images_were(tmp_path):
+    reduced = Preparation((6, 6), 3, decode="reduced")
+    with Image.open(save_image(tmp_path / "a.png", 0, size=(80, 60))) as image:
+        assert torch.equal(reduced.fitted_file(image), Preparation((6, 6), 3).fitted(image))
+    mean = torch.zeros(1, 3, 1, 1)
+    stored = {"data": {"image": reduced.description(), "mean": mean, "std": mean + 1, "classes": []}, "config": {}}
+    described = TrainedInput.of(stored)
+    assert described.preparation == reduced
+    with Image.open(save_photograph(tmp_path / "b.jpg")) as one, Image.open(tmp_path / "b.jpg") as other:
+        assert torch.equal(described.prepare(one) * 255, reduced.fitted_file(other).float())
+
+
 def test_a_padded_image_is_whole_and_its_padding_is_ignored_in_the_mask(tmp_path):
     save_masks(tmp_path, values=(0, 1, 2))  # 16 rows, 20 columns
     data = load("mask_folder", tmp_path, num_classes=3, size=[20, 40], fit="pad")

@@ -180,7 +180,11 @@ def test_class_weights_that_do_not_fit_are_one_line():
     [
         (schema.DiceConfig("dice", None, 0.0), {}, "loss: dice is for masks, this data has one label an image"),
         (schema.BinaryCrossEntropyConfig("bce", None), {}, "bce is for targets of a 0 or 1 for each label, which only"),
-        (schema.MeanSquaredErrorConfig("mse"), {}, "loss: mse is for targets of numbers, which only data=custom has"),
+        (
+            schema.MeanSquaredErrorConfig("mse"),
+            {},
+            "mse is for targets of numbers, which only data=table with data.target=n",
+        ),
         (schema.DiceConfig("dice", None, 0.0), {"own": True, "num_classes": None}, "loss: dice is for classes, which"),
     ],
 )

@@ -17,6 +17,7 @@ from syncbn.training.config.optim import (
     ConstantConfig,
     CustomOptimizer,
     GroupConfig,
+    PolyConfig,
     SgdConfig,
     StepConfig,
 )
@@ -258,6 +259,13 @@ def test_a_group_has_its_share_of_the_learning_rate_at_every_step():
         built.optimizer.step()
         schedule.step()
     assert (first["lr"], second["lr"]) == (0.1, 0.05)
+
+
+def test_a_poly_schedule_falls_by_a_power_of_the_steps_left():
+    share = build_schedule(PolyConfig("poly", "4", 2.0, 0.2), num_steps=14, steps_per_epoch=5)
+    assert [share(step) for step in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.2, 0.8, 1.0, 0.4, 0.2, 0.2])
+    line = build_schedule(PolyConfig("poly", "0", 1.0, 0.0), num_steps=4, steps_per_epoch=5)
+    assert [line(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_a_step_schedule_drops_at_its_times_and_keeps_the_warm_up():

@@ -13,8 +13,9 @@ from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.trained_input import TrainedInput
 from syncbn.training.data.whole_folder import load_whole
 from syncbn.training.distributed.rank_context import RankContext
+from syncbn.training.tasks.ensemble import Shape
 from syncbn.training.tasks.loaded import open_run
-from syncbn.training.tasks.predict import Shape, find_images
+from syncbn.training.tasks.predict import find_images
 from syncbn.training.tracking.summary import read_summary
 from tests.once import made_once
 from tests.training.images import save_classes, save_image, save_masks

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 
 from syncbn.report.metric_names import LAYER_TABLE
 from syncbn.stats.monitor import LayerSnapshot
+from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.optim import CosineConfig
 from syncbn.training.config.run import TrackerConfig
 from syncbn.training.optim import schedules
 from syncbn.training.tracking import tracker as tracking
-from syncbn.training.tracking.tracker import Tracker, _histograms
+from syncbn.training.tracking.tracker import Tracker, _histograms, _vectors
 from tests.training import wandb_servers
 from tests.training.checkpoint.test_resume import SMALL
 from tests.training.jobs import ROOT, read_metrics, run_job, start
@@ -68,7 +70,7 @@ def snapshot_of(**vectors):
 )
 def test_a_histogram_of_channels_that_differ_by_rounding_alone_does_not_end_the_wandb_run(values):
     vector = torch.tensor(values, dtype=torch.float64)
-    [histogram] = _histograms({"a": snapshot_of(running_mean=vector)}).values()
+    [histogram] = _histograms(_vectors({"a": snapshot_of(running_mean=vector)})).values()
     assert sum(histogram.histogram) == vector.isfinite().sum()
     assert histogram.bins == sorted(set(histogram.bins))
 
@@ -340,3 +342,73 @@ def test_attempts_offline_are_runs_of_one_group_with_one_step_metric(tmp_path):
         metrics = {record.metric.glob_name or record.metric.name: record.metric.step_metric
                    for record in read_records(path) if record.WhichOneof("record_type") == "metric"}  # fmt: skip
         assert metrics == {"step": "", "*": "step"}
+
+
+class Writer:
+    """In the place of torch's writer for TensorBoard: what it was called with."""
+
+    calls: list = []
+
+    def __init__(self, directory, **options):
+        self.calls.append(("open", directory, options["purge_step"]))
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    """torch's module with a `Writer`, so that the tests need no package of TensorBoard's."""
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = type("Writer", (Writer,), {"calls": []})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return module.SummaryWriter
+
+
+BESIDE = TrackerConfig("disabled", "syncbn", None, 30.0, tensorboard=True)
+
+
+def test_tensorboard_gets_the_names_of_metrics_jsonl_and_histograms(tmp_path, writer):
+    with Tracker(BESIDE, tmp_path, {"seed": 3}, active=True) as tracker:
+        tracker.start(7)
+        layers = {"stem": snapshot_of(running_mean=torch.tensor([1.0, 2.0]))}
+        tracker.log(8, {"train/loss": 0.5, "val/accuracy": 1}, layers)
+    assert writer.calls[0] == ("open", str(tmp_path / "tensorboard"), 8)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    scalars = {name: (value, step) for kind, name, value, step in writer.calls[1:-1] if kind == "add_scalar"}
+    assert scalars == {name: (value, 8) for name, value in record.items() if name != "step"}
+    [(name, values, step)] = [call[1:] for call in writer.calls[1:-1] if call[0] == "add_histogram"]
+    assert (name, values.tolist(), step) == ("bn/stem/hist/running_mean", [1.0, 2.0], 8)
+    assert writer.calls[-1] == ("close",)
+
+
+def test_a_tensorboard_that_fails_is_one_warning_and_nothing_else(tmp_path, writer, caplog):
+    writer.add_scalar = lambda *_: (_ for _ in ()).throw(OSError("no space left"))
+    with Tracker(BESIDE, tmp_path, {}, active=True) as tracker:
+        tracker.start()
+        for step in (1, 2):
+            tracker.log(step, {"train/loss": 0.5})
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard failed and is switched off, metrics.jsonl goes on: no space left"
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_without_the_package_tensorboard_is_an_error_before_training(job, monkeypatch):
+    monkeypatch.setattr("syncbn.training.tracking.tensorboard_run.find_spec", lambda _: None)
+    without_tracker = [override for override in SMALL if override != "tracker=none"]
+    with pytest.raises(ConfigError, match=r"^tracker\.tensorboard: needs the package tensorboard, which is not inst"):
+        job(*without_tracker, "tracker=tensorboard", "duration=1", "run=a")
+
+
+def test_tensorboard_reads_what_a_run_wrote(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for step in (0, 2):
+        with Tracker(BESIDE, tmp_path, {}, active=True) as tracker:
+            tracker.start(step)
+            for at in range(step + 1, step + 4):
+                tracker.log(at, {"train/loss": 10.0 * step + at})
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == {1: 1.0, 2: 2.0, 3: 23.0, 4: 24.0, 5: 25.0}

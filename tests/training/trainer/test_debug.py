@@ -141,6 +141,7 @@ NEED_FILES = (
     "small_batch",
     "image_folder",
     "mask_folder",
+    "data=table",
     "hf",
     "data=custom",
 )  # which tests of their own make

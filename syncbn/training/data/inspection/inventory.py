@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from syncbn.training.config.data import DataConfig, DecodedConfig, ImageFolderConfig, MaskFolderConfig, OpenData
+from syncbn.training.config.data import DataConfig, ImageFolderConfig, MaskFolderConfig, OpenData, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data import custom, folders, registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Data, Rows
@@ -18,6 +19,7 @@ from syncbn.training.data.inspection.parts import ItemsPart, Part, RowsPart
 from syncbn.training.data.inspection.records import Finding
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation
+from syncbn.training.data.tables.samples import divide, read_samples
 
 
 @dataclass
@@ -55,6 +57,8 @@ def take_inventory(config: DataConfig) -> Inventory:
             return _of_classes(config)
         case MaskFolderConfig():
             return _of_masks(config)
+        case TableConfig():
+            return _of_table(config)
         case OpenData():
             return _of_data(custom.build_custom(config))
         case DecodedConfig():
@@ -143,6 +147,25 @@ def _of_masks(config: MaskFolderConfig) -> Inventory:
     return inventory
 
 
+def _of_table(config: TableConfig) -> Inventory:
+    """`data=table`: the rows that a run would take, by split, and those that it would refuse."""
+    samples, numbers = read_samples(config), config.kind == "numbers"
+    classes = [str(number) for number in range(samples.num_classes)] if samples.targets is None else samples.class_names
+    inventory = Inventory([], [] if numbers else list(classes))
+    for mistake in samples.all_mistakes():
+        inventory.add("row", "", mistake.place, mistake.text)
+    try:
+        splits = divide(samples)
+    except ConfigError as error:
+        inventory.add("layout", "", "", str(error))
+        splits = {"train": samples.intact}
+    for split, positions in splits.items():
+        rows = samples.split(positions)
+        labels = None if numbers else rows.labels
+        _add_part(inventory, split, rows.images, labels, None if numbers else samples.num_classes)
+    return inventory
+
+
 def _splits(root: Path, inventory: Inventory, optional: Sequence[str]) -> list[str]:
     """The split directories that are there; those that are missing become a finding."""
     try:
@@ -152,7 +175,9 @@ def _splits(root: Path, inventory: Inventory, optional: Sequence[str]) -> list[s
         return [split for split in SPLITS if split in folders.directories(root)]
 
 
-def _add_part(inventory: Inventory, split: str, images: Rows | None, labels: Rows | None, num_classes: int) -> None:
+def _add_part(
+    inventory: Inventory, split: str, images: Rows | None, labels: Rows | None, num_classes: int | None
+) -> None:
     part = RowsPart(split, images, labels, num_classes)
     if len(part) == 0:
         inventory.add("layout", split, "", "no image")

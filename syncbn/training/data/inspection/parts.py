@@ -40,7 +40,10 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class RowsPart:
-    """Images and labels as `Rows`, or images alone, or masks alone (those that lack the other)."""
+    """Images and labels as `Rows`, or images alone, or masks alone (those that lack the other).
+
+    Labels in floating point are several of 0 and 1, which have been checked.
+    """
 
     split: str
     images: Rows | None
@@ -68,6 +71,9 @@ class RowsPart:
             _look_at_mask(self.labels, index, record, problems)
         elif self.labels is not None:
             label = self.labels[torch.tensor([index])][0]
+            if label.is_floating_point():
+                record.labels, record.problems = (label > 0.5).nonzero().flatten().tolist(), problems
+                return record
             _look_at_label(label, self.num_classes, self.name(index), record, problems, ignore=label.dim() > 0)
         record.problems = problems
         return record

@@ -11,6 +11,7 @@ from typing import Any
 RULES = {
     "layout": "directories or splits that a run would refuse",
     "stray image": "an image outside of the directories that are read",
+    "row": "a row of a table that a run would refuse",
     "unreadable": "a file that cannot be read, or pixels that cannot be used",
     "no mask": "an image without a mask",
     "no image": "a mask without an image",
@@ -82,6 +83,8 @@ class Record:
     """What a single sample shows."""
 
     label: int | None = None
+    labels: Sequence[int] = ()
+    """Where an image has several labels: those that it has."""
     size: tuple[int, ...] | None = None
     """Width and height of an image file; the shape of a tensor."""
     kind: str = ""

@@ -44,6 +44,7 @@ class Tally:
         tally.samples += 1
         if record.label is not None:
             tally.labels[record.label] += 1
+        tally.labels.update(record.labels)
         tally.labels.update(record.pixels.keys())
         tally.pixels.update(record.pixels)
         if record.size is not None:
