@@ -20,10 +20,13 @@ class TrackerConfig:
     """Seconds to wait for wandb's server when the run starts, and again for the remaining uploads at its end."""
     report: bool = True
     """Write report.html at the end of the run, whatever the tracker, and at the end of a multirun one of all jobs."""
+    examples: int = 12
+    """Validation images in the report, those that are most wrong, with their truth; 0 for none."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
         require(self.timeout > 0, "tracker.timeout", "a number of seconds above 0", self.timeout)
+        require(0 <= self.examples <= 100, "tracker.examples", "a number of images from 0 to 100", self.examples)
 
 
 @dataclass
