@@ -47,29 +47,28 @@ def _of_run(run: Run, most_bytes: int) -> str:
             break
         shown.append(figure)
     if shown:
-        parts.append(f"<h3>{safe(_caption(len(shown), has_masks))}</h3>{_legend(content.get('colors'), names)}")
+        parts.append(f"<h3>{safe(_caption(has_masks))}</h3>{_legend(content.get('colors'), names)}")
         parts.append(f'<div class="examples">{"".join(shown)}</div>')
     return "".join(parts)
 
 
 def _head(content: dict[str, Any], has_masks: bool) -> str:
     wrong, total = content.get("num_wrong"), content.get("num_samples")
-    what = "have another foreground than the model predicts" if has_masks else "are taken for another class"
+    what = "another foreground than the model predicts" if has_masks else "taken for another class"
     step = content.get("step")
     return (
-        f"Of {total} validation samples, {wrong} {what} by the weights of step {step}."
+        f"Wrong: {wrong} of {total} validation samples ({what}), by the weights of step {step}."
         if isinstance(total, int) and isinstance(wrong, int)
         else "How many validation samples are wrong is not on record."
     )
 
 
-def _caption(num_shown: int, has_masks: bool) -> str:
+def _caption(has_masks: bool) -> str:
     if has_masks:
         return (
-            f"The {num_shown} worst by Dice over the foreground classes (all but 0): image, truth, prediction; gray"
-            " does not count"
+            "The worst by Dice over the foreground classes (all but 0): image, truth, prediction; gray does not count"
         )
-    return f"The {num_shown} most wrong, by the probability that the model gives to their label"
+    return "The most wrong, by the probability that the model gives to their label"
 
 
 def _legend(colors: Any, names: Sequence[str]) -> str:

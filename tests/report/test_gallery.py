@@ -28,7 +28,7 @@ def section(*directories, **content):
 
 def test_the_matrix_has_counts_recall_and_precision(tmp_path):
     text = section(tmp_path / "a")
-    assert "Of 10 validation samples, 3 are taken for another class by the weights of step 7." in text
+    assert "Wrong: 3 of 10 validation samples (taken for another class), by the weights of step 7." in text
     cells = [re.findall(">([^<]*)</t[dh]>", row) for row in re.findall("<tr>(.*?)</tr>", text)]
     assert cells == [
         ["", "cat", "dog&lt;b&gt;", "recall"],
