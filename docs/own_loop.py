@@ -1,4 +1,4 @@
-"""The layer in a training loop of your own: torchrun --nproc-per-node 2 docs/own_loop.py, or plain python."""
+"""A training loop of your own: torchrun --nproc-per-node 2 docs/own_loop.py, or plain python for one process."""
 
 import gc
 import os
@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from syncbn import convert_sync_batchnorm
+from syncbn import convert_sync_batchnorm, freeze
 
 
 def make_data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,8 +19,18 @@ def make_data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(100, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels
 
 
+def wrap(model: nn.Module) -> nn.Module:
+    """The model in DDP, which keeps the list of trained parameters that it finds here."""
+    if not dist.is_initialized():
+        return model
+    wrapped = DistributedDataParallel(model)
+    # Running statistics are equal on all ranks already. From torch 2.13 on: the argument forward_sync_buffers=False.
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
 def main() -> float:
-    """Trains for 20 steps; returns the accuracy on the training images."""
+    """Trains for 8 epochs; returns the accuracy on the training images."""
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -27,23 +38,26 @@ def main() -> float:
     torch.manual_seed(0)  # the same initial weights on every rank
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(1), nn.Linear(8 * 36, 2))
     convert_sync_batchnorm(model)  # before DDP wraps
-    wrapped: nn.Module = model
-    if world_size > 1:
-        wrapped = DistributedDataParallel(model)
-        # The statistics are equal on all ranks already: DDP need not send them around before every forward. (The same
-        # as its argument `forward_sync_buffers=False`, which is missing before torch 2.13.)
-        wrapped.broadcast_buffers = False
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     images, labels = make_data()
-    for step in range(20):
-        order = torch.randperm(100, generator=torch.Generator().manual_seed(step))  # the same on every rank
-        batch = order[:33].tensor_split(world_size)[rank]  # 17 and 16 samples on two ranks: uneven is fine
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(wrapped(images[batch]), labels[batch], reduction="sum")
-        # DDP divides by the world size; the mean over the global batch divides by 33.
-        (loss * world_size / 33).backward()
-        optimizer.step()
+    sampler = DistributedSampler(labels, world_size, rank)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=32 // world_size, sampler=sampler)
+
+    for epoch in range(8):
+        sampler.set_epoch(epoch)  # without it every epoch has the order of the first
+        if epoch == 6:
+            freeze(model, "1")  # the layer's statistics, gamma and beta stay as they are from here on
+            del wrapped  # the old DDP
+            wrapped = wrap(model)  # DDP waits for gradients that no longer come: wrap again after freeze and unfreeze
+        for batch, targets in loader:
+            count = torch.tensor(float(len(targets)))
+            if world_size > 1:
+                dist.all_reduce(count)  # samples of the global batch: 32, and 4 in the last step
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(wrapped(batch), targets, reduction="sum")
+            (loss * world_size / count).backward()  # DDP divides by the world size: the mean over the global batch
+            optimizer.step()
 
     model.eval()
     with torch.no_grad():

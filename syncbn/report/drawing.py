@@ -71,6 +71,7 @@ def plot(width: int, height: int, title: str = "", **options: object) -> figure:
         tools=[BoxZoomTool(), ResetTool(), SaveTool()],
         toolbar_location="above",
         min_border=4,
+        min_border_right=18,  # half of the last step's label
         outline_line_color=None,
         **options,
     )

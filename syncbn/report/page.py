@@ -12,6 +12,7 @@ from bokeh.resources import Resources
 
 from syncbn.report.drawing import Panel
 from syncbn.report.drawing import curves as draw_curves
+from syncbn.report.gallery import gallery
 from syncbn.report.heatmaps import heatmap as draw_heatmap
 from syncbn.report.heatmaps import histograms as draw_histograms
 from syncbn.report.metric_names import DRIFT, LEARNING_RATE, THROUGHPUT, TRAIN_LOSS, VAL, VAL_ACCURACY, VAL_LOSS, below
@@ -65,6 +66,11 @@ table { border-collapse: collapse; font-size: 13px; margin: 6px 0; font-variant-
 th, td { border: 1px solid #ddd; padding: 3px 8px; text-align: left; vertical-align: top;
   overflow-wrap: break-word; max-width: 420px; }
 th { background: #f4f4f4; } pre { background: #f7f7f7; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.examples { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0; }
+.examples figure { margin: 0; width: 100px; font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
+.examples figure.mask { width: 306px; }
+.examples img { height: 96px; max-width: 96px; object-fit: contain; image-rendering: pixelated; background: #eee; }
+.confusion td, .confusion th { text-align: right; padding: 2px 6px; max-width: 120px; }
 summary { cursor: pointer; padding: 2px 0; }
 .swatch { display: inline-block; width: 12px; height: 12px; margin-right: 6px; vertical-align: -1px; }
 @media print { body { max-width: none; } details { display: block; } }
@@ -112,6 +118,7 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
         *(curves(key, "On the validation set.", key.removeprefix(f"{VAL}/"), key) for key in others),
         *(curves(f"Drift of {key.removeprefix(f'{DRIFT}/')}", _TEXTS["loaded"], "running std", key) for key in drifts),
         curves("Learning rate", _TEXTS["lr"], "learning rate", LEARNING_RATE),
+        curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT),
     ]
     heat_panels = [
         heatmap("drift", "Drift", _TEXTS["drift"], "running std"),
@@ -125,16 +132,15 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
         histogram("running_mean", "running mean", "Healthy: the last batch lies where the running mean does."),
         histogram("running_var", "running variance", "Healthy: above 1e-8, and the last batch lies there too."),
     ]
-    speed = curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT)
     return [
         ("Overview", overview(runs) + differences(runs)),
         ("Curves", figures.add(curve_panels, "pairs")),
+        ("What it gets wrong", gallery(runs)),
         ("Layers over time", figures.add(heat_panels)),
         ("What would it change", each(runs, synchronization)),
         ("Freezing", figures.add([freeze_timeline(runs, steps)])),
         ("Layers at the end", layer_tables(runs) + figures.add(histogram_panels, "pairs")),
         ("Audit", each(runs, audit)),
-        ("Throughput", figures.add([speed])),
         ("Configuration", each(runs, config, "config.yaml")),
         ("Environment", each(runs, environment, "environment.json")),
     ]
@@ -151,7 +157,8 @@ class _Figures:
     def add(self, panels: Iterable[Panel], style: str = "") -> str:
         """Adds the plots of the panels to the document; returns the HTML that holds them, of a class `style`."""
         parts = []
-        for panel in panels if self._with_absent else (panel for panel in panels if panel.plots):
+        shown = [panel for panel in panels if panel.plots or self._with_absent]
+        for panel in sorted(shown, key=lambda panel: not panel.plots):  # gaps between plots come last
             places = []
             for drawn in panel.plots:
                 self._document.add_root(drawn)

@@ -40,6 +40,7 @@ class Run:
         environment: content of environment.json, by dotted key.
         summary: content of summary.json, which a run writes at its end; None without one.
         operators: the profiler's table of operators; empty without one.
+        mistakes: content of mistakes.json; None without one.
         has_checkpoint: whether the run can go on from where it was saved.
         remarks: messages about files that could not be read, and lines that were left out.
     """
@@ -56,6 +57,7 @@ class Run:
     environment: dict[str, str]
     summary: dict[str, Any] | None
     operators: str
+    mistakes: dict[str, Any] | None
     has_checkpoint: bool
     remarks: list[str]
 
@@ -172,6 +174,7 @@ def _read_run(path: Path, label: str) -> Run:
         environment=_flat(_read_json(path / "environment.json", remarks) or {}),
         summary=_read_json(path / "summary.json", remarks),
         operators=_read_text(path / "profile" / "operators.txt", remarks),
+        mistakes=_read_json(path / "mistakes.json", remarks),
         has_checkpoint=any((path / "checkpoints").glob("step_*.pt")),
         remarks=remarks,
     )

@@ -12,6 +12,8 @@ from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TR
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
+_ABSENT = '<p class="absent">'
+_FEW = 2  # runs that are the columns of the overview, which then fits into a narrow window
 _SEVERITIES = ("error", "warning", "info")
 
 
@@ -50,6 +52,8 @@ def overview(runs: Sequence[Run]) -> str:
         swatch = f'<span class="swatch" style="background:{color(k)}"></span>' if len(runs) > 1 else ""
         rows.append([f"{swatch}{safe(run.label)}", safe(_state(run)), where, *numbers])
     headers = ["run", "state", "last step", *map(safe, names)]
+    if len(runs) <= _FEW:
+        headers, *rows = (list(column) for column in zip(headers, *rows, strict=True))
     remarks = [f"{run.label}: {remark}" for run in runs for remark in run.remarks]
     text = (
         "Numbers that a run gave at its end (of the weights that it kept) or, where it did not come to its end, the "
@@ -149,13 +153,16 @@ def environment(run: Run) -> str:
 def each(runs: Sequence[Run], content: Callable[[Run], str], folded: str = "") -> str:
     """The content for each run under its label; inside of a collapsed element with `folded` as its title, if given.
 
-    Of runs that failed, what is absent is left out.
+    Of runs that failed, what is absent is left out; what is absent in all others is said once.
     """
     parts = []
-    for run in runs:
-        name, shown = safe(run.label) if len(runs) > 1 else "", content(run)
-        if run.failed and shown.startswith('<p class="absent">'):
-            continue
+    contents = [(run, content(run)) for run in runs]
+    contents = [(run, shown) for run, shown in contents if not (run.failed and shown.startswith(_ABSENT))]
+    texts = {shown for _, shown in contents}
+    if len(texts) == 1 and next(iter(texts)).startswith(_ABSENT):
+        return texts.pop()
+    for run, shown in contents:
+        name = safe(run.label) if len(runs) > 1 else ""
         if folded:
             summary = f"{name}: {folded}" if name else folded
             parts.append(f"<details><summary>{summary}</summary>{shown}</details>")

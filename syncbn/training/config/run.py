@@ -22,10 +22,13 @@ class TrackerConfig:
     """Write report.html at the end of the run, whatever the tracker, and at the end of a multirun one of all jobs."""
     tensorboard: bool = False
     """Write files for TensorBoard below the run directory, beside wandb or (`mode: disabled`) instead."""
+    examples: int = 12
+    """Validation images in the report, those that are most wrong, with their truth; 0 for none."""
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
         require(self.timeout > 0, "tracker.timeout", "a number of seconds above 0", self.timeout)
+        require(0 <= self.examples <= 100, "tracker.examples", "a number of images from 0 to 100", self.examples)
 
 
 @dataclass

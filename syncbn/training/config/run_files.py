@@ -11,8 +11,8 @@ from syncbn.training.config.errors import ConfigError
 
 # What is written into a run directory, or a multirun's.
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
-          "check.json", "predictions.csv", "summary.json", "report.html", "recalibrated.pt",
-          "run.lock", "multirun.yaml")  # fmt: skip
+          "check.json", "predictions.csv", "summary.json", "mistakes.json", "report.html",
+          "recalibrated.pt", "run.lock", "multirun.yaml")  # fmt: skip
 _LOGS = "train*.log"
 _DIRECTORIES = (".hydra", "checkpoints", "export", "masks", "wandb")
 

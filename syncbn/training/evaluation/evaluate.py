@@ -17,6 +17,7 @@ from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
+from syncbn.training.evaluation.mistakes import Mistakes, Seen
 from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 
 EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
@@ -31,6 +32,7 @@ def evaluate(
     stop: StopRequest | None = None,
     metrics: Mapping[str, Metric] | None = None,
     loader: Loader | None = None,
+    mistakes: Mistakes | None = None,
 ) -> dict[str, float]:
     """Computes the mean loss, the accuracy (if the data has classes) and `metrics` of a model on a split.
 
@@ -40,6 +42,7 @@ def evaluate(
     Args:
         stop: checked before every batch, on all ranks together.
         loader: prepares the batches; None prepares each one when it is needed, without workers.
+        mistakes: is shown every batch of this rank.
 
     Returns:
         `loss`, `accuracy` and the values of `metrics` by name, the same on every rank. A metric with several values
@@ -56,7 +59,8 @@ def evaluate(
     with evaluating(model), torch.no_grad():
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
         indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
-        for images, targets in (loader or Loader(data, context)).eval_batches(split, indices):
+        loaded = (loader or Loader(data, context)).eval_batches(split, indices)
+        for index, (images, targets) in zip(indices, loaded, strict=True):
             if stop is not None and stop.agreed():
                 raise StopAgreed
             if len(images) == 0:
@@ -68,6 +72,8 @@ def evaluate(
             labels = metric_targets(loss, targets)
             for name, metric in shown.items():
                 update_metric(name, metric, outputs, labels)
+            if mistakes is not None:
+                mistakes.see(Seen(index, images, outputs, targets))
             loss_sum.update(total)
             count.update(number)
     with warnings.catch_warnings():

@@ -27,6 +27,7 @@ from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.metrics import build_metrics
+from syncbn.training.evaluation.mistakes import Mistakes
 from syncbn.training.launch.overrides import held_back
 from syncbn.training.losses import class_weights, losses
 from syncbn.training.models.pretrained import load_pretrained
@@ -59,10 +60,13 @@ class LoadedRun:
         others = "".join(f", {name} of {init.path}" for name, init in self.config.init.items())
         return f"{self.path}, step {self.step}, {'averaged' if self.weights == 'ema' else 'raw'} weights{others}"
 
-    def evaluate(self, *splits: str) -> dict[str, float]:
+    def evaluate(self, *splits: str, mistakes: Mistakes | None = None) -> dict[str, float]:
         """Evaluates the model on some of "train", "val" and "test"; every rank has to call it.
 
         A test split that the data set lacks is left out.
+
+        Args:
+            mistakes: is shown the validation split.
 
         Returns:
             `<split>/loss`, `<split>/accuracy` and the other metrics, the same on every rank.
@@ -77,9 +81,18 @@ class LoadedRun:
                 split = getattr(data, name)
                 if split is None:
                     continue
-                values = evaluate(self.model, data, split, loss, self.context, metrics=own, loader=loader)
+                values = evaluate(
+                    self.model, data, split, loss, self.context, metrics=own, loader=loader,
+                    mistakes=mistakes if name == "val" else None,
+                )  # fmt: skip
                 metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics
+
+    def mistakes(self) -> Mistakes | None:
+        """For `evaluate`; None if the run was to have no report. Every rank has to call it."""
+        with configured_by(self.path):
+            loss = self.loss()
+        return Mistakes(self.data, loss, self.config.tracker.examples) if self.config.tracker.report else None
 
     def loss(self) -> losses.Loss:
         """The loss of the training, its class weights those that the checkpoint stores; every rank has to call it."""

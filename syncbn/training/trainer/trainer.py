@@ -47,6 +47,7 @@ from syncbn.training.distributed.ddp import WrappedModel
 from syncbn.training.distributed.failures import explain_one_value, explain_timeout, failing_together
 from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
+from syncbn.training.evaluation.mistakes import write_mistakes
 from syncbn.training.losses import class_weights
 from syncbn.training.optim.groups import names_of, require_same_groups
 from syncbn.training.optim.update import Update
@@ -379,6 +380,9 @@ class Trainer:
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         waited = max(world.on_all_ranks(self.clock.waited()))  # all ranks wait for the one that waits longest
+        if self.config.tracker.report:  # before the test, which is used once, in case a signal comes now
+            mistakes = self.validation.mistakes(self.config.tracker.examples)
+            write_mistakes(self.run_dir, self.counters.best_step, mistakes, writes=self.context.is_first)
         final = {**self.validation.test(), THROUGHPUT: self.clock.overall(), WAITED: waited}
         check_run_directory(self.run_dir, self.counters.step)
         if tested := {name: final[name] for name in below(TEST, final)}:

@@ -18,6 +18,7 @@ from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.metrics import ClassBalance
+from syncbn.training.evaluation.mistakes import Mistakes
 from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.counters import Counters
 
@@ -76,11 +77,21 @@ class Validation:
         drift = self._components.drift.measure(self._components.model)  # of the weights that training ended with
         tested: dict[str, float] = {}
         if self._components.data.test is not None:
-            # A copy: a signal during the test has to find the state that training ended with.
-            model = copy.deepcopy(self._evaluated)
-            model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
-            tested = prefixed(TEST, self._evaluate(model, self._components.data.test))
+            tested = prefixed(TEST, self._evaluate(self._best_model(), self._components.data.test))
         return {**prefixed(VAL, self._counters.best), **tested, **drift}
+
+    def mistakes(self, num_examples: int) -> Mistakes:
+        """What the best weights get wrong on the validation set, which is evaluated once more; see `Mistakes`."""
+        found = Mistakes(self._components.data, self._components.loss, num_examples)
+        if found.applies:
+            self._evaluate(self._best_model(), self._components.data.val, mistakes=found)
+        return found
+
+    def _best_model(self) -> nn.Module:
+        """A copy: a signal meanwhile has to find the state that training ended with."""
+        model = copy.deepcopy(self._evaluated)
+        model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
+        return model
 
     def _warn_of_imbalance(self) -> None:
         """Warns where `best=auto` has gone by accuracy, classes are uneven, and macro recall says something else."""
@@ -98,9 +109,15 @@ class Validation:
             f" (at step {noted['step']:.0f}: {highest:.4f})" if highest > chosen else "",
         )  # fmt: skip
 
-    def _evaluate(self, model: nn.Module, split: Any, others: Mapping[str, Metric] | None = None) -> dict[str, float]:
+    def _evaluate(
+        self,
+        model: nn.Module,
+        split: Any,
+        others: Mapping[str, Metric] | None = None,
+        mistakes: Mistakes | None = None,
+    ) -> dict[str, float]:
         components = self._components
         return evaluate(
             model, components.data, split, components.loss, components.context, self._stop,
-            {**components.metrics, **(others or {})}, self._loader,
+            {**components.metrics, **(others or {})}, self._loader, mistakes,
         )  # fmt: skip

@@ -94,6 +94,10 @@ def test_without_test_as_in_imagenet_s_layout_nothing_is_tested_and_no_result_of
         assert "val/accuracy" in text
         assert "test/accuracy" not in text
         assert "test/loss" not in text
+    # What is shown as wrong are validation images, in training as in evaluation.
+    shown = (run / "mistakes.json").read_text()
+    assert "photos/val/" in shown
+    assert (evaluated / "mistakes.json").read_text() == shown
 
 
 def test_masks_need_no_test_split_either(tmp_path):
