@@ -4,8 +4,10 @@ The graph is a recording of operators (`tests.recording`), which repeats what a 
 """
 
 import copy
+import shutil
 from contextlib import nullcontext
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -13,17 +15,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from syncbn.training.distributed.rank_context import RankContext
-from syncbn.training.distributed.stopping import StopRequest
+from syncbn.training.distributed.stopping import Stopped, StopRequest
 from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import trainer as trainer_module
 from syncbn.training.trainer.build import build_components, context_for
+from syncbn.training.trainer.capture import CAPTURES
 from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.graph import GraphedSteps
 from syncbn.training.trainer.trainer import Trainer
 from tests.recording import RecordingCapture
-from tests.training.jobs import compose_config
+from tests.training.jobs import compose_config, run_rank
 
 # 40 training samples: steps of 12, 12, 12 and 4.
 SMALL = ("data=synthetic", "data.num_samples=50", "data.size=8", "data.workers=0", "batch_size=12", "model.width=4",
@@ -33,10 +36,11 @@ SMALL = ("data=synthetic", "data.num_samples=50", "data.size=8", "data.workers=0
 
 @cache
 def composed(*overrides):
-    return compose_config(*SMALL, *overrides)
+    small = (one for one in SMALL if "data=shapes" not in overrides or not one.startswith(("data=", "model.")))
+    return compose_config(*small, *overrides)
 
 
-def trained(directory, capture, *overrides, edit=None):
+def trained(directory, capture, *overrides, edit=None, device="cpu"):
     """A trainer after its run, on this rank.
 
     Args:
@@ -46,7 +50,7 @@ def trained(directory, capture, *overrides, edit=None):
     (directory / "config.yaml").touch()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     config = copy.deepcopy(composed(*overrides))
-    context = context_for(config, RankContext(rank, world_size, torch.device("cpu"), torch.float32))
+    context = context_for(config, RankContext(rank, world_size, torch.device(device), torch.float32))
     tracker = Tracker(config.tracker, directory, {}, active=context.is_first)
     trainer = Trainer(build_components(config, context, None), directory, tracker, StopRequest(), capture)
     if edit is not None:
@@ -188,3 +192,105 @@ def test_a_graph_trains_as_without_it_whatever_happens(tmp_path, eager, override
     trainer = trained(tmp_path, RecordingCapture(), *overrides, edit=edit)
     assert sum(replayed(trainer)) > 0
     assert differ(state_of(trainer), eager(*overrides, edit=edit)) == []
+
+
+def asked_on_the_last_rank(trainer):
+    """In step 4 the last rank is asked to stop, which the ranks learn of in the next step, a replayed one."""
+    micro_batches = trainer.loader.micro_batches
+
+    def asking(sampler, seed, step):
+        yield from micro_batches(sampler, seed, step)
+        trainer.stop.requested |= step == 4 and trainer.context.rank == trainer.context.world_size - 1
+
+    trainer.loader.micro_batches = asking
+
+
+def check_ranks_stop_together(directory):
+    trainers = []
+
+    def edit(trainer):
+        trainers.append(trainer)
+        asked_on_the_last_rank(trainer)
+
+    for number, capture in enumerate((None, RecordingCapture())):
+        with pytest.raises(Stopped) as stopped:
+            trained(directory / f"{number}", capture, edit=edit)
+        assert stopped.value.step == 6
+    assert replayed(trainers[1]) == [3]
+    assert differ(*map(state_of, trainers)) == []
+
+
+# Everything at once: a short step at the end of an epoch, layers that freeze and unfreeze, a schedule, averages.
+WHOLE = (*SMALL, "duration=50", "schedule.warmup=5", "freeze.a.match=backbone.stem", "freeze.a.start=18",
+         "freeze.a.until=31", "log_every=9", "eval_every=20", "save.every=25", "save.keep=9",
+         "bn.momentum=cumulative")  # fmt: skip
+
+
+def check_whole_runs(cwd, *overrides):
+    """Compares 50 steps without a graph and with one, from the beginning and resumed after 25."""
+    made = []
+    with mock.patch.dict(CAPTURES, {"cpu": lambda device: made.append(RecordingCapture()) or made[-1]}):
+        common = (*WHOLE, *overrides)
+        whole = run_rank(cwd, (*common, "run=whole"))
+        from_start = run_rank(cwd, (*common, "graph=true", "run=start"))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            (cwd / "outputs/resumed/checkpoints").mkdir(parents=True)
+            shutil.copy(whole / "checkpoints/step_00000025.pt", cwd / "outputs/resumed/checkpoints")
+        if dist.is_initialized():
+            dist.barrier()
+        resumed = run_rank(cwd, (*common, "graph=true", "run=resumed"))
+    assert [[recording.num_replays for recording in one.recordings] for one in made] == [[10, 7, 10], [2, 10]]
+    # Statistics that differ between ranks are pooled in a checkpoint: with them no resumed run is the same to the bit.
+    for run, steps in ((from_start, (25, 50)), (resumed, () if "bn.sync=false" in overrides else (50,))):
+        for step in steps:
+            one, other = (
+                torch.load(path / f"checkpoints/step_{step:08d}.pt", weights_only=True) for path in (run, whole)
+            )
+            parts = one.keys() & {"model", "average", "optimizer", "schedule", "scaler", "totals"}
+            assert differ({part: one[part] for part in parts}, other) == [], (run, step)
+
+
+def test_ranks_replay_the_same_steps_and_stop_after_the_same_one(ranks, tmp_path):
+    ranks(2, check_ranks_stop_together, tmp_path)
+
+
+RUNS = [
+    (1, ()),
+    (2, ()),
+    (3, ("accumulate=2",)),
+    (2, ("precision=fp64", "optimizer=adamw")),
+    (2, ("precision=bf16", "bn.fuse=true", "bn.memory=lean")),
+    (2, ("bn.sync=false", "bn.momentum=null", "freeze.a.stats=false")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "overrides"), RUNS)
+def test_a_run_with_graphs_is_the_run_without_them_to_the_bit(ranks, tmp_path, world_size, overrides):
+    ranks(world_size, check_whole_runs, tmp_path, *overrides)
+
+
+def test_the_key_graph_replays_steps(tmp_path, monkeypatch):
+    capture = RecordingCapture()
+    monkeypatch.setitem(CAPTURES, "cpu", lambda device: capture)
+    run_rank(tmp_path, (*SMALL, "duration=6", "graph=true", "run=a"))
+    assert [recording.num_replays for recording in capture.recordings] == [2]
+
+
+SHAPES = ("data=shapes", "model=unet_small", "model.width=4", "model.depth=1", "data.ragged=0")
+OTHERS = {
+    "virtual": ("bn.sync=false", "bn.virtual_ranks=2"),
+    "skip_nonfinite": ("bn.skip_nonfinite=true",),
+    "smoothed": ("loss.label_smoothing=0.1", "loss.class_weights=balanced"),
+    "groups": ("optimizer.groups.top.match=head", "optimizer.groups.top.lr_scale=0.5"),
+    "dice": (*SHAPES, "loss=dice"),
+    "ce_dice": (*SHAPES, "loss=ce_dice", "loss.class_weights=balanced"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_and_losses_are_captured_too(tmp_path, eager, name):
+    trainer = trained(tmp_path, RecordingCapture(), *OTHERS[name])
+    assert sum(replayed(trainer)) > 0
+    assert differ(state_of(trainer), eager(*OTHERS[name])) == []
