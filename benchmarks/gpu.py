@@ -4,9 +4,10 @@ python benchmarks/gpu.py layers [--quick] [--json FILE]   the shapes of ResNet-5
 python benchmarks/gpu.py models [--quick] [--json FILE]   whole training steps of a ResNet-50 and a segmentation model
 
 One process. "Collective forced" is our layer with an NCCL all-reduce in forward and in backward, in a world of one;
-"torch sync" is the autograd function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. "Local
-again" repeats "local" with the same code and shows the noise. The copy moves as many bytes as a step has to (eight
-times the activation), so 1.00 is the bandwidth of the device.
+"torch sync" is the autograd function behind `torch.nn.SyncBatchNorm` in the same world, with its collectives. "Graph"
+replays the whole step from a CUDA graph; its peak is the memory that the graph keeps. "Local again" repeats "local"
+with the same code and shows the noise. The copy moves as many bytes as a step has to (eight times the activation), so
+1.00 is the bandwidth of the device.
 
 Device times of layers are the sums of their kernels in the profiler, so launch overhead does not count. Host times last
 until the calls return. Whole training steps are timed as they run: where the host is slower than the device, its time
@@ -17,6 +18,7 @@ maximum.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -319,6 +321,12 @@ def run_models(quick: bool) -> list[dict[str, Any]]:
                     model = change(build()).cuda().to(memory_format=memory_format)
                     steps[variant] = model_step(model, input, labels, autocast, "forced" in variant)
                     peaks[variant] = peak_memory(steps[variant])
+                    if variant in ("local", "ours", "ours, collective forced"):  # torch sync waits for the device
+                        name = f"{variant}, graph"
+                        model = copy.deepcopy(model)
+                        steps[name], peaks[name] = graphed(
+                            model_step(model, input, labels, autocast, "forced" in variant)
+                        )
                 times = in_turns(steps, lambda step: step_time(step, 5), order)
                 found.append({"model": name, "layout": layout, "autocast": str(autocast), "samples": shape[0],
                               "milliseconds": times, "peak_bytes": peaks})  # fmt: skip
@@ -341,6 +349,22 @@ def model_step(
         optimizer.step()
 
     return step
+
+
+def graphed(step: Step) -> tuple[Step, int]:
+    """The step as a CUDA graph, as `graph=true` has it, and the bytes that are reserved for the graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, torch.cuda.memory_reserved() - before
 
 
 def peak_memory(step: Step) -> int:

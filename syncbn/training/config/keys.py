@@ -29,6 +29,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "device": ("train", "eval", "audit", "recalibrate", "predict", "data"),  # an export is made on the CPU
     "precision": _WITH_COMPUTATION,
     "compile": _TRAIN,
+    "graph": _TRAIN,
     "channels_last": _WITH_COMPUTATION,
     "tf32": _TRAIN,
     "deterministic": _TRAIN,

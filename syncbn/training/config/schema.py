@@ -109,6 +109,7 @@ class Config:
     parity: ParityConfig = field(default_factory=ParityConfig)
     early_stop: str | None = None
     predict: PredictConfig = field(default_factory=PredictConfig)
+    graph: bool = False
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)

@@ -34,6 +34,7 @@ class WrappedModel:
             it would overwrite running statistics that differ between groups of ranks.
         num_totals: number of totals.
         loss_of: computes this rank's loss, a scalar, for the warm-up passes, by calling the wrapper that it is given.
+        num_warm_up_passes: their number, two or more.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class WrappedModel:
         is_first: bool,
         num_totals: int,
         loss_of: Callable[[WrappedModel], Tensor],
+        num_warm_up_passes: int = _WARM_UP_PASSES,
     ) -> None:
         self.model, self._world_size = model, context.world_size
         self._ddp: DistributedDataParallel | None = None
@@ -58,7 +60,7 @@ class WrappedModel:
             gradient_as_bucket_view=True,
         )
         before = [buffer.clone() for buffer in model.buffers()]
-        for _ in range(_WARM_UP_PASSES):
+        for _ in range(num_warm_up_passes):
             self.backward(loss_of(self), torch.zeros(num_totals, device=context.device))
         model.zero_grad(set_to_none=True)
         with torch.no_grad():

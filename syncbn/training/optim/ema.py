@@ -28,20 +28,25 @@ class WeightAverage:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, left_out: Tensor, step: int) -> None:
+    def update(self, model: nn.Module, left_out: Tensor, step: int, share: Tensor | None = None) -> None:
         """Moves the average toward the model's weights, unless the step was skipped.
 
         Args:
             model: the model after the step.
             left_out: bool scalar tensor on the device: the step was skipped.
             step: number of steps done, from 1; it limits the decay.
+            share: `share_of` the step as a scalar tensor of the default dtype, which a graph reads anew in every step.
         """
-        weight = torch.where(left_out, 0.0, 1.0 - min(self.decay, (1 + step) / (10 + step)))
+        weight = torch.where(left_out, 0.0, self.share_of(step) if share is None else share)
         for averaged, current in zip(_tensors(self.model), _tensors(model), strict=True):
             if averaged.is_floating_point():
                 averaged.lerp_(current.detach(), weight.to(averaged.dtype))
             else:
                 averaged.copy_(current)
+
+    def share_of(self, step: int) -> float:
+        """Weight of the model in the average after `step` steps, from 1: 1 minus the decay, which `step` limits."""
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
 
     def state_dict(self) -> dict[str, Any]:
         """State dict of the averaged model, with the keys of the model."""

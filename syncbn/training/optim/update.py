@@ -9,9 +9,9 @@ because it is a function of the step number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from syncbn.torch_compat import count_as_stepped, scaler_state
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
+from syncbn.training.optim.step_numbers import StepNumbers
 from syncbn.training.optim.trial import zero_momentum
 
 
@@ -50,6 +51,7 @@ class Update:
         half: scale the loss, so that float16 gradients do not underflow.
         decay: decay of the weight average; None for no average.
         clip_norm: largest Euclidean norm over the gradients of all parameters; a larger one is scaled down to it.
+        capturable: read what changes from step to step from tensors (`numbers`), so that a graph can replay a step.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Update:
         half: bool = False,
         decay: float | None = None,
         clip_norm: float | None = None,
+        capturable: bool = False,
     ) -> None:
         self.clip_norm = clip_norm
+        self.numbers = StepNumbers(len(optimizer.param_groups), device) if capturable else None
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self._skips_on_device, self._drawing = skips_on_device, drawing
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -86,6 +90,23 @@ class Update:
         self._buffers.remember()
 
     def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
+        """`apply`, then `advance`."""
+        outcome = self.apply(loss, factor, halt=halt)
+        self.advance()
+        return outcome
+
+    def write_numbers(self, *, asked_to_stop: bool) -> None:
+        """Writes the numbers of the next step to the device; only if capturable."""
+        assert self.numbers is not None
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        share = 0.0 if self.average is None else self.average.share_of(self.schedule.last_epoch + 1)
+        self.numbers.write(rates, share, asked_to_stop)
+
+    def advance(self) -> None:
+        """Advances the learning rate, on the host, after each step."""
+        self.schedule.step()
+
+    def apply(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
         """Applies the step, or skips it if the loss or a gradient is not finite; call after the last backward.
 
         Args:
@@ -110,13 +131,15 @@ class Update:
         at_fault = ~loss_counts | left_out
         if self.scaler.is_enabled():
             at_fault = ~loss_counts | (left_out & (self.scaler.scale(self._one) <= 1.0))
-        if halt:
+        if halt and self.numbers is not None:
+            self._halted.copy_(at_fault)  # in place: a graph reads it in the next step
+        elif halt:
             self._halted = at_fault
         self._step(left_out, at_fault)
-        self.schedule.step()
         self._buffers.put_back(left_out)
         if self.average is not None:
-            self.average.update(self.model, left_out, self.schedule.last_epoch)
+            share = None if self.numbers is None else self.numbers.share
+            self.average.update(self.model, left_out, self.schedule.last_epoch + 1, share)
         return UpdateOutcome(left_out, at_fault, norm)
 
     def _clip(self, gradients: list[Tensor], clip_norm: float) -> Tensor:
@@ -145,7 +168,8 @@ class Update:
 
     def _step(self, left_out: Tensor, at_fault: Tensor) -> None:
         before = [state.clone() for state in scaler_state(self.scaler)] if self.scaler.is_enabled() else []
-        with nullcontext() if self._drawing is None else self._drawing(self.schedule.last_epoch):
+        drawing = nullcontext() if self._drawing is None else self._drawing(self.schedule.last_epoch)
+        with drawing, nullcontext() if self.numbers is None else self._rates_on_device(self.numbers):
             if not self._skips_on_device:
                 self._step_by_host(left_out)
             elif self.scaler.is_enabled():
@@ -157,6 +181,23 @@ class Update:
             self.scaler.update()
             for state, value in zip(scaler_state(self.scaler), before, strict=True):
                 state.copy_(torch.where(at_fault, value, state))  # a fault must not change the loss scale
+
+    @contextmanager
+    def _rates_on_device(self, numbers: StepNumbers) -> Iterator[None]:
+        """Context in which the optimizer has its learning rates as tensors; schedule and checkpoints know numbers."""
+        groups = self.optimizer.param_groups
+        keys = ("lr", "capturable")
+        before: list[dict[str, Any]] = [{key: group[key] for key in keys if key in group} for group in groups]
+        is_captured = numbers.share.is_cuda and torch.cuda.is_current_stream_capturing()
+        for group, rate in zip(groups, numbers.rates, strict=True):
+            group["lr"] = rate
+            if is_captured and "capturable" in group:
+                group["capturable"] = True  # Adam refuses to be captured without; its fused step is the same with it
+        try:
+            yield
+        finally:
+            for group, values in zip(groups, before, strict=True):
+                group.update(values)
 
     def _step_by_host(self, left_out: Tensor) -> None:
         if self.scaler.is_enabled():

@@ -31,7 +31,7 @@ from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import SUMMARY, read_summary, write_summary
 from syncbn.training.tracking.tensorboard_run import require_installed
 from syncbn.training.tracking.tracker import Tracker, cut_back
-from syncbn.training.trainer import execution, overfit
+from syncbn.training.trainer import execution, graph_checks, overfit
 from syncbn.training.trainer.build import build_components, context_for
 from syncbn.training.trainer.trainer import Trainer
 
@@ -71,6 +71,7 @@ def train(
             execution.check(config, context.device)
             if config.tracker.tensorboard:
                 require_installed()
+            graph_checks.check(config, context.device, context.world_size)
         with execution.applied(config), rank_checks.enabling(config.bn.debug):
             return _train(config, run_dir, context, checkpoint, overrides, tracking, stop)
 
@@ -98,7 +99,7 @@ def _train(
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=context.is_first))
     if context.is_first and config.tracker.report:
         tracking.push(EndOfRun(run_dir, overrides).end)  # before wandb's upload, which may take long or fail
-    trainer = Trainer(components, run_dir, tracker, stop)
+    trainer = Trainer(components, run_dir, tracker, stop, graph_checks.capture_for(config, context.device))
     if checkpoint is not None:
         trainer.resume(checkpoint)
         log.info("resumed from %s at step %d", shown(checkpoint.path), trainer.counters.step)

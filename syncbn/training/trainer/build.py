@@ -34,6 +34,7 @@ from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
 from syncbn.training.trainer.checks import build_freeze_plan, check_division, check_model, warn_of_dropout
 from syncbn.training.trainer.early_stop import EarlyStop
+from syncbn.training.trainer.graph_checks import check_parts
 from syncbn.training.trainer.pixels import with_statistics_of_init
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
@@ -89,7 +90,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`.
+            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`,
+            `check_parts`.
     """
     data = registry.load_data(config.data)
     check_division(data)
@@ -120,9 +122,11 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     best = choose_best(config.best, metrics, outputs, labels, has_accuracy=has_accuracy)
     warn_of_dropout(model)
     num_steps = Duration.parse(config.duration).in_steps(sampler.steps_per_epoch)
+    built = build_optimizer(config.optimizer, model, scaled=context.autocast == torch.float16)
+    check_parts(config, built, model, sampler.steps_per_epoch)
     return RunComponents(
         config, redacted(to_dict(config)), context, data, sampler, model, loss, metrics, best, plan, drift,
-        built=build_optimizer(config.optimizer, model, scaled=context.autocast == torch.float16),
+        built=built,
         schedule=build_schedule(config.schedule, max(1, num_steps), sampler.steps_per_epoch),
         early_stop=EarlyStop(config, plan, sampler.steps_per_epoch),
     )  # fmt: skip

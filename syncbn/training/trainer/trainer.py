@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -56,12 +57,14 @@ from syncbn.training.tracking.progress import Progress
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import execution, profiler
 from syncbn.training.trainer.build import RunComponents
+from syncbn.training.trainer.capture import Capture
 from syncbn.training.trainer.checks import check_run_directory
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.drawing import drawing_alike
 from syncbn.training.trainer.faults import find_fault
 from syncbn.training.trainer.freezing import Freezing
+from syncbn.training.trainer.graph import GraphedSteps
 from syncbn.training.trainer.local_stats import LocalStatistics
 from syncbn.training.trainer.overfit import FITTED
 from syncbn.training.trainer.validation import Validation
@@ -72,7 +75,14 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains one model from the built components of a run."""
 
-    def __init__(self, components: RunComponents, run_dir: Path, tracker: Tracker, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        components: RunComponents,
+        run_dir: Path,
+        tracker: Tracker,
+        stop: StopRequest,
+        capture: Capture | None = None,
+    ) -> None:
         # Long, because it is the list of the parts, of which each needs some before it.
         config, model, sampler, context = components.config, components.model, components.sampler, components.context
         # what is trained, and where
@@ -98,7 +108,7 @@ class Trainer:
             model, self.optimizer, self.schedule, context.device,
             skips_on_device=self.built.skips_on_device,
             drawing=drawing_alike(config.seed, context.device) if self.built.may_draw else None,
-            half=is_half, decay=config.ema, clip_norm=config.clip_norm,
+            half=is_half, decay=config.ema, clip_norm=config.clip_norm, capturable=capture is not None,
         )  # fmt: skip
         self.local_statistics = LocalStatistics(
             [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
@@ -107,7 +117,9 @@ class Trainer:
             self.plan, model, self.optimizer, tracker, forgets_momentum=config.optimizer.on_unfreeze == "reset"
         )
         self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
-        self.results = DeferredResults(context.device)  # of what happened in a step: asked to stop, not finite
+        self.graphed = None if capture is None else GraphedSteps(capture, self._sizes(0), context.device)
+        # of what happened in a step: asked to stop, not finite
+        self.results = DeferredResults(context.device, timeout=None if capture is None else config.collective_timeout)
         # what survives
         self.counters, self.totals, self.drift = Counters(), Totals(context.device), components.drift
         self.checkpoints = Checkpoints(
@@ -145,6 +157,8 @@ class Trainer:
             Stopped: after a signal; the state is saved, and a run that resumes it goes on as if nothing had happened.
         """
         with ExitStack() as stack:
+            if self.graphed is not None:
+                stack.enter_context(self.graphed)
             stack.callback(self.checkpoints.close)
             stack.callback(self.loader.close)
             show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.context.is_first))
@@ -177,8 +191,9 @@ class Trainer:
                 raise StopAgreed
             self._apply_plan(self.counters.step)
             shown_every = (self.log_every, self.eval_every)
-            with self.monitor.watch(any(self._is_due(every, self.counters.step + 1) for every in shown_every)):
-                self._train_step(self.counters.step)
+            is_watched = any(self._is_due(every, self.counters.step + 1) for every in shown_every)
+            with self.monitor.watch(is_watched):
+                self._train_step(self.counters.step, is_watched=is_watched)
             if self.profiler is not None:
                 self.profiler.step()
             self.counters.step += 1
@@ -268,22 +283,41 @@ class Trainer:
                 f"resume: {stored.path} contradicts itself, it is of step {stored.step} and counts {self.counters.step}"
             )
 
-    def _train_step(self, step: int) -> None:
+    def _train_step(self, step: int, *, is_watched: bool) -> None:
         if not self.model.training:
             self.model.train()
-        self.update.begin()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
         seed_generators(mix_key(self.config.seed, step, self.context.rank, Draw.MODEL), self.context.device)
-        shards = self.sampler.shards(step)
-        nominal = sum(shard.num_global for shard in shards)
+        sizes = self._sizes(step)
+        batches = self.clock.waiting(self.loader.micro_batches(self.sampler, self.config.seed, step))
+        if self.graphed is None:
+            results = self._compute(batches, sizes)
+        else:
+            self.update.write_numbers(asked_to_stop=self.stop.requested)
+            results = self.graphed.run(step, batches, sizes, self._compute, is_watched=is_watched)
+        self.update.advance()
+        self.results.post(step, results)
+        self.clock.add(sum(sizes))
+
+    def _sizes(self, step: int) -> list[int]:
+        """Numbers of samples of the micro-batches of a step, over all ranks."""
+        return [shard.num_global for shard in self.sampler.shards(step)]
+
+    def _compute(self, batches: Iterable[Batch], sizes: Sequence[int]) -> Tensor:
+        """The part of a step that a graph can replay; returns the step's results, for `_read_results`.
+
+        What changes from step to step comes in tensors. Numbers are the same in all steps with the same `sizes`.
+        """
+        self.update.begin()
+        nominal = sum(sizes)
         # Loss sum, count, asked to stop, and for each rank whether its loss is not finite.
         totals = torch.zeros(3 + self.context.world_size, dtype=torch.float64, device=self.context.device)
-        totals[2] = float(self.stop.requested)
+        numbers = self.update.numbers
+        totals[2] = float(self.stop.requested) if numbers is None else numbers.asked_to_stop
         # Running statistics move once per step, however many micro-batches it has.
-        with accumulate_stats(self.model) if len(shards) > 1 else nullcontext():
-            batches = self.clock.waiting(self.loader.micro_batches(self.sampler, self.config.seed, step))
+        with accumulate_stats(self.model) if len(sizes) > 1 else nullcontext():
             for number, batch in enumerate(batches):
-                is_last = number == len(shards) - 1
+                is_last = number == len(sizes) - 1
                 assert self.wrapped is not None
                 with nullcontext() if is_last else self.wrapped.without_communication():
                     loss_sum, count = self._losses(self.wrapped, batch)
@@ -298,11 +332,10 @@ class Trainer:
         # From a mean over samples to a mean over what the loss counts; 1, to rounding, where it counts samples. Counts
         # may be weights, and less than 1; where nothing counts the gradient is 0 as it is.
         correction = torch.where(totals[1] > 0, nominal / totals[1], 1.0)
-        outcome = self.update.finish(totals[0], correction, halt=self.config.on_nonfinite != "skip")
+        outcome = self.update.apply(totals[0], correction, halt=self.config.on_nonfinite != "skip")
         kept = torch.cat([totals[:2], torch.stack([outcome.gradient_norm, torch.ones_like(outcome.gradient_norm)])])
         self.totals.values += torch.where(outcome.left_out, 0.0, kept)
-        self.results.post(step, torch.cat([totals[2:3], torch.stack(outcome[:2]), totals[3:]]))
-        self.clock.add(nominal)
+        return torch.cat([totals[2:3], torch.stack(outcome[:2]), totals[3:]])
 
     def _losses(self, wrapped: WrappedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
@@ -323,11 +356,14 @@ class Trainer:
             self.local_statistics.pool(step)  # what is frozen from here on has to be the same on all ranks
         changed = self.freezing.apply(step)
         if changed or self.wrapped is None:
+            if self.graphed is not None:
+                self.graphed.forget()
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
             self.wrapped = WrappedModel(
                 self.executed, self.context, is_first=self.wrapped is None, num_totals=3 + self.context.world_size,
                 loss_of=lambda wrapped: self._losses(wrapped, batch)[0],
+                **({} if self.graphed is None else {"num_warm_up_passes": self.graphed.num_warm_up_passes}),
             )  # fmt: skip
 
     def _log(self, show: console.ShowStep | None) -> None:
