@@ -248,6 +248,8 @@ class Trainer:
 
     def _save(self) -> None:
         check_run_directory(self.run_dir, self.counters.step)
+        if self.graphed is not None:
+            self.results.wait()  # with a timeout; to copy the state is to wait without
         with self.local_statistics.pooled(self.counters.step):
             if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
@@ -357,6 +359,7 @@ class Trainer:
         changed = self.freezing.apply(step)
         if changed or self.wrapped is None:
             if self.graphed is not None:
+                self.results.wait()  # with a timeout; to forget is to wait without
                 self.graphed.forget()
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
