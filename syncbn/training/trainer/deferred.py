@@ -75,6 +75,12 @@ class DeferredResults:
             due.append((step, values.tolist()))
         return due
 
+    def wait(self) -> None:
+        """Waits for the results that have not been read, without reading them."""
+        for step, _, arrived in self._waiting:
+            if arrived is not None:
+                wait_for(arrived, step, self._timeout)
+
     def clear(self) -> None:
         """Discards the results that have not been read."""
         self._waiting.clear()

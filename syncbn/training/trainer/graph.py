@@ -97,7 +97,10 @@ class GraphedSteps:
         try:
             captured = self._capture(compute)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            first: BaseException = error  # the capture itself fails after it, and says less
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = " ".join(str(first).split())
             raise ConfigError(f"graph: step {step} cannot be captured: {reason}; set graph=false") from error
         if drawn := [name for name, state in _host_generators(self._device).items() if state != before[name]]:
             captured.close()

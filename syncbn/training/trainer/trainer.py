@@ -190,10 +190,8 @@ class Trainer:
             if self.stop_agreed or (self.context.world_size == 1 and self.stop.requested):
                 raise StopAgreed
             self._apply_plan(self.counters.step)
-            shown_every = (self.log_every, self.eval_every)
-            is_watched = any(self._is_due(every, self.counters.step + 1) for every in shown_every)
-            with self.monitor.watch(is_watched):
-                self._train_step(self.counters.step, is_watched=is_watched)
+            with self.monitor.watch(self._is_watched(self.counters.step)):
+                self._train_step(self.counters.step)
             if self.profiler is not None:
                 self.profiler.step()
             self.counters.step += 1
@@ -248,6 +246,8 @@ class Trainer:
 
     def _save(self) -> None:
         check_run_directory(self.run_dir, self.counters.step)
+        if self.graphed is not None:
+            self.results.wait()  # with a timeout; to copy the state is to wait without
         with self.local_statistics.pooled(self.counters.step):
             if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
@@ -283,7 +283,11 @@ class Trainer:
                 f"resume: {stored.path} contradicts itself, it is of step {stored.step} and counts {self.counters.step}"
             )
 
-    def _train_step(self, step: int, *, is_watched: bool) -> None:
+    def _is_watched(self, step: int) -> bool:
+        """Whether the layers record statistics in a step: it is shown after it."""
+        return any(self._is_due(every, step + 1) for every in (self.log_every, self.eval_every))
+
+    def _train_step(self, step: int) -> None:
         if not self.model.training:
             self.model.train()
         # Whatever a model draws is a function of (seed, step, rank): a resumed run draws the same.
@@ -294,7 +298,7 @@ class Trainer:
             results = self._compute(batches, sizes)
         else:
             self.update.write_numbers(asked_to_stop=self.stop.requested)
-            results = self.graphed.run(step, batches, sizes, self._compute, is_watched=is_watched)
+            results = self.graphed.run(step, batches, sizes, self._compute, is_watched=self._is_watched(step))
         self.update.advance()
         self.results.post(step, results)
         self.clock.add(sum(sizes))
@@ -357,6 +361,7 @@ class Trainer:
         changed = self.freezing.apply(step)
         if changed or self.wrapped is None:
             if self.graphed is not None:
+                self.results.wait()  # with a timeout; to forget is to wait without
                 self.graphed.forget()
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()

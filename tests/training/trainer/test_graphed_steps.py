@@ -99,6 +99,21 @@ def test_a_step_that_waits_for_the_device_is_an_error_that_says_what_to_do():
         steps.do()
 
 
+def test_the_error_is_the_first_one_and_not_what_the_capture_says_of_it():
+    steps = Steps()
+    steps.do()
+
+    def failing(step):
+        try:
+            raise ValueError("a copy to the host")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    steps.graphed._capture = failing
+    with pytest.raises(ConfigError, match=r"^graph: step 2 cannot be captured: a copy to the host; set graph=false"):
+        steps.do()
+
+
 @pytest.mark.parametrize(("draw", "name"), [(random.random, "random"), (np.random.rand, "numpy.random")])
 def test_a_draw_on_the_host_is_an_error_that_says_what_to_do(draw, name):
     steps = Steps(draw)
@@ -130,6 +145,16 @@ def test_without_a_timeout_the_driver_waits():
     waited = []
     wait_for(SimpleNamespace(synchronize=lambda: waited.append(True)), 7, timeout=None)
     assert waited == [True]
+
+
+def test_all_steps_of_the_device_can_be_waited_for_without_reading_their_results():
+    results = DeferredResults(CPU, lag=1, timeout=0.0)
+    results.post(3, torch.ones(1))
+    results.wait()
+    results._waiting.append((4, torch.ones(1), SimpleNamespace(query=lambda: False)))
+    with pytest.raises(RuntimeError, match="not finished step 4"):
+        results.wait()
+    assert results.take() == [(3, [1.0])]
 
 
 def test_results_of_replayed_steps_are_read_as_others():
