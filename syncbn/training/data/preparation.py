@@ -77,12 +77,13 @@ class Preparation:
         return described if self.decode == "full" else {**described, "decode": self.decode}
 
     def whole(self, image: Image.Image) -> Image.Image:
-        """The image in its own size, as RGB or gray of 8 bits.
+        """The image in its own size, as RGB or gray of 8 bits; itself if it is that already.
 
         Raises:
             ValueError: a mode without a fixed range of values ("I" or "F") where no `range` is given.
         """
-        return self._as_bytes(image).convert("RGB" if self.channels == 3 else "L")
+        image, mode = self._as_bytes(image), "RGB" if self.channels == 3 else "L"
+        return image if image.mode == mode else image.convert(mode)
 
     def fitted(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """The image in the size that the model takes, (channels, *size) uint8; padding is 0.
@@ -108,7 +109,8 @@ class Preparation:
             factor = next((factor for factor in (8, 4, 2) if ratio >= 2 * factor), 1)
             if factor > 1:  # other formats than JPEG take no notice
                 image.draft(None, (image.width // factor, image.height // factor))
-        return self.fitted(ImageOps.exif_transpose(image), size)
+        ImageOps.exif_transpose(image, in_place=True)  # which copies no image that is upright already
+        return self.fitted(image, size)
 
     def fitted_mask(self, image: Image.Image, convert: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Tensor:
         """A mask in the size that the model takes, (*size,) uint8, by the nearest pixel; padding is IGNORE.
@@ -186,5 +188,8 @@ def channels_first(pixels: np.ndarray) -> Tensor:
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """Images (N, C, H, W), scaled to [0, 1] if they are uint8, minus mean over std, which are (1, C, 1, 1)."""
-    scaled = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-    return (scaled - mean.to(dtype)) / std.to(dtype)
+    mean, std = mean.to(dtype), std.to(dtype)
+    if images.dtype != torch.uint8:
+        return (images.to(dtype) - mean).div_(std)
+    # In place, because memory for a batch costs more than its arithmetic.
+    return images.to(dtype).div_(255).sub_(mean).div_(std)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from syncbn.training.config.data import FashionMnistConfig
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.data import augment as augmenting
 from syncbn.training.data import registry
 from syncbn.training.data.augment import augment
 from syncbn.training.data.balance import ClassMembers
@@ -121,6 +122,15 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_neighbours(cut, shift, 
     whole = augment(images, index, shift, flip, seed=3, epoch=1)
     parts = [augment(images[s], index[s], shift, flip, seed=3, epoch=1) for s in (slice(0, cut), slice(cut, None))]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("shift", "flip", "fill"), [(0, True, 0), (3, False, 255), (4, True, 7)])
+def test_large_images_are_shifted_and_mirrored_as_small_ones_are(monkeypatch, dtype, shift, flip, fill):
+    images, index = torch.randint(0, 255, (40, 2, 5, 9)).to(dtype), torch.arange(40)
+    expected = augment(images, index, shift, flip, 3, 1, fill=fill)
+    monkeypatch.setattr(augmenting, "_LARGE", 1)
+    assert torch.equal(augment(images, index, shift, flip, 3, 1, fill=fill), expected)
 
 
 def test_augmentation_shifts_and_mirrors_and_brings_in_zeros():

@@ -49,8 +49,8 @@ def test_a_reduced_jpeg_is_the_same_picture_to_a_few_gray_levels(tmp_path, fit, 
     full, reduced = (Preparation((36, 48), 3, fit, decode=decode) for decode in ("full", "reduced"))
     with Image.open(path) as one, Image.open(path) as other:
         expected, found = full.fitted_file(one).int(), reduced.fitted_file(other).int()
-        assert one.size == (401, 300)
-        assert other.size in ((101, 75), (201, 150))
+        assert {*one.size} == {401, 300}
+        assert {*other.size} in ({101, 75}, {201, 150})
     # A pixel out of place would be seen at once: neighbours differ by far more.
     assert (found - expected).abs().float().mean() < 1
     assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().float().mean() > 5
