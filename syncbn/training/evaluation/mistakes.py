@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from syncbn.atomic_write import write_text
 from syncbn.training.config.output import unwritable
@@ -24,7 +23,7 @@ from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 log = logging.getLogger(__name__)
 
 MISTAKES = "mistakes.json"
-MOST_CLASSES = 2000  # of a confusion matrix, which takes memory by their square
+MOST_CLASSES = 2000  # of a confusion matrix, which may have as many numbers as their square
 _DIGITS = 4  # of a score: what ranks add up in another order differs beyond, and must not change the order of samples
 
 
@@ -67,11 +66,8 @@ class Mistakes:
         self._applies = data.num_classes is not None and are_classes(loss)
         self._worst: list[Scored] = []
         self._num_samples = self._num_wrong = 0
-        self._confusion: MulticlassConfusionMatrix | None = None
-        if self._applies and (data.num_classes or 0) <= MOST_CLASSES:
-            self._confusion = MulticlassConfusionMatrix(
-                int(data.num_classes or 0), ignore_index=self._ignored, validate_args=False
-            )
+        self._num_classes = int(data.num_classes or 0)
+        self._confusion = Counter[tuple[int, int]]()  # how often, by class and predicted class
 
     @property
     def applies(self) -> bool:
@@ -84,15 +80,14 @@ class Mistakes:
         self._applies &= (
             isinstance(outputs, Tensor)
             and outputs.dim() >= 2
-            and outputs.shape[1] == self._data.num_classes
+            and outputs.shape[1] == self._num_classes
             and targets.shape == (len(outputs), *outputs.shape[2:])
             and not targets.is_floating_point()
         )
         if not self._applies:
             return
-        if self._confusion is not None:
-            self._confusion.to(outputs.device).update(outputs, targets)
         predicted = outputs.argmax(1)
+        self._count(predicted, targets)
         scores = self._scores(outputs, predicted, targets).cpu()
         self._num_samples += len(scores)
         self._num_wrong += int((scores > 0).sum())
@@ -122,16 +117,16 @@ class Mistakes:
         return {
             "num_samples": sum(samples for samples, _ in counts),
             "num_wrong": sum(wrong for _, wrong in counts),
-            "num_classes": self._data.num_classes,
+            "num_classes": self._num_classes,
             "classes": names,
-            "colors": colors_of(int(self._data.num_classes or 0)) if any("dice" in one.facts for one in chosen) else [],
+            "colors": colors_of(self._num_classes) if any("dice" in one.facts for one in chosen) else [],
             "confusion": self._counts(),
             "examples": [{"index": one.sample, "name": self._name(one.sample), **one.facts} for one in chosen],
         }
 
     def _scores(self, outputs: Tensor, predicted: Tensor, targets: Tensor) -> Tensor:
         """The score of each sample, (N,) float64; 0 if it is right, or has no label that counts."""
-        valid = torch.ones_like(targets, dtype=torch.bool) if self._ignored is None else targets != self._ignored
+        valid = self._valid(targets)
         if targets.dim() > 1:
             return 1 - _dice(predicted, targets, valid, outputs.shape[1])
         labels = torch.where(valid, targets, 0)
@@ -154,15 +149,24 @@ class Mistakes:
             "image": image,
         }
 
+    def _valid(self, targets: Tensor) -> Tensor:
+        return torch.ones_like(targets, dtype=torch.bool) if self._ignored is None else targets != self._ignored
+
+    def _count(self, predicted: Tensor, targets: Tensor) -> None:
+        """Adds a batch to the confusion matrix, of which the pairs that occur are kept."""
+        if self._num_classes > MOST_CLASSES:
+            return
+        counts = torch.bincount((targets * self._num_classes + predicted)[self._valid(targets)])
+        numbers = counts.nonzero()[:, 0]
+        for number, count in zip(numbers.tolist(), counts[numbers].tolist(), strict=True):
+            self._confusion[divmod(number, self._num_classes)] += count
+
     def _counts(self) -> list[list[int]] | None:
         """Class, predicted class and how often, for all pairs that occur; None for too many classes."""
-        if self._confusion is None:
-            return None
-        with warnings.catch_warnings():  # a rank may have had no sample
-            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            matrix = self._confusion.compute().cpu()
-        pairs = matrix.nonzero()
-        return torch.cat([pairs, matrix[pairs[:, 0], pairs[:, 1], None]], dim=1).tolist()
+        total = Counter[tuple[int, int]]()
+        for part in world.on_all_ranks(self._confusion):
+            total.update(part)
+        return [[*pair, count] for pair, count in sorted(total.items())] if self._num_classes <= MOST_CLASSES else None
 
     def _name(self, index: int) -> str:
         images = getattr(self._data.val, "images", None)

@@ -29,6 +29,7 @@ MISTAKES = [
     (["nope=1"], "nope: no such key"),
     (["lr=0.05"], "lr: no such key; did you mean optimizer.lr?"),
     (["tracker.groupp=x"], "tracker.groupp: no such key; did you mean tracker.group?"),
+    (["tracker.examples=-1"], "tracker.examples: expected a number of images from 0 to 100, got -1"),
     (["data.path=x"], "data.path: the chosen data has no such key, only data=fashion_mnist"),
     (["optimizer=adamw", "optimizer.momentum=0.9"], "optimizer.momentum: the chosen optimizer has no such key, only"),
     (["model=custom", "model.gain=8"], "model.gain: no such key; an argument of a model of your own needs a +"),
