@@ -108,11 +108,12 @@ def test_jobs_that_predict_other_classes_are_not_averaged(sweep, tmp_path):
         open_members(config, tmp_path / "p")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "columns"),
     [
         (["data.label=[left,right]", "loss=bce"], ["left", "right"]),
-        pytest.param(["data.label=age", "data.target=numbers", "loss=mse"], ["age"], marks=pytest.mark.slow),
+        (["data.label=age", "data.target=numbers", "loss=mse"], ["age"]),
     ],
 )
 def test_labels_and_numbers_have_a_column_each(tmp_path, new, options, columns):
