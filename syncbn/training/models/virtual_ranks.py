@@ -51,30 +51,36 @@ class VirtualBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         momentum = self.momentum
-        held = (self.group_mean, self.group_var, self.num_batches_tracked)
-        before = [None if buffer is None or not self.skip_nonfinite else buffer.clone() for buffer in held]
+        mean, var, counter = self.group_mean, self.group_var, self.num_batches_tracked
+        if self.skip_nonfinite:  # `F.batch_norm` keeps for backward what it moves, so copies are moved
+            mean, var, counter = (None if buffer is None else buffer.clone() for buffer in (mean, var, counter))
         if self.num_batches_tracked is not None and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        statistics = _rows(self.group_mean, self.num_groups), _rows(self.group_var, self.num_groups)
+        statistics = _rows(mean, self.num_groups), _rows(var, self.num_groups)
         outputs = [
-            F.batch_norm(rows, mean, var, self.weight, self.bias, True, momentum or 0.0, self.eps)
-            for rows, mean, var in zip(input.tensor_split(self.num_groups), *statistics, strict=True)
+            F.batch_norm(rows, moved_mean, moved_var, self.weight, self.bias, True, momentum or 0.0, self.eps)
+            for rows, moved_mean, moved_var in zip(input.tensor_split(self.num_groups), *statistics, strict=True)
         ]
         if self.skip_nonfinite:
-            self._put_back(*before)
+            self._take_finite(mean, var, counter)
         self.pool()
         return torch.cat(outputs)
 
     @torch.no_grad()
-    def _put_back(self, mean: Tensor | None, var: Tensor | None, counter: Tensor | None) -> None:
-        """Sets the statistics of groups that are not finite to those from before this forward."""
+    def _take_finite(self, mean: Tensor | None, var: Tensor | None, counter: Tensor | None) -> None:
+        """Takes over the moved statistics of the groups for which they are finite.
+
+        Args:
+            mean: (groups, C), as is `var`.
+            counter: of batches, before this one.
+        """
         if self.group_mean is None or self.group_var is None or mean is None or var is None:
             return
-        is_finite = (self.group_mean.isfinite() & self.group_var.isfinite()).all(1)
-        self.group_mean.copy_(torch.where(is_finite[:, None], self.group_mean, mean))
-        self.group_var.copy_(torch.where(is_finite[:, None], self.group_var, var))
+        is_finite = (mean.isfinite() & var.isfinite()).all(1)
+        self.group_mean.copy_(torch.where(is_finite[:, None], mean, self.group_mean))
+        self.group_var.copy_(torch.where(is_finite[:, None], var, self.group_var))
         if self.num_batches_tracked is not None and counter is not None:
             self.num_batches_tracked.copy_(torch.where(is_finite.any(), self.num_batches_tracked, counter))
 

@@ -46,3 +46,14 @@ def test_virtual_ranks_skip_each_by_itself(momentum):
     before = copy.deepcopy(layer)
     layer(torch.cat([bad[:3]] * 2))
     torch.testing.assert_close(dict(layer.state_dict()), dict(before.state_dict()), rtol=0, atol=0)
+
+
+def test_virtual_ranks_that_skip_have_the_gradients_of_those_that_do_not():
+    layers, gradients = [nn.BatchNorm2d(3) for _ in range(2)], []
+    for layer, skips in zip(layers, (True, False), strict=True):
+        make_virtual(layer, 2, skip_nonfinite=skips)
+        input = GOOD.clone().requires_grad_()
+        layer(input).pow(3).sum().backward()
+        gradients.append(input.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers), rtol=0, atol=0)
