@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
-from syncbn.training.checkpoint.files import BEST, Stored, by_step, read_whole, step_of, write_atomically
+from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
+from syncbn.training.checkpoint.paths import BEST, by_step, step_of
 from syncbn.training.config.errors import ConfigError, RankError, printable
 from syncbn.training.config.output import short, unwritable
 

@@ -20,7 +20,7 @@ from syncbn.training.config.errors import ConfigError, TrainingError, listed
 from syncbn.training.config.run import PredictConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.data import workers as processes
-from syncbn.training.data.folders import image_files
+from syncbn.training.data.layout import image_files
 from syncbn.training.data.original_size import mask_in_original_size
 from syncbn.training.data.preparation import Preparation, upright_size
 from syncbn.training.distributed import world

@@ -12,7 +12,8 @@ from torch import nn
 from torchmetrics import Metric
 
 from syncbn.report.metric_names import TEST, VAL, prefixed
-from syncbn.training.checkpoint.files import BEST, read
+from syncbn.training.checkpoint.files import read
+from syncbn.training.checkpoint.paths import BEST
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.stopping import StopRequest
