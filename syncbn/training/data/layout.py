@@ -133,3 +133,19 @@ def _require_same(
     if missing or unknown:
         differences = [f"{word} {listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
         raise ConfigError(f"{key}: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
+
+
+def idx_file(directory: Path, stem: str) -> Path:
+    """The file of this name in the format IDX, plain or gzipped.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    candidates = [directory / f"{stem}-ubyte", directory / f"{stem}-ubyte.gz"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"data.path: expected the file {stem}-ubyte or {stem}-ubyte.gz in {str(directory)!r}, found neither;"
+            " install Debian's package dataset-fashion-mnist, or point data.path to the directory of the four IDX files"
+        )
+    return path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.checkpoint.files import Stored
@@ -36,6 +35,9 @@ from syncbn.training.trainer.checks import build_freeze_plan, check_division, ch
 from syncbn.training.trainer.early_stop import EarlyStop
 from syncbn.training.trainer.graph_checks import check_parts
 from syncbn.training.trainer.pixels import with_statistics_of_init
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
