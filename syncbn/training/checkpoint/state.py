@@ -87,13 +87,17 @@ class Checkpoints:
             with replacing(own) as temporary:
                 shutil.copyfile(best, temporary)
 
+    def path_of(self, step: int) -> Path:
+        """The file of the checkpoint after `step` steps."""
+        return self.directory / f"step_{step:08d}.pt"
+
     def save(self, step: int) -> None:
         """Copies the state after `step` steps and hands it to the background thread to write.
 
         After the write the thread deletes the oldest training checkpoints beyond `keep`.
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, **self.facts, **state})
+        self._submit(self.path_of(step), {"step": step, **self.facts, **state})
 
     def save_best(self, step: int, model: nn.Module) -> None:
         """Copies the model's state dict and hands it to the background thread, as the best model so far."""

@@ -31,7 +31,13 @@ from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
-from syncbn.training.trainer.checks import build_freeze_plan, check_division, check_model, warn_of_dropout
+from syncbn.training.trainer.checks import (
+    build_freeze_plan,
+    check_division,
+    check_model,
+    warn_of_dropout,
+    warn_of_large_batch,
+)
 from syncbn.training.trainer.early_stop import EarlyStop
 from syncbn.training.trainer.graph_checks import check_parts
 from syncbn.training.trainer.pixels import with_statistics_of_init
@@ -114,6 +120,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
         for name in config.init:
             drift.remember(model, name)
     sampler = sampler_for(config, data, context)
+    if config.overfit is None:
+        warn_of_large_batch(config.batch_size, len(data.train))
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     data = losses.with_known_labels(data, loss, config.data)
