@@ -12,9 +12,9 @@ from torch import Tensor
 
 from syncbn.training.config.data import DigitsConfig, FashionMnistConfig, SyntheticConfig
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.layout import idx_file
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.images import ImageData
-from syncbn.training.data.layout import idx_file
 from syncbn.training.data.randomness import mix_key
 from syncbn.training.data.splits import SPLIT_SEED, stratified_indices
 

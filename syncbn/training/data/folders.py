@@ -12,11 +12,7 @@ from torch import Tensor
 
 from syncbn.training.config.data import ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.config.loading import DecodedConfig
-from syncbn.training.data.dataset import Split
-from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
-from syncbn.training.data.images import ImageData
-from syncbn.training.data.layout import (
+from syncbn.training.config.layout import (
     EXTENSIONS,
     SPLITS,
     image_files,
@@ -25,6 +21,10 @@ from syncbn.training.data.layout import (
     splits_of_classes,
     splits_of_masks,
 )
+from syncbn.training.config.loading import DecodedConfig
+from syncbn.training.data.dataset import Split
+from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
+from syncbn.training.data.images import ImageData
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.splits import hold_out, stratified_indices

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from syncbn.training.config import layout
 from syncbn.training.config.data import DataConfig, MaskFolderConfig, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.loading import DecodedConfig
-from syncbn.training.data import folders, layout
+from syncbn.training.data import folders
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files
 from syncbn.training.data.images import ImageData

@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.training.checkpoint.paths import BEST, RECALIBRATED, by_step, is_directory, size_of_file
-from syncbn.training.config.data import DecodedConfig, FashionMnistConfig, ImageFolderConfig, MaskFolderConfig
+from syncbn.training.config.data import (
+    DecodedConfig,
+    FashionMnistConfig,
+    ImageFolderConfig,
+    MaskFolderConfig,
+    TableConfig,
+)
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.keys import readers
+from syncbn.training.config.layout import idx_file, root_of, splits_of_classes, splits_of_masks, table_file
 from syncbn.training.config.output import output_root, short
 from syncbn.training.config.schema import Config
 from syncbn.training.config.targets import require_module
-from syncbn.training.data.layout import idx_file, root_of, splits_of_classes, splits_of_masks
 from syncbn.training.distributed.world import restarts
 
 
@@ -43,12 +49,12 @@ def check_machine(config: Config, held_back: Sequence[str] = ()) -> None:
         for path in config.predict.paths:
             if not Path(path).expanduser().exists():
                 raise ConfigError(f"predict.path: expected a directory or a file, found none at {path!r}")
-    if config.eval.path is not None and config.task == "eval" and not Path(config.eval.path).expanduser().is_dir():
-        raise ConfigError(f"eval.path: expected a directory, found none at {config.eval.path!r}")
+    if config.eval.path is not None and config.task == "eval" and not _exists(config.eval.path):
+        raise ConfigError(f"eval.path: expected a directory or a table, found none at {config.eval.path!r}")
     for override in held_back:
         key, _, path = override.lstrip("+").partition("=")
-        if key == "data.path" and path.isprintable() and not set(path) & set("'\"$[{\\,") and not _is_directory(path):
-            raise ConfigError(f"data.path: expected a directory, found none at {path!r}")
+        if key == "data.path" and path.isprintable() and not set(path) & set("'\"$[{\\,") and not _exists(path):
+            raise ConfigError(f"data.path: expected a directory or a table, found none at {path!r}")
     if config.task == "train" and (config.resume not in ("auto", "none") or _goes_on(config, root)):
         return
     for name, init in config.init.items() if _reads(config, "init") else ():
@@ -64,10 +70,10 @@ def _reads(config: Config, key: str) -> bool:
     return config.task in (readers(key) or ())
 
 
-def _is_directory(path: str) -> bool:
+def _exists(path: str) -> bool:
     try:
-        return is_directory(Path(path).expanduser())
-    except RuntimeError:  # the ~ of an unknown user
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that is too long, or the ~ of an unknown user
         return False
 
 
@@ -83,7 +89,9 @@ def _check_data(config: Config) -> None:
     data = config.data
     if isinstance(data, FashionMnistConfig):
         idx_file(Path(data.path), "train-images-idx3")
-    if isinstance(data, DecodedConfig):
+    if isinstance(data, TableConfig):
+        table_file(Path(data.path).expanduser(), "data.path")
+    elif isinstance(data, DecodedConfig):
         root = root_of(data)
         if config.task == "check":  # which tells all that is wrong below it
             return

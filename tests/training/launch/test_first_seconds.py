@@ -71,10 +71,11 @@ def check(*, held_back=(), **settings):
         (["image_folder", "one"], "data.path: expected a directory per class in 'one', two or more, found alone"),
         (["mask_folder", "one"], "data.path: expected the directories train, val, test in 'one', found alone"),
         (["image_folder", "nowhere"], "data.path: expected a directory, found none at 'nowhere'"),
+        (["table", "nowhere.csv"], "data.path: expected a table, a CSV or Parquet file, found no file 'nowhere.csv'"),
         ({"task": "eval", "load": "first"}, "load: expected a checkpoint, found no file 'first'; did you mean outputs"),
         ({"task": "eval", "load": "outputs/frist"}, "load: .* found no file 'outputs/frist'; did you mean outputs"),
         ({"task": "eval", "load": "outputs"}, "load: 'outputs' has no checkpoint under checkpoints/; the runs in it"),
-        ({"task": "eval", "load": "outputs/first", "eval": "x"}, "eval.path: expected a directory, found none at 'x'"),
+        ({"task": "eval", "load": "outputs/first", "eval": "x"}, "eval.path: expected a directory or a table, foun"),
         ({"task": "predict", "load": "outputs/first", "predict": "x"}, "predict.path: expected a directory or a"),
         ({"resume": "outputs/none"}, "resume: expected a checkpoint, found no file 'outputs/none'"),
         ({"resume": "outputs/first"}, "resume: 'outputs/first' has no checkpoint under checkpoints/"),
@@ -102,7 +103,7 @@ def test_an_override_for_the_stored_configuration_is_looked_at_too(tmp_path):
     folders(tmp_path, "outputs/first/checkpoints", "here")
     (tmp_path / "outputs/first/recalibrated.pt").touch()
     check(task="eval", load="outputs/first", held_back=["data.path=here"])
-    with pytest.raises(ConfigError, match=r"^data\.path: expected a directory, found none at 'nowhere'"):
+    with pytest.raises(ConfigError, match=r"^data\.path: expected a directory or a table, found none at 'nowhere'"):
         check(task="eval", load="outputs/first", held_back=["data.path=nowhere"])
 
 

@@ -151,7 +151,7 @@ def test_a_gradient_alone_that_is_not_finite_names_every_rank_s_samples(tmp_path
     assert str(error.value) == (
         "step 0: the gradient is not finite; training samples of rank 0:"
         f" {', '.join(map(str, samples[:10]))} and 6 more (all are in outputs/a/nonfinite.jsonl);"
-        " learning rate 0.0167. The state before the step is saved,"
+        " learning rate 0.0125. The state before the step is saved,"
         " outputs/a/checkpoints/step_00000000.pt: the same command with run=a on_nonfinite=skip goes on from"
         " there without it; a lower optimizer.lr, or clip_norm=1 (there is none now), needs a run from the beginning"
     )

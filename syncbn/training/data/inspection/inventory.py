@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from syncbn.training.config import layout
 from syncbn.training.config.data import DataConfig, ImageFolderConfig, MaskFolderConfig, OpenData, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.layout import SPLITS
 from syncbn.training.config.loading import DecodedConfig
-from syncbn.training.data import custom, folders, layout, registry
+from syncbn.training.data import custom, folders, registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Data, Rows
 from syncbn.training.data.decoding import Decoded, Files
 from syncbn.training.data.inspection.parts import ItemsPart, Part, RowsPart
 from syncbn.training.data.inspection.records import Finding
-from syncbn.training.data.layout import SPLITS
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.tables.samples import divide, read_samples

@@ -149,3 +149,10 @@ def idx_file(directory: Path, stem: str) -> Path:
             " install Debian's package dataset-fashion-mnist, or point data.path to the directory of the four IDX files"
         )
     return path
+
+
+def table_file(path: Path, key: str) -> Path:
+    """The path of a table, if it is a file; else a ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"{key}: expected a table, a CSV or Parquet file, found no file {str(path)!r}")
+    return path
