@@ -13,6 +13,14 @@ BIN := $(VENV)/bin
 # One thread per rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 
+# `make train duration=1ep` would set a variable that nobody reads. (A blank in the value of another is escaped.)
+UNREAD = $(filter-out PYTHON=% NPROC=% JOBS=% ARGS=% OMP_NUM_THREADS=%,$(subst \ ,_,$(MAKEOVERRIDES)))
+ifneq ($(filter train,$(or $(MAKECMDGOALS),train)),)
+ifneq ($(UNREAD),)
+$(error write make train ARGS="$(UNREAD)")
+endif
+endif
+
 .PHONY: train test test-all test-versions mutants lint docs clean
 
 train: $(VENV)/.train

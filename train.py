@@ -6,9 +6,11 @@ Everything is configured from `configs/` and the command line; `python train.py 
 import sys
 
 from syncbn.training.distributed import interrupts
+from syncbn.training.launch.announce import announce_start
 
 if __name__ == "__main__":
     interrupts.begin()  # before the imports below, which take long enough to be interrupted
+    announce_start(sys.argv[1:])
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +22,8 @@ from omegaconf import DictConfig
 
 from syncbn.training.config.parsing import parse
 from syncbn.training.launch.explain import clear_errors, exit_code_of_jobs, failing_alone
-from syncbn.training.launch.overrides import prepare, require_applied
+from syncbn.training.launch.overrides import held_back, prepare, require_applied
+from syncbn.training.launch.preflight import check_machine
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -32,6 +35,7 @@ def main(composed: DictConfig) -> None:
     with clear_errors(), alone:
         config = parse(composed)
         require_applied(config.task, overrides)
+        check_machine(config, held_back())
         from syncbn.training.tasks.run import run  # here, because it imports torch, which --help and --cfg do not need
 
         run(config, run_dir, job=str(number), overrides=overrides)

@@ -22,7 +22,7 @@ from syncbn.training.config.keys import TASKS
 from syncbn.training.config.model import FreezeRuleConfig, InitConfig
 from syncbn.training.config.optim import GroupConfig
 from syncbn.training.config.schema import Config
-from syncbn.training.launch.explain import known_keys
+from syncbn.training.launch.known_keys import known_keys
 from tests.training.jobs import ROOT, compose_config, warm_command
 
 README = ROOT / "README.md"  # its commands and its program: tests/test_readme.py

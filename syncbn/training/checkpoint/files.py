@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-import stat
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -20,14 +18,11 @@ from torch import Tensor
 from syncbn.atomic_write import replacing
 from syncbn.training.checkpoint import contents
 from syncbn.training.checkpoint.contents import MalformedError
+from syncbn.training.checkpoint.paths import BEST, RECALIBRATED, by_step, is_directory, size_of_file
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-
-_NAME = re.compile(r"step_(\d+)\.pt")
-BEST = "best.pt"
-RECALIBRATED = "recalibrated.pt"
 DIGEST = "sha256"
 
 
@@ -90,34 +85,6 @@ def read(path: Path, key: str) -> dict[str, Any]:
     except MalformedError as error:
         raise ConfigError(f"{key}: {str(path)!r} {error}") from None
     return content
-
-
-def size_of_file(path: Path, key: str) -> int:
-    """Number of bytes of a file, which is not opened.
-
-    Raises:
-        ConfigError: no such file, one that cannot be reached, or anything that is no regular file, such as a pipe,
-            which would block whoever opens it.
-    """
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{key}: expected a checkpoint, found no file {str(path)!r}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{key}: expected a checkpoint, {str(path)!r} cannot be reached ({reason})") from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "directory" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
-        raise ConfigError(f"{key}: expected a checkpoint, {str(path)!r} is a {kind}")
-    return found.st_size
-
-
-def is_directory(path: Path) -> bool:
-    """Whether the path leads to a directory; False where it cannot be followed."""
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long, or a directory on the way that may not be searched
-        return False
 
 
 def _load(path: Path, size: int) -> Any:
@@ -235,14 +202,3 @@ def _permitted(key: str) -> Iterator[None]:
             f"{key}: {error.filename}: permission denied; who owns that run can share it (chmod, or share=group for a"
             " new one)"
         ) from None
-
-
-def step_of(path: Path) -> int:
-    """The number of steps done, from the name of a training checkpoint; 0 for any other name."""
-    found = _NAME.fullmatch(path.name)
-    return int(found.group(1)) if found else 0
-
-
-def by_step(directory: Path) -> list[Path]:
-    """Paths of the training checkpoints step_*.pt, oldest first; the best one is a separate file and not included."""
-    return sorted(path for path in directory.glob("step_*.pt") if _NAME.fullmatch(path.name))

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
-from syncbn.training.checkpoint.files import Stored, by_step, is_directory, newest
+from syncbn.training.checkpoint.files import Stored, newest
+from syncbn.training.checkpoint.paths import by_step, is_directory
 from syncbn.training.config.errors import ConfigError, configured_by, listed
 from syncbn.training.config.output import OF_COMMAND
 from syncbn.training.config.parsing import flatten, of_command, parse, to_dict

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
-from syncbn.training.checkpoint.files import BEST, Stored, by_step, read_whole, step_of, write_atomically
+from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
+from syncbn.training.checkpoint.paths import BEST, by_step, step_of
 from syncbn.training.config.errors import ConfigError, RankError, printable
 from syncbn.training.config.output import short, unwritable
 
@@ -86,13 +87,17 @@ class Checkpoints:
             with replacing(own) as temporary:
                 shutil.copyfile(best, temporary)
 
+    def path_of(self, step: int) -> Path:
+        """The file of the checkpoint after `step` steps."""
+        return self.directory / f"step_{step:08d}.pt"
+
     def save(self, step: int) -> None:
         """Copies the state after `step` steps and hands it to the background thread to write.
 
         After the write the thread deletes the oldest training checkpoints beyond `keep`.
         """
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        self._submit(self.directory / f"step_{step:08d}.pt", {"step": step, **self.facts, **state})
+        self._submit(self.path_of(step), {"step": step, **self.facts, **state})
 
     def save_best(self, step: int, model: nn.Module) -> None:
         """Copies the model's state dict and hands it to the background thread, as the best model so far."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.targets import described, find_target
 
 
 def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **offered: Any) -> Any:
@@ -26,26 +29,22 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
     from hydra.utils import instantiate
 
     name = node["_target_"]
+    target = find_target(key, name)
+    if not callable(target):
+        found = type(target).__name__
+        raise ConfigError(
+            f"{key}._target_={name}: expected a class or function, got a {found}; name one as {name}.Name"
+        )
     try:
-        taken = _parameters(find_target(key, name))
+        taken = _parameters(target)
         built = instantiate({**{k: v for k, v in offered.items() if k in taken and v is not None}, **node})
     except InstantiationException as error:
-        raise ConfigError(f"{key}._target_={name}: {_one_line(error.__cause__ or error)}") from None
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # raised by get_object or inspect.signature
+        raise ConfigError(f"{key}._target_={name}: {_reason(error.__cause__ or error, taken)}") from None
+    except (AttributeError, ValueError, TypeError) as error:  # raised by inspect.signature
         raise ConfigError(f"{key}._target_={name}: {_one_line(error)}") from None
     if kind is not None and not isinstance(built, kind):
         raise ConfigError(f"{key}._target_={name}: expected a {_shown(kind)}, got {type(built).__name__}")
     return built
-
-
-def find_target(key: str, name: str) -> Any:
-    """The class or function that the `_target_` of the node `key` names; a ConfigError if it cannot be imported."""
-    from hydra.utils import get_object
-
-    try:
-        return get_object(name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"{key}._target_={name}: {_one_line(error)}") from None
 
 
 def is_defined_in(name: str, package: str) -> bool:
@@ -53,11 +52,9 @@ def is_defined_in(name: str, package: str) -> bool:
 
     Imports it. True for a name that leads nowhere, about which `build_target` has an error.
     """
-    from hydra.utils import get_object
-
     try:
-        home = getattr(get_object(name), "__module__", None)
-    except Exception:  # of the import too
+        home = getattr(find_target("trust", name), "__module__", None)
+    except ConfigError:
         return True
     return isinstance(home, str) and (home == package or home.startswith(f"{package}."))
 
@@ -71,6 +68,16 @@ def _parameters(target: Any) -> set[str]:
 
 def _shown(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+
+
+def _reason(error: BaseException, taken: Collection[str]) -> str:
+    """Of wrong arguments the message; of any other exception its type too, and where the user's code raised it."""
+    if not isinstance(error, ValueError | TypeError):
+        return described(error)
+    text = _one_line(error)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    near = get_close_matches(unknown[1], taken, n=1) if unknown else []
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def _one_line(error: BaseException) -> str:

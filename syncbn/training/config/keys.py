@@ -9,6 +9,10 @@ from syncbn.training.config.errors import ConfigError
 
 TASKS = ("train", "eval", "audit", "recalibrate", "export", "predict", "check", "data", "parity")
 
+# What other trainers call them.
+OTHER_TASKS = {**dict.fromkeys(("test", "evaluate", "validate", "val"), "eval"), "inference": "predict",
+               "infer": "predict", "fit": "train", "resume": "train"}  # fmt: skip
+
 _EVERY = TASKS
 _WITH_LOAD = ("eval", "audit", "recalibrate", "export", "predict")
 _WITH_DATA = tuple(task for task in TASKS if task != "predict")  # predict prepares images as the checkpoint says

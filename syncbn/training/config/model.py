@@ -9,6 +9,17 @@ from syncbn.training.config.errors import require as require
 from syncbn.training.config.errors import require_choice as require_choice
 
 CHANNELS_PER_GROUP = 4  # in each group of nn.GroupNorm
+_FROM_DATA = {
+    **dict.fromkeys(("num_classes", "n_classes", "classes", "out_channels"),
+                    "a class for each directory, or data.num_classes where the data has that key"),
+    **dict.fromkeys(("in_channels", "in_chans", "num_channels"), "data.channels, where the data has that key"),
+}  # fmt: skip
+
+
+def from_data(key: str) -> str | None:
+    """What to say of an argument that a network has elsewhere, and that ours take from the data; None for others."""
+    where = _FROM_DATA.get(key.removeprefix("model."))
+    return None if where is None else f"no such key; the number comes from the data ({where})"
 
 
 @dataclass

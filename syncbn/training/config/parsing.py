@@ -18,7 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
-from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig
+from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig, from_data
 from syncbn.training.config.optim import CustomOptimizer, GroupConfig, OptimizerConfig
 from syncbn.training.config.output import OF_COMMAND
 from syncbn.training.config.run import (
@@ -32,6 +32,7 @@ from syncbn.training.config.run import (
     TrackerConfig,
 )
 from syncbn.training.config.schema import SCHEMAS, Config
+from syncbn.training.config.wrong_type import wrong_type
 
 OPEN_GROUPS = ("model", "data", "loss", "optimizer")
 _NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
@@ -154,7 +155,8 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
         full_key = str(error.full_key).partition("[")[0]  # of a list, not of what lies in it
         expected = _expected_type(schema, full_key.split("."))
         value = reduce(lambda part, key: part.get(key, {}), full_key.split("."), dict(node))
-        raise ConfigError(f"{_join(prefix, full_key)}: expected {expected}, got {value!r}") from None
+        name = _join(prefix, full_key)
+        raise ConfigError(wrong_type(name, expected, value, NESTED.get(expected))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
 
@@ -219,6 +221,8 @@ def _check_keys(schema: type, node: Mapping[str, Any], prefix: str) -> None:
     known = {field.name: field.type for field in fields(schema)}
     for key, value in node.items():
         if key not in known:
+            if prefix == "model" and (reason := from_data(str(key))):
+                raise ConfigError(f"model.{key}: {reason}")
             near = get_close_matches(str(key), known, n=1)
             here = f"to {prefix}={node['name']}" if "name" in known and prefix in SCHEMAS else "here"
             hint = f"did you mean {_join(prefix, near[0])}?" if near else f"known {here}: {', '.join(known)}"

@@ -9,9 +9,11 @@ from typing import Any
 
 from syncbn.training.config.errors import ConfigError
 
+NONFINITE = "nonfinite.jsonl"  # the samples of steps whose loss or gradient was not finite
+
 # What is written into a run directory, or a multirun's.
 _FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
-          "check.json", "predictions.csv", "summary.json", "mistakes.json", "report.html",
+          NONFINITE, "check.json", "predictions.csv", "summary.json", "mistakes.json", "report.html",
           "recalibrated.pt", "run.lock", "multirun.yaml")  # fmt: skip
 _LOGS = "train*.log"
 _DIRECTORIES = (".hydra", "checkpoints", "export", "masks", "wandb")

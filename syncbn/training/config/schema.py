@@ -5,6 +5,7 @@ Never imports torch, because composing a configuration has to be fast.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,8 @@ from syncbn.training.config.data import (
     SyntheticConfig,
     TableConfig,
 )
-from syncbn.training.config.errors import parse_duration, require, require_choice
-from syncbn.training.config.keys import TASKS
+from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
+from syncbn.training.config.keys import OTHER_TASKS, TASKS
 from syncbn.training.config.losses import (
     BinaryCrossEntropyConfig,
     CrossEntropyAndDiceConfig,
@@ -112,11 +113,16 @@ class Config:
     graph: bool = False
 
     def __post_init__(self) -> None:
+        other = OTHER_TASKS.get(str(self.task).lower())
+        require(other is None, "task", f"task={other}, which is its name here", self.task)
         require_choice("task", self.task, TASKS)
         named = all(is_trust_entry(entry) for entry in self.trust)
         require(named, "trust", "dotted names such as mine.Net, or mine.* for a package", self.trust)
         output_root(self.output_dir)
         mask_of(self.share)
+        if gpu := re.fullmatch(r"(?:cuda:|gpu:?)?(\d+)", self.device):
+            raise ConfigError(f"device: expected cuda, got {self.device!r}; CUDA_VISIBLE_DEVICES={gpu[1]} in front of"
+                              " the command chooses the GPU, and torchrun gives each rank one")  # fmt: skip
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("precision", self.precision, ("fp64", "fp32", "bf16", "fp16"))
         is_backend = isinstance(self.compile, bool) or (isinstance(self.compile, str) and self.compile != "")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from syncbn.training.config.data import DigitsConfig, FashionMnistConfig, SyntheticConfig
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.layout import idx_file
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.randomness import mix_key
@@ -19,13 +22,31 @@ FASHION_VAL_SAMPLES = 5000
 
 
 def load_digits(config: DigitsConfig) -> ImageData:
-    from sklearn.datasets import load_digits
+    """Loads `data=digits`: the table in scikit-learn, whose rows are 64 pixels and the label.
 
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16.0
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    table = torch.from_numpy(_table_of_digits())
+    images = table[:, :-1].to(torch.float32).view(-1, 1, 8, 8) / 16.0
+    labels = table[:, -1].to(torch.int64)
     train, val, test = (Split(images[index], labels[index]) for index in stratified_indices(labels))
     return ImageData(train, val, test, 10, config.shift, config.flip)
+
+
+def _table_of_digits() -> np.ndarray:
+    """(1797, 65) float64; read from the package's file, because importing scikit-learn takes half as long as torch."""
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ConfigError("data=digits: the images are part of scikit-learn, which is not installed;"
+                          " pip install 'syncbn[train]'")  # fmt: skip
+    path = Path(found.origin).with_name("datasets") / "data" / "digits.csv.gz"
+    if path.is_file():
+        return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits  # another version may keep them elsewhere
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def load_fashion_mnist(config: FashionMnistConfig) -> ImageData:
@@ -49,13 +70,7 @@ def _read_idx(directory: Path, stem: str) -> Tensor:
     Raises:
         ConfigError: the file is missing, or is not a complete IDX file of one or three dimensions.
     """
-    candidates = [directory / f"{stem}-ubyte", directory / f"{stem}-ubyte.gz"]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise ConfigError(
-            f"data.path: expected the file {stem}-ubyte or {stem}-ubyte.gz in {str(directory)!r}, found neither;"
-            " install Debian's package dataset-fashion-mnist, or point data.path to the directory of the four IDX files"
-        )
+    path = idx_file(directory, stem)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         num_dims = raw[3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,15 @@ from torch import Tensor
 
 from syncbn.training.config.data import ImageFolderConfig, MaskFolderConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.layout import (
+    EXTENSIONS,
+    SPLITS,
+    image_files,
+    image_mask_pairs,
+    root_of,
+    splits_of_classes,
+    splits_of_masks,
+)
 from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
@@ -22,9 +30,6 @@ from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.splits import hold_out, stratified_indices
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val", "test")
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def load_classes(config: ImageFolderConfig) -> ImageData:
@@ -37,10 +42,7 @@ def load_classes(config: ImageFolderConfig) -> ImageData:
         ConfigError: a directory is missing, classes differ between splits, or a class has too few images to split.
     """
     root, others = root_of(config), Counter[str]()
-    splits = split_directories(root, optional=("val", "test"))
-    names = _class_names(root / splits[0] if splits else root)
-    for split in splits[1:]:
-        _require_same(f"classes as in {root / 'train'}", names, _class_names(root / split), root / split)
+    splits, names = splits_of_classes(root)
     parts = {split: labelled(root / split, names, others) for split in splits}
     whole = {} if splits else {"": labelled(root, names, others)}
     if not any(paths for paths, _ in (*parts.values(), *whole.values())):
@@ -68,12 +70,8 @@ def load_masks(config: MaskFolderConfig) -> ImageData:
         ConfigError: a directory is missing, an image has no mask, or a mask no image.
     """
     root, others = root_of(config), Counter[str]()
-    found = split_directories(root, optional=("test",))
-    if not found:
-        raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found"
-                          f" {listed(directories(root)) or 'none'}; each holds images/ and masks/")  # fmt: skip
     values, splits = MaskValues.of(config), {}
-    for split in found:
+    for split in splits_of_masks(root):
         sources = [Files(paths) for paths in image_mask_pairs(root / split, others)]
         prepared = Preparation.of(config)
         splits[split] = Split(Decoded(sources[0], prepared), Decoded(sources[1], prepared, values, of=sources[0]))
@@ -123,104 +121,11 @@ def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True
     return stratified_indices(labels) if with_test else hold_out(labels)
 
 
-def root_of(config: DecodedConfig) -> Path:
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"data.path: expected a directory, found none at {config.path!r}")
-    return root
-
-
-def split_directories(root: Path, optional: Sequence[str]) -> list[str]:
-    """The directories among train, val and test that the data set has; empty if it is not divided into splits.
-
-    Without `train`, or with `train` alone, these directories count as classes.
-
-    Args:
-        optional: splits that may be missing, though not both val and test.
-
-    Raises:
-        ConfigError: train and one of val and test are there, and the other is missing and not optional.
-    """
-    found = [split for split in SPLITS if split in directories(root)]
-    if "train" not in found or len(found) == 1:
-        return []
-    missing = [split for split in SPLITS if split not in found and split not in optional]
-    if missing:
-        raise ConfigError(f"data.path: expected the directories {', '.join(SPLITS)} in {str(root)!r}, found no"
-                          f" {missing[0]}")  # fmt: skip
-    return found
-
-
-def directories(root: Path) -> list[str]:
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _class_names(root: Path) -> list[str]:
-    names = directories(root)
-    if len(names) < 2:
-        raise ConfigError(f"data.path: expected a directory per class in {str(root)!r}, two or more, found"
-                          f" {listed(names) or 'none'}")  # fmt: skip
-    return names
-
-
 def labelled(root: Path, names: Sequence[str], others: Counter[str]) -> tuple[list[str], Tensor]:
     """Paths of the images below the class directories, class by class, and their labels, (N,) int64."""
     found = [image_files(root / name, others) for name in names]
     sizes = torch.tensor([len(paths) for paths in found])
     return [str(path) for paths in found for path in paths], torch.arange(len(names)).repeat_interleave(sizes)
-
-
-def image_files(directory: Path, others: Counter[str]) -> list[Path]:
-    """Image files at any depth, sorted; follows links, each directory once. Counts other files in `others`."""
-    paths, seen = [], set()
-    for parent, below, files in os.walk(directory, followlinks=True):
-        real = os.path.realpath(parent)
-        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        for name in () if real in seen else files:
-            if is_image(name):
-                paths.append(Path(parent, name))
-            else:
-                others[os.path.splitext(name)[1].lower() or name] += 1
-        seen.add(real)
-    return sorted(paths)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-
-
-def image_mask_pairs(directory: Path, others: Counter[str], key: str = "data.path") -> tuple[list[str], list[str]]:
-    """Paths of the files in `images/`, sorted, and in `masks/` of the same names; counts other files in `others`.
-
-    Raises:
-        ConfigError: an image without a mask, or a mask without an image; the message begins with `key`.
-    """
-    images, masks = (_by_stem(directory / kind, others, key) for kind in ("images", "masks"))
-    _require_same(f"masks for the images of {directory}", sorted(images), sorted(masks), directory / "masks", key)
-    return [str(images[stem]) for stem in sorted(images)], [str(masks[stem]) for stem in sorted(images)]
-
-
-def _by_stem(directory: Path, others: Counter[str], key: str) -> dict[str, Path]:
-    """Image files by their path relative to `directory`, without the extension."""
-    if not directory.is_dir():
-        raise ConfigError(f"{key}: expected the directory {str(directory)!r}, found none")
-    paths: dict[str, Path] = {}
-    for path in image_files(directory, others):
-        stem = str(path.relative_to(directory).with_suffix(""))
-        if stem in paths:
-            raise ConfigError(f"{key}: {str(paths[stem])!r} and {str(path)!r} have the same name; keep one of them")
-        paths[stem] = path
-    return paths
-
-
-def _require_same(
-    what: str, expected: Sequence[str], found: Sequence[str], where: Path, key: str = "data.path"
-) -> None:
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        differences = [f"{word} {listed(names)}" for word, names in (("no", missing), ("also", unknown)) if names]
-        raise ConfigError(f"{key}: expected in {str(where)!r} the same {what}, found {' and '.join(differences)}")
 
 
 def _show_others(root: Path, others: Counter[str]) -> None:

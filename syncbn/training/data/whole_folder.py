@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from syncbn.training.config import layout
 from syncbn.training.config.data import DataConfig, MaskFolderConfig, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.loading import DecodedConfig
@@ -41,11 +42,11 @@ def load_whole(config: DataConfig, path: str, names: Sequence[str]) -> ImageData
     if not root.is_dir():
         raise ConfigError(f"eval.path: expected a directory, found none at {path!r}")
     if isinstance(config, MaskFolderConfig):
-        images, masks = folders.image_mask_pairs(root, others, "eval.path")
+        images, masks = layout.image_mask_pairs(root, others, "eval.path")
         labels = Decoded(Files(masks), prepared, MaskValues.of(config), of=Files(images))
         split, num_classes = Split(Decoded(Files(images), prepared), labels), config.num_classes
     else:
-        found = folders.directories(root)
+        found = layout.directories(root)
         if unknown := sorted(set(found) - set(names)):
             raise ConfigError(
                 f"eval.path: expected in {str(root)!r} a directory for each of the classes {listed(names)}, found also"

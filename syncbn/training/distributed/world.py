@@ -25,6 +25,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_first_on_machine() -> bool:
+    """Whether this is the first of the ranks on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def world_size() -> int:
     """The number of ranks of the job; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,20 +101,35 @@ def store() -> Store:
     """The job's key-value store, hosted by torchrun's agent if it offers one, else by rank 0.
 
     Rank 0 listens on the loopback device alone where MASTER_ADDR is on it, otherwise on all network devices.
+
+    Raises:
+        ConfigError: on rank 0, the port is taken.
     """
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_host = rank() == 0 and not agent_keeps_store()
     on_loopback = is_host and (address == "localhost" or address.startswith("127."))
+    try:
+        listening = socket.create_server((address, port)).detach() if on_loopback else None
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_PORT: {address}:{port} cannot be listened on ({error.strerror}); another job on this machine may"
+            " have it: give each job a port of its own, or start it with torchrun --standalone, which takes a free one"
+        ) from None
     return TCPStore(
         address,
         port,
         world_size(),
         is_master=is_host,
         timeout=_STORE_TIMEOUT,
-        master_listen_fd=socket.create_server((address, port)).detach() if on_loopback else None,
+        master_listen_fd=listening,
     )
+
+
+def is_alone_so_far() -> bool:
+    """Whether this process has not communicated yet, and so has not imported torch for that."""
+    return store.cache_info().currsize == 0
 
 
 def wait_for_rank_0(what: str) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from syncbn.nn.modes import evaluating
 from syncbn.training.data.dataset import Data
@@ -18,7 +16,11 @@ from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
 from syncbn.training.evaluation.mistakes import Mistakes, Seen
+from syncbn.training.evaluation.tallies import Accuracy, Tally, Total, add_over_ranks
 from syncbn.training.losses.losses import Loss, are_classes, metric_targets
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
 
@@ -30,7 +32,7 @@ def evaluate(
     loss: Loss,
     context: RankContext,
     stop: StopRequest | None = None,
-    metrics: Mapping[str, Metric] | None = None,
+    metrics: Mapping[str, Metric | Tally] | None = None,
     loader: Loader | None = None,
     mistakes: Mistakes | None = None,
 ) -> dict[str, float]:
@@ -51,11 +53,14 @@ def evaluate(
     Raises:
         StopAgreed: `stop` was requested on any rank meanwhile.
     """
-    shown: dict[str, Metric] = {**_accuracy(data, loss), **(metrics or {})}
+    shown: dict[str, Metric | Tally] = {**_accuracy(data, loss), **(metrics or {})}
+    mean = Total()
+    tallies = [mean, *(metric for metric in shown.values() if isinstance(metric, Tally))]
+    for tally in tallies:
+        tally.begin(context.device)
     for metric in shown.values():
-        metric.to(context.device).reset()
-    # Sum and count apart: the loss of a split is the mean over all that it counts, not a mean of batch or rank means.
-    loss_sum, count = (SumMetric(nan_strategy="disable").to(context.device).set_dtype(torch.float64) for _ in range(2))
+        if not isinstance(metric, Tally):
+            metric.to(context.device).reset()
     with evaluating(model), torch.no_grad():
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
         indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
@@ -74,21 +79,19 @@ def evaluate(
                 update_metric(name, metric, outputs, labels)
             if mistakes is not None:
                 mistakes.see(Seen(index, images, outputs, targets))
-            loss_sum.update(total)
-            count.update(number)
+            mean.update(total, number)
+    add_over_ranks(tallies)
     with warnings.catch_warnings():
         # torchmetrics warns on a rank that has had no sample; with a small split that is expected.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values: dict[str, float] = {}
         for name, metric in shown.items():
             values |= flattened(name, metric.compute())
-        return {**values, "loss": number_of(loss_sum.compute() / count.compute())}
+        return {**values, "loss": number_of(mean.compute())}
 
 
-def _accuracy(data: Data, loss: Loss) -> dict[str, Metric]:
+def _accuracy(data: Data, loss: Loss) -> dict[str, Metric | Tally]:
     """The built-in accuracy over all labels that the loss does not ignore; empty if the targets are no classes."""
     if data.num_classes is None or not are_classes(loss):
         return {}
-    ignore = getattr(loss, "ignore_index", None)
-    micro = MulticlassAccuracy(data.num_classes, average="micro", ignore_index=ignore, validate_args=False)
-    return {"accuracy": micro}
+    return {"accuracy": Accuracy(getattr(loss, "ignore_index", None))}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassStatScores
 
 from syncbn.training.config.errors import ConfigError, require
 from syncbn.training.config.instantiate import build_target
+from syncbn.training.evaluation.tallies import Tally
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _ALWAYS = ("loss", "accuracy")  # reserved: the names that evaluation itself reports
 
@@ -27,6 +28,10 @@ def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | No
     Raises:
         ConfigError: a metric cannot be built or is no torchmetrics metric; a name is reserved or contains a slash.
     """
+    if not config:
+        return {}
+    from torchmetrics import Metric  # here, because its import takes as long as torch's
+
     for name in config:
         require(name not in _ALWAYS and "/" not in name, f"metrics.{name}", "a name that is not taken", name)
     return {
@@ -73,25 +78,7 @@ def choose_best(best: str, metrics: Mapping[str, Metric], outputs: Any, targets:
     return Best(best, best == "loss" or (chosen is not None and chosen.higher_is_better is False))
 
 
-class ClassBalance(MulticlassStatScores):
-    """How far accuracy can mislead: the recall averaged over classes, and how uneven the classes are.
-
-    Its values: `recall`, over the classes that occur; `ratio`, of the most frequent class to the rarest that occurs.
-    """
-
-    def __init__(self, num_classes: int, ignore_index: int | None) -> None:
-        super().__init__(num_classes, average=None, ignore_index=ignore_index, validate_args=False)
-
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The values of the split, over all ranks."""
-        true_positives, *_, support = super().compute().reshape(-1, 5).unbind(1)
-        occurs = support > 0
-        counts = support[occurs].to(torch.float64)
-        recall = true_positives[occurs] / counts
-        return {"recall": recall.mean(), "ratio": counts.max() / counts.min()}
-
-
-def update_metric(name: str, metric: Metric, outputs: Any, targets: Tensor) -> None:
+def update_metric(name: str, metric: Metric | Tally, outputs: Any, targets: Tensor) -> None:
     """Updates a metric with a batch; an error of the metric becomes a ConfigError that names it."""
     try:
         metric.update(outputs, targets)

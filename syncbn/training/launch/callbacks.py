@@ -19,8 +19,10 @@ from syncbn.training.config.parsing import parse
 from syncbn.training.config.redaction import guard_logging, learn, redact, redacted
 from syncbn.training.config.run_files import require_regular_files
 from syncbn.training.distributed import world
+from syncbn.training.launch.announce import announce_job, only_checks
 from syncbn.training.launch.explain import clear_errors
-from syncbn.training.launch.overrides import require_applied
+from syncbn.training.launch.overrides import held_back, require_applied
+from syncbn.training.launch.preflight import check_machine
 from syncbn.training.launch.reports import write_or_warn
 from syncbn.training.launch.sweep_table import print_table
 
@@ -40,8 +42,12 @@ class Guard(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Checks configuration and given keys, makes and locks the run directory, before Hydra writes to it."""
         with clear_errors():
-            parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-            require_applied(config.get("task", ""), config.hydra.overrides.task)
+            parsed = parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+            require_applied(parsed.task, config.hydra.overrides.task)
+            check_machine(parsed, held_back())
+            announce_job(config.hydra.runtime.choices, parsed.task)
+            if only_checks():
+                sys.exit()
             _prepare_directory("hydra.run.dir", "run", config)
             lock_directory(Path(config.hydra.run.dir), "run")
 
@@ -49,6 +55,8 @@ class Guard(Callback):
         """Checks the names in the sweep directory, makes it and locks it, before Hydra writes to it."""
         with clear_errors():
             require_no_sweep(config.hydra.overrides.task, _OF_MULTIRUN)
+            if only_checks():
+                sys.exit()
             subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
                 raise ConfigError(f"hydra.sweep.subdir: expected a directory below hydra.sweep.dir, got {subdir!r}")

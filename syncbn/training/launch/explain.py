@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -20,9 +19,22 @@ from omegaconf.errors import OmegaConfBaseException
 from syncbn.atomic_write import WriteError
 from syncbn.training.checkpoint.lock import LOCK
 from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, printable
+from syncbn.training.config.model import from_data
 from syncbn.training.config.output import DISK_ERRORS, short, unwritable
 from syncbn.training.config.redaction import redact
-from syncbn.training.distributed.world import attempt, is_distributed, rank, store, wait_for_rank_0, world_size
+from syncbn.training.distributed.world import (
+    agent_keeps_store,
+    attempt,
+    is_alone_so_far,
+    is_distributed,
+    is_first_on_machine,
+    rank,
+    store,
+    wait_for_rank_0,
+    world_size,
+)
+from syncbn.training.launch.known_keys import known_keys
+from syncbn.training.launch.other_names import GROUPS, OPEN, choice_hint, here
 from syncbn.training.launch.resolvers import stamped_directories
 from syncbn.training.tracking.summary import write_summary
 
@@ -47,6 +59,11 @@ def clear_errors() -> Iterator[None]:
                 raise
             print(redact(shown), end="", file=sys.stderr, flush=True)
             sys.exit(1)
+        if is_alone_so_far() and agent_keeps_store():  # torch has not been imported yet, and all ranks get here
+            if is_first_on_machine():
+                print(f"error: {redact(message)}", file=sys.stderr, flush=True)
+                sys.exit(_exit_code(error))  # torchrun ends the others
+            wait_for_rank_0("discarded")
         if _is_first_to_report():
             print(f"error: {redact(message)}", file=sys.stderr, flush=True)
         if rank() == 0:
@@ -155,13 +172,11 @@ def explain(error: BaseException) -> str | None:
     if root is not None:
         return unwritable(root) if isinstance(root, OSError) else str(root)
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such choice; choose one of {', '.join(error.options)}"
+        return _explain_choice(str(error.missing_cfg_file), list(error.options))
     if isinstance(error, ConfigCompositionException):
         return _explain_override(error)
     if isinstance(error, OverrideParseException):
-        reason = printable(" ".join(error.message.split()))
-        return f"{printable(str(error.override))}: not a valid override, {reason}; quote it for Hydra and for the shell"
+        return _explain_syntax(printable(str(error.override)), printable(" ".join(error.message.split())))
     if isinstance(error, TypeError) and (index := re.fullmatch(r"Index '(.*)' \(str\) is not an int", str(error))):
         return f"{printable(index[1])}: stands below a list, which has no keys; give the whole list, KEY=[1,2]"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -169,8 +184,29 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def _explain_choice(file: str, options: list[str]) -> str:
+    """About a choice that its group has not; `file` is what Hydra has looked for, `model/resnet50`."""
+    nested = file.rpartition("/")[0]
+    group = next((name for name in (*GROUPS, nested) if name and file.startswith(f"{name}/")), nested)
+    choice = file.removeprefix(f"{group}/")
+    return f"{group}={choice}: no such choice; choose one of {', '.join(options)}{choice_hint(group, choice, options)}"
+
+
+def _explain_syntax(override: str, reason: str) -> str:
+    """About an argument that is none of Hydra's; `reason` is what its parser says."""
+    if "missing EQUAL" in reason:
+        return f"{override}: expected KEY=VALUE in one word, without spaces around the =; quote a value with spaces"
+    reason = re.sub(r" (expecting \{.*\}|See https://\S+ for details)", "", reason)
+    return f"{override}: not a valid override, {reason}; quote it for Hydra and for the shell"
+
+
 def _explain_override(error: ConfigCompositionException) -> str:
     text = " ".join(str(error).split())
+    if several := re.match(r"Ambiguous value for argument '(([^=]*)=(.*?))' 1\.", text):
+        return (
+            f"{several[1]}: several values; -m starts a job for each of them, and a list is written"
+            f" {several[2]}=[{several[3]}]"
+        )
     if forced := re.search(r"force-add of config groups is not supported: '\++([^=@]+)", text):
         return f"{forced[1]}: is a group; use {forced[1]}=... without the ++"
     found = re.search(
@@ -179,6 +215,8 @@ def _explain_override(error: ConfigCompositionException) -> str:
     if found is None:
         return text
     verb, key, keys = found.group(1), found.group(2), known_keys()
+    appended = re.search(r"use \+[^=]*=(.*?)(?: Key '.*)?$", text)
+    value = printable(appended[1]) if appended else None
     if "already at" in text:
         return f"{key}: there is one already; use {key}=... without the +"
     if key in keys and verb != "override":
@@ -186,11 +224,25 @@ def _explain_override(error: ConfigCompositionException) -> str:
     if key in keys:  # the schema has this key, but for another choice of the group
         group = key.split(".")[0]
         return f"{key}: the chosen {group} has no such key{_owners(key)}; python train.py --cfg job lists those it has"
+    group, _, rest = key.partition(".")
+    if rest == "_target_" and group in OPEN:
+        return f"{key}: belongs to {group}=custom; write {group}=custom {key}={value or '...'}"
+    if group in _OF_RULES and rest and "." not in rest:
+        return f"{key}: expected a key below it, {key}.{_OF_RULES[group]}"
+    if words := here(key, value):
+        return f"{key}: no such key; write {words}"
     if key.startswith("model."):
+        own = any(argument in ("model=custom", "model=timm") for argument in sys.argv)
+        if not own and (reason := from_data(key)):
+            return f"{key}: {reason}"
         return f"{key}: no such key; an argument of a model of your own needs a +, as in +{key}=..."
     near = get_close_matches(key, keys, n=1, cutoff=0.6)
     near += [known for known in keys if known.endswith(f".{key}")]
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
+
+
+# What a named rule or sub-network has at least.
+_OF_RULES = {"init": "path=FILE", "freeze": "match=PATTERN", "metrics": "_target_=torchmetrics.NAME"}
 
 
 def _owners(key: str) -> str:
@@ -202,18 +254,3 @@ def _owners(key: str) -> str:
     group, _, own = key.partition(".")
     owners = [name for name, kind in SCHEMAS.get(group, {}).items() if own in {field.name for field in fields(kind)}]
     return f", only {', '.join(f'{group}={name}' for name in owners)}" if owners else ""
-
-
-def known_keys() -> list[str]:
-    """Every dotted key of the schema, as candidates for suggestions."""
-    from dataclasses import fields
-
-    from syncbn.training.config.parsing import NESTED
-    from syncbn.training.config.schema import SCHEMAS, Config
-
-    groups: dict[str, list[type[Any]]] = {name: list(choices.values()) for name, choices in SCHEMAS.items()}
-    groups |= {field.name: [NESTED[str(field.type)]] for field in fields(Config) if str(field.type) in NESTED}
-    keys = [field.name for field in fields(Config)]
-    return keys + sorted(
-        {f"{group}.{f.name}" for group, kinds in groups.items() for kind in kinds for f in fields(kind)}
-    )

@@ -21,6 +21,7 @@ from syncbn.training.distributed.world import (
     rank,
 )
 from syncbn.training.launch.config_sources import check_sources
+from syncbn.training.launch.flags import check_flags
 from syncbn.training.launch.resolvers import register_resolvers
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,11 @@ def prepare() -> None:
     Raises:
         ConfigError: the rank variables are incomplete; see also `check_sources` and `open_override`.
     """
+    _typed[:] = sys.argv[1:]
     # Makes Hydra raise its errors instead of printing them, so that `clear_errors` can explain them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     check_variables()
+    check_flags(sys.argv[1:])
     check_sources(sys.argv[1:])
     sys.path.append(os.getcwd())  # for modules of the user's own, as with `python -m`
     if rank() > 0 and _ONLY_PRINTS.intersection(sys.argv[1:]):
@@ -63,6 +66,7 @@ def prepare() -> None:
 _HOME = re.compile(r"(\+{0,2}output_dir=)(~[^'\"]*)")
 
 _held_back: list[str] = []
+_typed: list[str] = []
 
 
 def _hold_back(arguments: list[str]) -> list[str]:
@@ -94,6 +98,11 @@ def require_applied(task: str, overrides: Sequence[str]) -> None:
             " read; one command has tasks of one kind, written as task=eval or -m task=eval,audit"
         )
     require_readers(task, [*overrides, *_held_back])
+
+
+def typed() -> list[str]:
+    """The arguments as they were typed, secrets included."""
+    return list(_typed)
 
 
 def held_back() -> list[str]:

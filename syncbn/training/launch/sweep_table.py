@@ -8,6 +8,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from syncbn.report.metric_names import DRIFT, EVAL, PRECISE, TEST, VAL, below
+from syncbn.training.config.redaction import redact
+from syncbn.training.launch.overrides import typed
+from syncbn.training.launch.typed import as_typed
 from syncbn.training.tracking.summary import SUMMARY, read_summary
 
 # Keys whose values make repetitions of one experiment, over which a mean says something.
@@ -42,7 +45,8 @@ def rows_of(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[s
     names += sorted(below(DRIFT, found))
     given = [[override.lstrip("+") for override in summary["overrides"]] for _, summary in summaries]
     common = set(given[0]).intersection(*given[1:]) if len(given) > 1 else set()
-    own = [[text for text in texts if text not in common] for texts in given]
+    differing = [[text for text in texts if text not in common] for texts in given]
+    own = [[redact(text) for text in as_typed(texts, typed())] for texts in differing]
     rows = [
         (job, " ".join(texts), *_cells([summary["metrics"]], names, mean), summary["failed"])
         for (job, summary), texts in zip(summaries, own, strict=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 from syncbn.atomic_write import write_text
 from syncbn.nn.modes import evaluating
 from syncbn.training.config.errors import ConfigError, TrainingError, listed
+from syncbn.training.config.layout import image_files
 from syncbn.training.config.run import PredictConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.data import workers as processes
-from syncbn.training.data.folders import image_files
 from syncbn.training.data.original_size import mask_in_original_size
 from syncbn.training.data.preparation import Preparation, upright_size
 from syncbn.training.distributed import world

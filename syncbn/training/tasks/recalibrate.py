@@ -23,6 +23,7 @@ from syncbn.report.metric_names import DRIFT, PRECISE, prefixed
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.training.checkpoint import files
+from syncbn.training.checkpoint.paths import RECALIBRATED
 from syncbn.training.checkpoint.state import copied
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.parsing import to_dict
@@ -83,14 +84,14 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     if context.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data) | described
-        files.write_atomically(run_dir / files.RECALIBRATED, copied({**content, "model": loaded.model.state_dict()}))
+        files.write_atomically(run_dir / RECALIBRATED, copied({**content, "model": loaded.model.state_dict()}))
     loaded.record(run_dir, metrics)
     if context.is_first:
         rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]
         console.print_rows(loaded.describe(), ("metric", "before", "after"), rows)
         moves = [(name, f"{m.mean:.4f}", f"{m.std[0]:.3f} to {m.std[1]:.3f}") for name, m in found.layers.items()]
         console.print_rows("how far statistics moved", ("layer", "mean, in std", "std, times"), moves)
-        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / files.RECALIBRATED))]
+        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / RECALIBRATED))]
         console.print_table("population statistics", [*made_of, ("run directory", shown(run_dir))])
     return metrics
 

@@ -14,6 +14,7 @@ from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
 from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, WAITED, below
 from syncbn.training.checkpoint import files
+from syncbn.training.checkpoint.paths import step_of
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, is_below, merge_with_stored, record_classes
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.redaction import redact
@@ -90,7 +91,7 @@ def _train(
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
-        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else files.step_of(checkpoint.path))
+        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else step_of(checkpoint.path))
     record_classes(run_dir, components.data.class_names, context)
     environment = describe(context, overrides)
     if context.is_first:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from syncbn.training.config.output import unwritable
 
@@ -60,17 +63,20 @@ class LogFile(logging.FileHandler):
 
 
 class ShowStep(Protocol):
-    """Callback that moves the progress bar to a step, and sets the loss next to it if one is given."""
+    """Callback that moves the progress bar to a step, with the loss of that step if one is known."""
 
     def __call__(self, step: int, loss: float | None = None) -> None: ...
 
 
 @contextmanager
-def progress(num_steps: int, start: int, enabled: bool, what: str = "step") -> Iterator[ShowStep | None]:
+def progress(
+    num_steps: int, start: int, enabled: bool, what: str = "step", samples: int | None = None
+) -> Iterator[ShowStep | None]:
     """Context with a progress bar over steps; None if disabled or without a terminal (then the caller logs lines).
 
     Args:
         what: the word beside the bar for what it counts.
+        samples: in a step, over all ranks, for the rate; None shows steps a second.
     """
     if not (enabled and CONSOLE.is_terminal):
         yield None
@@ -78,18 +84,23 @@ def progress(num_steps: int, start: int, enabled: bool, what: str = "step") -> I
     columns = (
         TextColumn(what),
         MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[loss]}{task.fields[rate]}{task.fields[left]}"),
     )
-    with Progress(*columns, console=CONSOLE, transient=True) as bar:
-        task = bar.add_task("train", total=num_steps, completed=start, loss="")
+    with Progress(*columns, console=CONSOLE, transient=True, expand=True) as bar:
+        task = bar.add_task("train", total=num_steps, completed=start, loss="", rate="", left="")
+        since = [(time.monotonic(), start)]
 
         def show(step: int, loss: float | None = None) -> None:
-            if loss is None:
-                bar.update(task, completed=step)
-            else:
-                bar.update(task, completed=step, loss=f"loss {loss:.4f}")
+            now = time.monotonic()
+            moment, done = since[0]
+            speed = (step - done) / max(now - moment, 1e-9)  # steps a second
+            if done == start < step:  # from now on without the first one, which compiles and warms up
+                since[0] = now, step
+            rate = f"{speed:.1f} {what}s/s" if samples is None else f"{speed * samples:.0f} samples/s"
+            left = timedelta(seconds=round((num_steps - step) / speed)) if speed else "?"
+            told = bar.tasks[0].fields["loss"] if loss is None else f"loss {loss:.4f}  "
+            bar.update(task, completed=step, loss=told, rate=rate, left=f"  {left} left")
 
         yield show
 
@@ -105,13 +116,15 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints a table with a header."""
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold")
+    """Prints a table with a header; wider than the terminal where a word would not fit otherwise."""
+    table, rows = Table(title=title, title_justify="left"), list(rows)
+    for name, *cells in zip(header, *rows, strict=True):
+        longest = max((len(word) for cell in (name, *cells) for word in cell.split()), default=0)
+        table.add_column(name, min_width=longest)
     for row in rows:
-        table.add_row(*row)
-    CONSOLE.print(table)
+        table.add_row(*map(Text, row))  # no markup: a pattern may stand in brackets
+    everything = CONSOLE.options.update(max_width=10_000)
+    CONSOLE.print(table, width=max(CONSOLE.width, CONSOLE.measure(table, options=everything).minimum))
 
 
 def shown(path: Path) -> str:

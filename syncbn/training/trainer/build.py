@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric
 
 from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.checkpoint.files import Stored
@@ -32,10 +31,19 @@ from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, overfit
-from syncbn.training.trainer.checks import build_freeze_plan, check_division, check_model, warn_of_dropout
+from syncbn.training.trainer.checks import (
+    build_freeze_plan,
+    check_division,
+    check_model,
+    warn_of_dropout,
+    warn_of_large_batch,
+)
 from syncbn.training.trainer.early_stop import EarlyStop
 from syncbn.training.trainer.graph_checks import check_parts
 from syncbn.training.trainer.pixels import with_statistics_of_init
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 DTYPES = {"fp64": torch.float64}  # of parameters and images; float32 for any other precision
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # no autocast for any other precision
@@ -112,6 +120,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
         for name in config.init:
             drift.remember(model, name)
     sampler = sampler_for(config, data, context)
+    if config.overfit is None:
+        warn_of_large_batch(config.batch_size, len(data.train))
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     data = losses.with_known_labels(data, loss, config.data)

@@ -84,7 +84,7 @@ def check_model(
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         like = "" if are_classes(loss) else ", that of the targets"
         kind = "logits" if are_classes(loss) else "outputs"
-        raise ConfigError(f"model: expected {kind} of shape {wanted}{like}, got {got}")
+        raise ConfigError(f"model: expected {kind} of shape {wanted}{like}, got {got}{_other_kind(wanted, got)}")
     outputs, targets = in_dtype(outputs, context.dtype), targets.to(context.device)
     check_loss(loss, outputs, targets)
     if sampler.smallest_micro_batch() <= (context.world_size - 1) * sampler.groups_per_rank:
@@ -107,6 +107,17 @@ def check_division(data: Data) -> None:
         other = next(rank for rank, division in enumerate(found) if division != found[0])
         raise ConfigError(f"data.path: rank {other} reads another table than rank 0, which divides it otherwise; give"
                           " every machine the same")  # fmt: skip
+
+
+def _other_kind(wanted: object, got: object) -> str:
+    """What to say where the outputs are for labels and the targets are masks, or the other way round."""
+    if not isinstance(wanted, tuple) or not isinstance(got, tuple):
+        return "; the model has to return that tensor alone" if isinstance(wanted, tuple) else ""
+    if len(wanted) == len(got):
+        return f"; the data has {wanted[1]} classes" if got[:1] + got[2:] == wanted[:1] + wanted[2:] else ""
+    if len(wanted) > len(got) == 2:
+        return "; this data has masks, a class for each pixel: model=unet_small, or a segmentation network of your own"
+    return "; this data has one label an image: model=resnet_small, or a classifier of your own"
 
 
 def check_run_directory(run_dir: Path, step: int) -> None:
@@ -132,6 +143,13 @@ def warn_of_dropout(model: nn.Module) -> None:
     ]
     if dropout:
         log.warning("dropout draws per rank (%s): this run's trajectory depends on the number of ranks", dropout[0])
+
+
+def warn_of_large_batch(batch_size: int, num_samples: int) -> None:
+    """Logs a warning if a step takes fewer samples than `batch_size` says, because there are no more."""
+    if batch_size > num_samples:
+        log.warning("batch_size=%d is more than the %d training samples: each step takes all of them, and an epoch is"
+                    " one step", batch_size, num_samples)  # fmt: skip
 
 
 def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.schema import Config
+
+log = logging.getLogger(__name__)
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -40,6 +43,7 @@ def check(config: Config, device: torch.device) -> None:
         raise ConfigError(
             f"compile: Inductor needs a compiler at run time, here is no {names[0]}; install it, or set compile=false"
         )
+    log.info("compiling an operator with %s, to see whether it works here ...", backend)
     _try(backend, device)
 
 

@@ -21,6 +21,7 @@ class Profiler:
     def __init__(self, num_steps: int, run_dir: Path, context: RankContext) -> None:
         self._directory, self._context, self._num_steps = run_dir / "profile", context, num_steps
         self._written = False
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library prints each start and stop
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.device.type == "cuda" else [])],
             schedule=schedule(wait=WARM_UP - 2, warmup=2, active=num_steps, repeat=1),

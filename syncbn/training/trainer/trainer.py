@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ from syncbn.training.trainer.checks import check_run_directory
 from syncbn.training.trainer.counters import Counters, SaveClock, Throughput, Totals
 from syncbn.training.trainer.deferred import DeferredResults
 from syncbn.training.trainer.drawing import drawing_alike
-from syncbn.training.trainer.faults import find_fault
+from syncbn.training.trainer.faults import find_fault, with_remedy
 from syncbn.training.trainer.freezing import Freezing
 from syncbn.training.trainer.graph import GraphedSteps
 from syncbn.training.trainer.local_stats import LocalStatistics
@@ -118,8 +118,9 @@ class Trainer:
         )
         self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
         self.graphed = None if capture is None else GraphedSteps(capture, self._sizes(0), context.device)
-        # of what happened in a step: asked to stop, not finite
+        # of what happened in a step: loss, asked to stop, not finite
         self.results = DeferredResults(context.device, timeout=None if capture is None else config.collective_timeout)
+        self.last_loss: float | None = None  # of the last step whose results have been read
         # what survives
         self.counters, self.totals, self.drift = Counters(), Totals(context.device), components.drift
         self.checkpoints = Checkpoints(
@@ -161,7 +162,7 @@ class Trainer:
                 stack.enter_context(self.graphed)
             stack.callback(self.checkpoints.close)
             stack.callback(self.loader.close)
-            show = stack.enter_context(console.progress(self.num_steps, self.counters.step, self.context.is_first))
+            show = stack.enter_context(self._progress_bar())
             if self.profiler is not None:
                 stack.enter_context(self.profiler)
             try:
@@ -181,6 +182,10 @@ class Trainer:
                 if timeout is None:
                     raise
                 raise timeout from error
+
+    def _progress_bar(self) -> AbstractContextManager[console.ShowStep | None]:
+        samples = min(self.config.batch_size, self.sampler.num_samples)
+        return console.progress(self.num_steps, self.counters.step, self.context.is_first, samples=samples)
 
     def _run_steps(self, show: console.ShowStep | None) -> None:
         self.clock.start()
@@ -204,7 +209,7 @@ class Trainer:
             if self._is_due(self.log_every):
                 self._log(show)
             elif show is not None:
-                show(self.counters.step)
+                show(self.counters.step, self.last_loss)
             if self._is_due(self.eval_every):
                 self._validate()
             if save_is_due or self.counters.step == self.num_steps or self.ends_early():
@@ -223,14 +228,14 @@ class Trainer:
 
     def _read_results(self, *, everything: bool) -> bool:
         """Reads the results of past steps, the same on every rank; returns False if training ends here."""
-        for step, (asked_to_stop, left_out, at_fault, *is_bad) in self.results.take(everything=everything):
+        for step, (loss, count, asked_to_stop, left_out, at_fault, *is_bad) in self.results.take(everything=everything):
+            self.last_loss = loss / count if count else None
             self.stop_agreed |= asked_to_stop > 0
             self.counters.steps_left_out += left_out > 0
             if not at_fault:
                 continue
-            fault = find_fault(
-                step, [rank for rank, bad in enumerate(is_bad) if bad], self.sampler, self.data, self.context
-            )
+            ranks = [rank for rank, bad in enumerate(is_bad) if bad]
+            fault = find_fault(step, ranks, self.sampler, self.data, self.context, self.run_dir)
             if self.config.on_nonfinite == "skip":
                 log.warning("%s; the step is left out", fault)
                 continue
@@ -239,7 +244,7 @@ class Trainer:
             self.counters.step, self.counters.steps_left_out = step, self.counters.steps_left_out - 1
             self._save()  # the state before the step, from which on_nonfinite=skip can go on
             if self.config.on_nonfinite == "raise":
-                raise fault
+                raise with_remedy(fault, self.config, self._lr(), self.checkpoints.path_of(step), self.run_dir)
             log.warning("%s; training stops before it", fault)
             return False
         return True
@@ -339,7 +344,7 @@ class Trainer:
         outcome = self.update.apply(totals[0], correction, halt=self.config.on_nonfinite != "skip")
         kept = torch.cat([totals[:2], torch.stack([outcome.gradient_norm, torch.ones_like(outcome.gradient_norm)])])
         self.totals.values += torch.where(outcome.left_out, 0.0, kept)
-        return torch.cat([totals[2:3], torch.stack(outcome[:2]), totals[3:]])
+        return torch.cat([totals[:3], torch.stack(outcome[:2]), totals[3:]])
 
     def _losses(self, wrapped: WrappedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss sum and count of this rank's part of a micro-batch."""
@@ -365,11 +370,18 @@ class Trainer:
                 self.graphed.forget()
             batch = self.loader.one_batch(self.sampler, self.config.seed, step)
             self.model.train()
+            if self.config.compile is not False:
+                again = "" if self.wrapped is None else " again, because what is frozen has changed"
+                log.info("compiling the model%s; the next step waits for it ...", again)
             self.wrapped = WrappedModel(
                 self.executed, self.context, is_first=self.wrapped is None, num_totals=3 + self.context.world_size,
                 loss_of=lambda wrapped: self._losses(wrapped, batch)[0],
                 **({} if self.graphed is None else {"num_warm_up_passes": self.graphed.num_warm_up_passes}),
             )  # fmt: skip
+
+    def _lr(self) -> float:
+        """The learning rate of the schedule, without the factors of parameter groups."""
+        return float(self.optimizer.param_groups[0]["lr"]) / self.built.groups[0].lr_scale
 
     def _log(self, show: console.ShowStep | None) -> None:
         loss, gradient_norm = self.totals.take()
@@ -378,7 +390,7 @@ class Trainer:
             self.num_steps,
             epoch=self.counters.step / self.steps_per_epoch,
             loss=loss,
-            lr=float(self.optimizer.param_groups[0]["lr"]) / self.built.groups[0].lr_scale,
+            lr=self._lr(),
             samples_per_second=self.clock.samples_per_second(),
             gradient_norm=None if self.config.clip_norm is None else gradient_norm,
             steps_left_out=self.counters.steps_left_out,

@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torchmetrics import Metric
 
 from syncbn.report.metric_names import TEST, VAL, prefixed
-from syncbn.training.checkpoint.files import BEST, read
+from syncbn.training.checkpoint.files import read
+from syncbn.training.checkpoint.paths import BEST
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
-from syncbn.training.evaluation.metrics import ClassBalance
 from syncbn.training.evaluation.mistakes import Mistakes
+from syncbn.training.evaluation.tallies import ClassBalance, Tally
 from syncbn.training.trainer.build import RunComponents
 from syncbn.training.trainer.counters import Counters
 
@@ -48,7 +48,7 @@ class Validation:
     ) -> None:
         self._components, self._evaluated, self._loader, self._stop = components, evaluated, loader, stop
         self._counters, self._checkpoints = counters, checkpoints
-        self._balance: dict[str, Metric] = {}
+        self._balance: dict[str, Tally] = {}
         if components.config.best == "auto" and components.best.by == "accuracy":
             assert components.data.num_classes is not None
             ignore = getattr(components.loss, "ignore_index", None)
@@ -113,7 +113,7 @@ class Validation:
         self,
         model: nn.Module,
         split: Any,
-        others: Mapping[str, Metric] | None = None,
+        others: Mapping[str, Tally] | None = None,
         mistakes: Mistakes | None = None,
     ) -> dict[str, float]:
         components = self._components

@@ -27,6 +27,36 @@ MISTAKES = [
     (["optimizer.lr=[1,2"], "optimizer.lr=[1,2: not a valid override"),
     (["data=nope"], "data=nope: no such choice; choose one of custom, digits, fashion_mnist, hf, image_folder,"),
     (["nope=1"], "nope: no such key"),
+    (["epochs=3"], "epochs: no such key; write duration=3ep"),
+    (["learning_rate=0.1"], "learning_rate: no such key; write optimizer.lr=0.1"),
+    (["gpus=2"], "gpus: no such key; write torchrun --nproc-per-node 2 train.py"),
+    (["model.num_classes=5"], "model.num_classes: no such key; the number comes from the data (a class for each dir"),
+    (["+model.in_chans=3"], "model.in_chans: no such key; the number comes from the data (data.channels, where"),
+    (
+        ["model._target_=mine.Net"],
+        "model._target_: belongs to model=custom; write model=custom model._target_=mine.Net",
+    ),
+    (
+        ["model=resnet50"],
+        "model=resnet50: no such choice; choose one of custom, resnet_small, timm, unet_small; one of",
+    ),
+    (
+        ["model=mine.Net"],
+        "model=mine.Net: no such choice; choose one of custom, resnet_small, timm, unet_small; a class",
+    ),
+    (["optimizer=Adam"], "optimizer=Adam: no such choice; choose one of adamw, custom, sgd; did you mean optimizer=ad"),
+    (
+        ["data=./photos"],
+        "data=./photos: no such choice; choose one of custom, digits, fashion_mnist, hf, image_folder,",
+    ),
+    (["lr", "0.1"], "lr: expected KEY=VALUE in one word, without spaces around the ="),
+    (["task=test"], "task: expected task=eval, which is its name here, got 'test'"),
+    (["device=cuda:1"], "device: expected cuda, got 'cuda:1'; CUDA_VISIBLE_DEVICES=1 in front of the command chooses"),
+    (["save=5"], "save: expected its keys, save.every, save.keep, got 5"),
+    (["init=nope.pt"], "init: expected sub-networks by name, as in init.backbone.path=FILE, got 'nope.pt'"),
+    (["init.backbone=nope.pt"], "init.backbone: expected a key below it, init.backbone.path=FILE"),
+    (["freeze.backbone=true"], "freeze.backbone: expected a key below it, freeze.backbone.match=PATTERN"),
+    (["trust=mine.Net"], "trust: expected list[str], got 'mine.Net'; a list is written trust=[mine.Net]"),
     (["lr=0.05"], "lr: no such key; did you mean optimizer.lr?"),
     (["tracker.groupp=x"], "tracker.groupp: no such key; did you mean tracker.group?"),
     (["tracker.examples=-1"], "tracker.examples: expected a number of images from 0 to 100, got -1"),
@@ -95,7 +125,7 @@ MISTAKES = [
 MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
     (["data=fashion_mnist", "data.path=/nowhere"], "data.path: expected the file train-images-idx3-ubyte"),
     (["data=image_folder", "data.path=/nowhere"], "data.path: expected a directory, found none at '/nowhere'"),
-    (["data=shapes"], "model: expected logits of shape (2, 4, 32, 32), got (2, 4)"),
+    (["data=shapes"], "model: expected logits of shape (2, 4, 32, 32), got (2, 4); this data has masks, a class for"),
     (["freeze.a.match=backbon"], "freeze.a: match='backbon' selects no module; did you mean backbone"),
     (["freeze=backbone", "bn.sync=false"], "freeze.backbone: backbone.stem.bn is a BatchNorm2d"),
     (["freeze.a.match=*", "freeze.a.weights=true"], "freeze: every parameter is frozen at step 0"),
@@ -110,7 +140,7 @@ MISTAKES_THAT_NEED_THE_MODEL_OR_DATA = [
     (["metrics.f1._target_=torch.nn.Linear"], "metrics.f1._target_=torch.nn.Linear: "),
     (["metrics.accuracy._target_=torchmetrics.MeanMetric"], "metrics.accuracy: expected a name that is not taken"),
     (["best=f1"], "best: expected auto or one of accuracy, loss, got 'f1'"),
-    (["model=unet_small"], "model: expected logits of shape (2, 10), got (2, 10, 8, 8)"),
+    (["model=unet_small"], "model: expected logits of shape (2, 10), got (2, 10, 8, 8); this data has one label an"),
 ]
 
 

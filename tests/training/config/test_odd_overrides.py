@@ -14,7 +14,8 @@ from syncbn.training.config.keys import TASKS
 from syncbn.training.config.parsing import apply_overrides, parse, to_dict
 from syncbn.training.launch import overrides, resolvers
 from syncbn.training.launch.callbacks import Guard
-from syncbn.training.launch.explain import clear_errors, known_keys
+from syncbn.training.launch.explain import clear_errors
+from syncbn.training.launch.known_keys import known_keys
 from tests.training.jobs import ROOT, compose_config
 
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "hydra")

@@ -299,6 +299,7 @@ def test_nothing_starts_a_shell_or_listens():
     )
     known = {
         ROOT / "syncbn/training/tracking/environment.py",  # asks git for the commit, by fixed arguments
+        ROOT / "syncbn/training/launch/loopback.py",  # starts train.py with the arguments it was given, to check them
         ROOT / "syncbn/nn/empty_batches.py",  # packs an empty batch for the other ranks of the job
         ROOT / "syncbn/nn/even_steps.py",  # takes it, as dist.all_gather_object would
     }

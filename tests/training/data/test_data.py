@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
 
 from syncbn.training.config.data import FashionMnistConfig
 from syncbn.training.config.errors import ConfigError
@@ -17,7 +18,7 @@ from syncbn.training.data.augment import augment
 from syncbn.training.data.balance import ClassMembers
 from syncbn.training.data.randomness import integers, mix, mix_key
 from syncbn.training.data.sampler import Sampler
-from syncbn.training.data.splits import stratified_indices
+from syncbn.training.data.splits import hold_out, stratified_indices
 from tests.training.jobs import compose_config
 
 # The split of the digits is part of every published number: it must not move with a version of scikit-learn or torch.
@@ -177,6 +178,18 @@ def test_the_digits_split_is_pinned_and_stratified():
     assert digest.hexdigest() == DIGITS_SPLIT
     shares = torch.stack([torch.bincount(s.labels, minlength=10) / len(s) for s in (data.train, data.val, data.test)])
     assert (shares - torch.bincount(labels) / len(labels)).abs().max() < 0.01
+
+
+@given(labels=st.lists(st.integers(0, 3), max_size=60), spread=st.integers(1, 9))
+def test_splits_are_those_of_scikit_learn(labels, spread):
+    labels = torch.tensor([0, 1, 2, 3] * 10 + labels) * spread
+    index = torch.arange(len(labels)).numpy()
+    train, rest = train_test_split(index, test_size=0.2, stratify=labels, random_state=0)
+    val, test = train_test_split(rest, test_size=0.5, stratify=labels[rest], random_state=0)
+    expected = [sorted(part) for part in (train, val, test)]
+    assert [part.tolist() for part in stratified_indices(labels)] == expected
+    kept, held_out = train_test_split(index, test_size=0.1, stratify=labels, random_state=0)
+    assert [part.tolist() for part in hold_out(labels)] == [sorted(kept), sorted(held_out)]
 
 
 def _digit_labels():

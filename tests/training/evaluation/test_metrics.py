@@ -1,5 +1,7 @@
 """Evaluation counts each sample once, whatever the ranks and the sizes of batches."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from syncbn.training.data.images import ImageData
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.evaluate import EVAL_BATCH_SIZE, evaluate
 from syncbn.training.evaluation.metrics import Best, choose_best
+from syncbn.training.evaluation.tallies import Accuracy, ClassBalance
 from syncbn.training.losses.losses import CrossEntropy
 
 
@@ -86,3 +89,43 @@ def test_a_metric_for_which_two_samples_are_too_few_passes():
             pass
 
     assert chosen("picky", picky=Picky()) == Best("picky", lowest=False)
+
+
+@pytest.mark.parametrize("ignored", [None, 255, 1])
+@pytest.mark.parametrize("shape", [(7,), (7, 2, 3)])
+def test_accuracy_and_balance_are_those_of_torchmetrics(shape, ignored):
+    generator = torch.Generator().manual_seed(3)
+    outputs, labels = torch.randn(7, 4, *shape[1:], generator=generator), torch.randint(4, shape, generator=generator)
+    labels[2] = labels[2] if ignored is None else ignored
+    options = {"ignore_index": ignored, "validate_args": False}
+    theirs = classification.MulticlassAccuracy(4, average="micro", **options)
+    recalls = classification.MulticlassStatScores(4, average=None, **options)
+    accuracy, balance = Accuracy(ignored), ClassBalance(4, ignored)
+    for part in (slice(0, 3), slice(3, 7), slice(0, 0)):
+        for one in (accuracy, balance, *([theirs, recalls] if part != slice(0, 0) else [])):
+            one.update(outputs[part], labels[part])
+    right, *_, support = recalls.compute().unbind(1)
+    occurs = support > 0
+    assert accuracy.compute() == theirs.compute()
+    assert balance.compute()["recall"] == (right / support.double())[occurs].mean()
+    assert balance.compute()["ratio"] == support[occurs].max().double() / support[occurs].min()
+
+
+def test_of_no_label_that_counts_the_accuracy_is_0():
+    accuracy = Accuracy(255)
+    accuracy.update(torch.randn(2, 3), torch.tensor([255, 255]))
+    assert accuracy.compute() == 0
+
+
+def test_an_evaluation_has_one_collective_of_its_own(ranks):
+    assert ranks(2, count_collectives) == [1, 1]
+
+
+def count_collectives():
+    split = make_split(7)
+    data = ImageData(split, split, split, num_classes=3, shift=0, flip=False)
+    context = RankContext(dist.get_rank(), 2, torch.device("cpu"), torch.float64)
+    model = nn.Sequential(nn.Flatten(1), nn.Linear(4, 3)).double()
+    with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
+        evaluate(model, data, split, CrossEntropy(), context, metrics={"/balance": ClassBalance(3, None)})
+    return gathers.call_count

@@ -75,6 +75,14 @@ def test_the_store_of_rank_0_listens_on_the_loopback_device_alone(only_rank):
     assert listening_addresses(os.getpid()) - before <= {"0100007F"}
 
 
+def test_a_port_that_another_job_has_is_one_line_with_the_remedy(only_rank):
+    with (
+        socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))),
+        pytest.raises(ConfigError, match=r"^MASTER_PORT: 127\.0\.0\.1:\d+ cannot be listened on .* --standalone"),
+    ):
+        world.store()
+
+
 def test_what_rank_zero_proposes_stays(only_rank, monkeypatch):
     monkeypatch.setattr(world, "agreed", {})
     assert world.agree("name", lambda: "first") == "first"

@@ -33,3 +33,10 @@ def test_torchrun_s_store_listens_on_the_loopback_device_alone_and_ctrl_c_is_no_
 def test_make_train_uses_it():
     done = subprocess.run(["make", "-n", "train"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert "python -m syncbn.training.launch.loopback --nproc-per-node 2 train.py" in done.stdout
+
+
+def test_a_key_that_make_would_take_for_a_variable_of_its_own_is_refused():
+    command = ["make", "-n", "train", "duration=1ep", "ARGS=run=a seed=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert 'write make train ARGS="duration=1ep".' in done.stderr

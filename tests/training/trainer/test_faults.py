@@ -102,7 +102,7 @@ def test_raise_names_step_and_samples_and_keeps_the_state_before_it(poisoned, cl
     # A lag is what a GPU brings: the fault is noticed steps later, and the steps in between must not count.
     overrides = [*JOB, "log_every=50", "save.every=5", "eval_every=50"]
     message = poisoned(*overrides, num_ranks=num_ranks, sample=SAMPLE, run=run_raising, lag=lag)
-    assert message == f"step 5: the loss is not finite; training samples with pixels that are not: {SAMPLE}"
+    assert message.startswith(f"step 5: the loss is not finite; training samples with pixels that are not: {SAMPLE}; ")
     undisturbed = clean(num_ranks=num_ranks)
     run = undisturbed.parent / "a"
     ours, theirs = checkpoint(run, 5), checkpoint(undisturbed, 5)
@@ -147,7 +147,17 @@ def test_a_gradient_alone_that_is_not_finite_names_every_rank_s_samples(tmp_path
 
     with mock.patch.object(CrossEntropy, "__call__", loss), pytest.raises(NonFiniteError) as error:
         run_rank(tmp_path, tuple(JOB))
-    assert str(error.value).startswith("step 0: the gradient is not finite; training samples of rank 0: ")
+    samples, run = Sampler(104, 16, 1, 0, 0, 1).samples(0, 0).tolist(), tmp_path / "outputs/a"
+    assert str(error.value) == (
+        "step 0: the gradient is not finite; training samples of rank 0:"
+        f" {', '.join(map(str, samples[:10]))} and 6 more (all are in outputs/a/nonfinite.jsonl);"
+        " learning rate 0.0125. The state before the step is saved,"
+        " outputs/a/checkpoints/step_00000000.pt: the same command with run=a on_nonfinite=skip goes on from"
+        " there without it; a lower optimizer.lr, or clip_norm=1 (there is none now), needs a run from the beginning"
+    )
+    [line] = (run / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["samples_by_rank"] == {"0": samples}
+    assert (run / "checkpoints/step_00000000.pt").exists()
 
 
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
@@ -181,4 +191,5 @@ def test_without_a_culprit_all_samples_of_the_ranks_at_fault_are_named(ranks, tm
     messages = ranks(2, run_with_a_bad_loss, tmp_path, JOB, 1)
     assert messages[0] == messages[1]
     expected = ", ".join(map(str, Sampler(104, 16, 1, 0, 0, 2).samples(0, 1).tolist()))
-    assert messages[0] == f"step 0: the loss is not finite; training samples of rank 1: {expected}"
+    assert messages[0].startswith(f"step 0: the loss is not finite; training samples of rank 1: {expected}; learning ")
+    assert not (tmp_path / "outputs/a/nonfinite.jsonl").exists()  # all of them are in the message

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from syncbn.training.config import layout
 from syncbn.training.config.data import DataConfig, ImageFolderConfig, MaskFolderConfig, OpenData, TableConfig
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.layout import SPLITS
 from syncbn.training.config.loading import DecodedConfig
 from syncbn.training.data import custom, folders, registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Data, Rows
 from syncbn.training.data.decoding import Decoded, Files
-from syncbn.training.data.folders import SPLITS
 from syncbn.training.data.inspection.parts import ItemsPart, Part, RowsPart
 from syncbn.training.data.inspection.records import Finding
 from syncbn.training.data.masks import MaskValues
@@ -81,10 +82,10 @@ def _of_data(data: Data) -> Inventory:
 
 def _of_classes(config: ImageFolderConfig) -> Inventory:
     """`data=image_folder`: what `folders.load_classes` would find, and what it would refuse."""
-    root, others = folders.root_of(config), Counter[str]()
+    root, others = layout.root_of(config), Counter[str]()
     inventory = Inventory([], [])
     splits = _splits(root, inventory, optional=("val", "test"))
-    by_split = {split: folders.directories(root / split) for split in splits} or {"": folders.directories(root)}
+    by_split = {split: layout.directories(root / split) for split in splits} or {"": layout.directories(root)}
     first, expected = next(iter(by_split.items()))
     names = sorted({name for found in by_split.values() for name in found})
     inventory.class_names, inventory.expected = names, expected
@@ -118,7 +119,7 @@ def _of_classes(config: ImageFolderConfig) -> Inventory:
 
 def _of_masks(config: MaskFolderConfig) -> Inventory:
     """`data=mask_folder`: what `folders.load_masks` would find, and what it would refuse."""
-    root, others = folders.root_of(config), Counter[str]()
+    root, others = layout.root_of(config), Counter[str]()
     inventory = Inventory([], [str(number) for number in range(config.num_classes)])
     splits, prepared, values = _splits(root, inventory, ("test",)), Preparation.of(config), MaskValues.of(config)
     if config.num_classes == 2 and not values.given and values.table[255] == IGNORE:
@@ -127,7 +128,7 @@ def _of_masks(config: MaskFolderConfig) -> Inventory:
         )
     if not splits:
         inventory.add("layout", "", "", f"expected the directories {', '.join(SPLITS)} in {root}, each with images/ and"
-                      f" masks/, found {listed(folders.directories(root)) or 'none'}")  # fmt: skip
+                      f" masks/, found {listed(layout.directories(root)) or 'none'}")  # fmt: skip
     for split in splits:
         images, masks = (_by_stem(root / split / kind, split, inventory, others) for kind in ("images", "masks"))
         _find_strays(root / split, {root / split / kind for kind in ("images", "masks")}, split, inventory)
@@ -169,10 +170,10 @@ def _of_table(config: TableConfig) -> Inventory:
 def _splits(root: Path, inventory: Inventory, optional: Sequence[str]) -> list[str]:
     """The split directories that are there; those that are missing become a finding."""
     try:
-        return folders.split_directories(root, optional)
+        return layout.split_directories(root, optional)
     except ConfigError as error:
         inventory.add("layout", "", "", str(error).removeprefix("data.path: "))
-        return [split for split in SPLITS if split in folders.directories(root)]
+        return [split for split in SPLITS if split in layout.directories(root)]
 
 
 def _add_part(
@@ -190,7 +191,7 @@ def _by_stem(directory: Path, split: str, inventory: Inventory, others: Counter[
         inventory.add("layout", split, "", f"expected the directory {directory}, found none")
         return {}
     paths: dict[str, Path] = {}
-    for path in folders.image_files(directory, others):
+    for path in layout.image_files(directory, others):
         stem = str(path.relative_to(directory).with_suffix(""))
         if stem in paths:
             inventory.add("same name", split, str(path), f"has the name of {paths[stem].name}; keep one of them")
@@ -201,7 +202,7 @@ def _by_stem(directory: Path, split: str, inventory: Inventory, others: Counter[
 def _find_strays(directory: Path, read: set[Path], split: str, inventory: Inventory) -> None:
     """Images beside the directories that are read, which no run would ever see."""
     for path in sorted(directory.iterdir()):
-        if path not in read and path.is_file() and folders.is_image(path.name):
+        if path not in read and path.is_file() and layout.is_image(path.name):
             inventory.add("stray image", split, str(path), "lies outside of the directories that are read")
 
 

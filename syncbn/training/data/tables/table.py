@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.layout import table_file
 
 PARQUET = (".parquet", ".pq")
 _DELIMITERS = ",;\t"
@@ -68,8 +69,7 @@ def read_table(path: Path, key: str = "data.path") -> Table:
     Raises:
         ConfigError: no such file, or one that cannot be read; no row; two columns of one name.
     """
-    if not path.is_file():
-        raise ConfigError(f"{key}: expected a table, a CSV or Parquet file, found no file {str(path)!r}")
+    table_file(path, key)
     table = _read_parquet(path, key) if path.suffix.lower() in PARQUET else _read_csv(path, key)
     if not table.rows and not table.mistakes:
         raise ConfigError(f"{key}: {str(path)!r} has no row below its header")
