@@ -116,7 +116,7 @@ def test_accuracy_that_misleads_is_a_warning_at_the_end(job, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["loss=bce"], "loss: bce is for targets of a 0 or 1 for each label, which only data=custom has"),
+        (["loss=bce"], "loss: bce is for targets of a 0 or 1 for each label, which only data=table with"),
         ([*own("class"), "loss=bce"], "loss=bce: expected targets of 0 and 1, one for each label"),
         ([*own("numbers", True), "loss=mse"], r"model: expected outputs of shape \(2, 3\), that of the targets, got"),
         ([*own("class"), "loss.class_weights=[1,2]"], "loss.class_weights: expected a number for each of 3 classes"),
