@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
@@ -65,21 +66,22 @@ def evaluate(
         batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
         indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
         loaded = (loader or Loader(data, context)).eval_batches(split, indices)
-        for index, (images, targets) in zip(indices, loaded, strict=True):
+        for whole, batch in zip(indices, loaded, strict=True):
             if stop is not None and stop.agreed():
                 raise StopAgreed
-            if len(images) == 0:
-                continue
-            with context.forward_context():
-                outputs = model(images)
-            outputs = in_dtype(outputs, context.dtype)
-            total, number = loss(outputs, targets)
-            labels = metric_targets(loss, targets)
-            for name, metric in shown.items():
-                update_metric(name, metric, outputs, labels)
-            if mistakes is not None:
-                mistakes.see(Seen(index, images, outputs, targets))
-            mean.update(total, number)
+            for index, images, targets in each_size(whole, *batch):
+                if len(images) == 0:
+                    continue
+                with context.forward_context():
+                    outputs = model(images)
+                outputs = in_dtype(outputs, context.dtype)
+                total, number = loss(outputs, targets)
+                labels = metric_targets(loss, targets)
+                for name, metric in shown.items():
+                    update_metric(name, metric, outputs, labels)
+                if mistakes is not None:
+                    mistakes.see(Seen(index, images, outputs, targets))
+                mean.update(total, number)
     add_over_ranks(tallies)
     with warnings.catch_warnings():
         # torchmetrics warns on a rank that has had no sample; with a small split that is expected.
