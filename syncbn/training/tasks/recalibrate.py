@@ -34,12 +34,12 @@ from syncbn.training.data.native import NativeData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import class_weights
-from syncbn.training.models.of_sizes import OfSizes
 from syncbn.training.tasks.loaded import LoadedRun, load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan, check_model
+from syncbn.training.trainer.of_sizes import OfSizes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.schema import Config
-from syncbn.training.models.of_sizes import OfSizes
+from syncbn.training.trainer.of_sizes import OfSizes
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from syncbn.nn.lockstep import forward_together
 from syncbn.nn.modes import evaluating
@@ -74,7 +74,7 @@ def check_network(model: nn.Module, images: Tensor) -> None:
 def _results(model: nn.Module, parts: list[Tensor]) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of a training step with all that draws random numbers in evaluation mode."""
     worker = copy.deepcopy(model).to(torch.float64)
-    layers = [layer for layer in worker.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in worker.modules() if isinstance(layer, _NormBase)]
     with evaluating(worker, but=layers):
         outputs = forward_together(worker, parts)
         if not all(isinstance(output, Tensor) for output in outputs):
