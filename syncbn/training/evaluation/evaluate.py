@@ -13,6 +13,7 @@ from syncbn.nn.modes import evaluating
 from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
+from syncbn.training.data.native import NativeData
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
@@ -23,6 +24,7 @@ from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+NATIVE_EVAL_BATCH_SIZE = 16  # of images as large as their files
 EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
 
 
@@ -63,7 +65,8 @@ def evaluate(
         if not isinstance(metric, Tally):
             metric.to(context.device).reset()
     with evaluating(model), torch.no_grad():
-        batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
+        size = NATIVE_EVAL_BATCH_SIZE if isinstance(data, NativeData) else EVAL_BATCH_SIZE
+        batches = torch.arange(len(split)).split(size)
         indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
         loaded = (loader or Loader(data, context)).eval_batches(split, indices)
         for whole, batch in zip(indices, loaded, strict=True):
