@@ -99,6 +99,11 @@ class MaskFolderConfig(DecodedConfig):
         super().__post_init__()
         _check_masks(self.num_classes, self.ignore, self.values)
 
+    @property
+    def has_masks(self) -> bool:
+        """See `DecodedConfig`."""
+        return True
+
 
 @dataclass(kw_only=True)
 class TableConfig(DecodedConfig):
@@ -146,6 +151,11 @@ class TableConfig(DecodedConfig):
         if self.fold is not None and isinstance(self.folds, int):
             require(self.fold in range(self.folds), "data.fold",
                     f"0 to {self.folds - 1} with data.folds={self.folds}", self.fold)  # fmt: skip
+
+    @property
+    def has_masks(self) -> bool:
+        """See `DecodedConfig`."""
+        return self.mask is not None
 
     @property
     def labels(self) -> list[str]:

@@ -12,6 +12,7 @@ from syncbn.training.config.errors import ConfigError, require, require_choice
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 FITS = ("crop", "pad", "stretch")
 DECODINGS = ("full", "reduced")
+NATIVE = "native"
 SAMPLERS = ("shuffled", "balanced")
 _POWERS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
@@ -60,7 +61,7 @@ class DecodedConfig(LoadingConfig):
     path: str
     """Directory of the data set."""
     size: Any
-    """Height and width of every image, in pixels: a number, or [height, width]."""
+    """Height and width of every image, in pixels: a number, or [height, width]; for masks also "native": its own."""
     channels: int
     """3: RGB; 1: gray."""
     fit: str = "crop"
@@ -77,6 +78,9 @@ class DecodedConfig(LoadingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = self.size if isinstance(self.size, list) else [self.size]
+        if self.size == NATIVE:
+            self._check_native()
+            sizes = [1]
         valid = len(sizes) == (2 if isinstance(self.size, list) else 1) and all(_is_count(size) for size in sizes)
         require(valid, "data.size", "1 pixel or more, or [height, width]", self.size)
         require_choice("data.fit", self.fit, FITS)
@@ -89,10 +93,24 @@ class DecodedConfig(LoadingConfig):
                 "auto, 0, or a size such as 500MB or 2GB", self.cache)  # fmt: skip
 
     @property
-    def height_and_width(self) -> tuple[int, int]:
-        """Both of `size`."""
+    def height_and_width(self) -> tuple[int, int] | None:
+        """Both of `size`; None: each image has its own."""
+        if self.size == NATIVE:
+            return None
         height, width = self.size if isinstance(self.size, list) else (self.size, self.size)
         return height, width
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the targets are masks."""
+        return False
+
+    def _check_native(self) -> None:
+        require(self.has_masks, "data.size", "1 pixel or more, or [height, width]; native is for masks", self.size)
+        for key, value, only in (("fit", self.fit, ("crop",)), ("decode", self.decode, ("full",)),
+                                 ("cache", self.cache, ("auto", "0"))):  # fmt: skip
+            require(value in only, f"data.{key}",
+                    f"{' or '.join(only)} with data.size=native, which resizes and keeps no image", value)  # fmt: skip
 
 
 def parse_bytes(text: str) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.data.dataset import IGNORE, Data, Rows
-from syncbn.training.data.decoding import Decoded
+from syncbn.training.data.decoding import Decoded, values_of
 from syncbn.training.data.images import ImageData
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def count_classes(labels: Rows, num_classes: int, index: Tensor | None = None) -
     """
     found = torch.zeros(IGNORE + 1, dtype=torch.int64) if len(labels.shape) > 1 else torch.zeros(num_classes).long()
     for part in (torch.arange(len(labels)) if index is None else index).split(32 if len(labels.shape) > 1 else 10**6):
-        more = torch.bincount(labels[part].flatten().to(torch.int64), minlength=len(found))
+        more = torch.bincount(values_of(labels, part).to(torch.int64), minlength=len(found))
         if len(more) > len(found):
             raise ValueError(f"expected classes below {num_classes}, got {len(more) - 1}")
         found += more

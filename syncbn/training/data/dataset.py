@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.data.by_size import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,8 @@ class Data(Protocol):
 
     def train_batch(
         self, index: Tensor, seed: int, epoch: int, dtype: torch.dtype, repeats: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Images and targets of these training samples.
+    ) -> tuple[Pixels, Pixels]:
+        """Images and targets of these training samples; `BySize` where images have different sizes.
 
         Random augmentation depends only on (seed, epoch, sample, how often the sample was drawn in this epoch before).
 
@@ -125,7 +126,7 @@ class Data(Protocol):
             repeats: (N,) int64, how often each sample was drawn in this epoch before; None for never.
         """
 
-    def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def eval_batch(self, split: Any, index: Tensor, dtype: torch.dtype) -> tuple[Pixels, Pixels]:
         """Images and targets of these samples of a split, without augmentation."""
 
     def normalized_by(self, mean: Tensor, std: Tensor) -> Data:

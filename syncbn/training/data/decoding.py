@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError, SampleError
 from syncbn.training.config.loading import DecodedConfig, parse_bytes
+from syncbn.training.data.dataset import Rows
 from syncbn.training.data.masks import MaskValues
 from syncbn.training.data.preparation import Preparation, channels_first, upright_size
 from syncbn.training.distributed import world
@@ -57,6 +58,25 @@ class Files:
     def name(self, position: int) -> str:
         """The path of the file, as given."""
         return self.paths[position]
+
+
+@dataclass(frozen=True)
+class First:
+    """The first images of another `Source`."""
+
+    source: Source
+    number: int
+
+    def __len__(self) -> int:
+        return self.number
+
+    def read(self, position: int) -> Path | bytes:
+        """See `Source`."""
+        return self.source.read(position)
+
+    def name(self, position: int) -> str:
+        """See `Source`."""
+        return self.source.name(position)
 
 
 @dataclass(frozen=True)
@@ -101,9 +121,9 @@ class Decoded:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, channels, *size), or (N, *size) for masks."""
+        """(N, channels, *size), or (N, *size) for masks; -1 stands for sizes that differ."""
         channels = () if self.values is not None else (self.preparation.channels,)
-        return (len(self.source), *channels, *self.preparation.size)
+        return (len(self.source), *channels, *(self.preparation.size or (-1, -1)))
 
     @property
     def num_bytes(self) -> int:
@@ -113,7 +133,12 @@ class Decoded:
     def __len__(self) -> int:
         return len(self.source)
 
+    def each(self, index: Tensor) -> Iterator[Tensor]:
+        """The rows at the positions `index`, (N,) int64, one by one: their sizes may differ."""
+        return map(self._row, index.tolist())
+
     def __getitem__(self, index: Tensor, /) -> Tensor:
+        assert self.preparation.size is not None
         rows = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
         for row, position in zip(rows, index.tolist(), strict=True):
             row.copy_(self._row(position))
@@ -180,6 +205,13 @@ class Decoded:
             raise ValueError("a mask of {}x{} pixels for an image of {}x{}".format(*image.size, width, height))
 
 
+def values_of(rows: Rows, index: Tensor) -> Tensor:
+    """All values of the rows at these positions, flat."""
+    if not isinstance(rows, Decoded):
+        return rows[index].flatten()
+    return torch.cat([torch.zeros(0, dtype=torch.uint8), *(row.flatten() for row in rows.each(index))])
+
+
 def opened(source: Source, position: int) -> Image.Image:
     """Opens an image without reading its pixels yet."""
     content = source.read(position)
@@ -215,6 +247,8 @@ def warn_of_lost_bits(images: Decoded) -> None:
 
 def keep_decoded(parts: Iterable[Decoded], config: DecodedConfig) -> None:
     """Gives every part a cache if all of them together fit into `config.cache`; otherwise none gets one."""
+    if config.height_and_width is None:
+        return  # a cache has rows of one size
     parts, shared = list(parts), config.workers > 0
     needed, allowed = sum(part.num_bytes for part in parts), _allowed_bytes(config.cache, shared)
     if allowed == 0:

@@ -26,6 +26,7 @@ from syncbn.training.data.dataset import Split
 from syncbn.training.data.decoding import Decoded, Files, keep_decoded, warn_of_lost_bits
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.masks import MaskValues
+from syncbn.training.data.native import NativeData
 from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.splits import hold_out, stratified_indices
 
@@ -101,9 +102,14 @@ def decoded_data(
     train, val, test = (splits.get(name) for name in SPLITS)
     assert train is not None
     assert val is not None
-    return ImageData(
+    return class_for(config)(
         train, val, test, num_classes, config.shift, config.flip, tuple(names), preparation=Preparation.of(config)
     )
+
+
+def class_for(config: DecodedConfig) -> type[ImageData]:
+    """The class of a data set whose images are all of `data.size`, or of one whose images have their own."""
+    return ImageData if config.height_and_width is not None else NativeData
 
 
 def split_labels(labels: Tensor, names: Sequence[str], *, with_test: bool = True) -> list[Tensor]:

@@ -128,8 +128,7 @@ class ImageData:
         if isinstance(images, Tensor) and images.is_floating_point():
             std, mean = torch.std_mean(images.to(torch.float64), dim=(0, 2, 3), keepdim=True)
         else:
-            num = len(images) if isinstance(images, Tensor) else min(len(images), STATS_SAMPLES)
-            mean, std = _byte_stats(images, torch.arange(num) * len(images) // num)
+            mean, std = _byte_stats(images, chosen_for_stats(images))
         return mean, std.clamp(min=1e-6)
 
     def first(self, num_samples: int) -> ImageData:
@@ -174,13 +173,27 @@ def _as_targets(labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.to(torch.int64)
 
 
+def chosen_for_stats(images: Rows) -> Tensor:
+    """Positions of the images that give mean and standard deviation: all, or evenly spaced ones."""
+    num = len(images) if isinstance(images, Tensor) else min(len(images), STATS_SAMPLES)
+    return torch.arange(num) * len(images) // num
+
+
 def _byte_stats(images: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of uint8 images scaled to [0, 1], (1, C, 1, 1) float64, from exact integer sums."""
     sums = torch.zeros(2, images.shape[1], dtype=torch.int64)
     for part in index.split(32):
         values = images[part].to(torch.int64)
         sums += torch.stack([values.sum((0, 2, 3)), (values * values).sum((0, 2, 3))])
-    count = len(index) * images.shape[2] * images.shape[3]
+    return stats_of_sums(sums, len(index) * images.shape[2] * images.shape[3])
+
+
+def stats_of_sums(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (1, C, 1, 1) float64, of `count` bytes a channel, scaled to [0, 1].
+
+    Args:
+        sums: of the bytes and of their squares, (2, C) int64.
+    """
     total, squares = sums.to(torch.float64)
     variance = (squares - total * total / count) / max(1, count - 1)
     return (total / count / 255)[None, :, None, None], (variance.sqrt() / 255)[None, :, None, None]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from syncbn.training.config.errors import TrainingError
 from syncbn.training.data import workers as processes
+from syncbn.training.data.by_size import Pixels, mapped, parts_of
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 
-Batch = tuple[Tensor, Tensor]  # images and labels
+Batch = tuple[Pixels, Pixels]  # images and labels
 Task = tuple[Any, ...]  # name of a method of Data, followed by its arguments
 
 
@@ -119,9 +120,12 @@ class Loader:
 
     def _move(self, batch: Batch) -> Batch:
         images, labels = batch
-        if self._pins and not images.is_pinned():
-            images, labels = images.pin_memory(), labels.pin_memory()
-        return self.context.put(images), labels.to(self.context.device, non_blocking=True)
+        if self._pins and not all(part.is_pinned() for part in parts_of(images)):
+            images, labels = mapped(images, Tensor.pin_memory), mapped(labels, Tensor.pin_memory)
+        return mapped(images, self.context.put), mapped(labels, self._put)
+
+    def _put(self, labels: Tensor) -> Tensor:
+        return labels.to(self.context.device, non_blocking=True)
 
 
 def _do(data: Data, method: str, *arguments: Any) -> Batch:
@@ -133,4 +137,4 @@ def _do(data: Data, method: str, *arguments: Any) -> Batch:
 
 def _pinned(future: Future[Batch]) -> Batch:
     images, labels = future.result()
-    return images.pin_memory(), labels.pin_memory()
+    return mapped(images, Tensor.pin_memory), mapped(labels, Tensor.pin_memory)

@@ -25,6 +25,8 @@ def mask_in_original_size(scores: Tensor, fit: str, size: tuple[int, int]) -> Te
     Returns:
         (*size,) uint8; IGNORE where the image was cropped away.
     """
+    if scores.shape[1:] == size:
+        return scores.argmax(0).to(torch.uint8)
     height, width = size
     source, target = placement(fit, size, (scores.shape[1], scores.shape[2]))
     left, top, right, bottom = target

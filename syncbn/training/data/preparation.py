@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.loading import DecodedConfig
+from syncbn.training.config.loading import NATIVE, DecodedConfig
 from syncbn.training.data.dataset import IGNORE
 
 _ORIENTATION, _SIDEWAYS = 0x0112, 5  # EXIF's orientation tag; its values from 5 on exchange height and width
@@ -53,8 +53,8 @@ def placement(fit: str, image: tuple[int, int], size: tuple[int, int]) -> Placem
 class Preparation:
     """How an image file becomes an array of pixels for a model; a checkpoint stores it."""
 
-    size: tuple[int, int]
-    """Height and width."""
+    size: tuple[int, int] | None
+    """Height and width; None: those of the file."""
     channels: int
     """3: RGB; 1: gray."""
     fit: str = "crop"
@@ -73,7 +73,8 @@ class Preparation:
     def description(self) -> dict[str, Any]:
         """The settings as plain containers."""
         limits = None if self.range is None else list(self.range)
-        described = {"size": list(self.size), "channels": self.channels, "fit": self.fit, "range": limits}
+        size = NATIVE if self.size is None else list(self.size)
+        described = {"size": size, "channels": self.channels, "fit": self.fit, "range": limits}
         return described if self.decode == "full" else {**described, "decode": self.decode}
 
     def whole(self, image: Image.Image) -> Image.Image:
@@ -104,7 +105,9 @@ class Preparation:
         """
         size = upright_size(image)
         if self.decode == "reduced":
-            (left, top, right, bottom), (at_left, at_top, at_right, at_bottom) = placement(self.fit, size, self.size)
+            (left, top, right, bottom), (at_left, at_top, at_right, at_bottom) = placement(
+                self.fit, size, self.size or size
+            )
             ratio = min((right - left) / (at_right - at_left), (bottom - top) / (at_bottom - at_top))
             factor = next((factor for factor in (8, 4, 2) if ratio >= 2 * factor), 1)
             if factor > 1:  # other formats than JPEG take no notice
@@ -129,26 +132,28 @@ class Preparation:
         of_file: tuple[int, int] | None = None,
     ) -> np.ndarray:
         size = of_file or (image.height, image.width)
-        source, (left, top, right, bottom) = placement(self.fit, size, self.size)
+        wanted = self.size or size
+        source, (left, top, right, bottom) = placement(self.fit, size, wanted)
         # The eighth of 801 pixels has 101, the last of which stands for a single one of them.
         factor = next(factor for factor in (1, 2, 4, 8) if -(-size[1] // factor) == image.width)
         source = (source[0] / factor, source[1] / factor, source[2] / factor, source[3] / factor)
         inner = convert(np.array(image.resize((right - left, bottom - top), resampling, box=source)))
-        if inner.shape[:2] == self.size:
+        if inner.shape[:2] == wanted:
             return inner
-        outer = np.full((*self.size, *inner.shape[2:]), padding, dtype=inner.dtype)
+        outer = np.full((*wanted, *inner.shape[2:]), padding, dtype=inner.dtype)
         outer[top:bottom, left:right] = inner
         return outer
 
     def fitted_pixels(self, pixels: Tensor) -> Tensor:
         """What `fitted` does, for pixels in memory: (C, H, W) uint8 or float32 to (C, *size) of the same type."""
-        if pixels.shape[1:] == self.size:
+        if self.size is None or pixels.shape[1:] == self.size:
             return pixels
         return torch.stack([torch.from_numpy(self._resized(Image.fromarray(channel.numpy()))) for channel in pixels])
 
     def fitted_classes(self, classes: Tensor) -> Tensor:
         """What `fitted_mask` does, for a mask of classes in memory, (H, W) uint8."""
-        return classes if classes.shape == self.size else self.fitted_mask(Image.fromarray(classes.numpy()))
+        as_is = self.size is None or classes.shape == self.size
+        return classes if as_is else self.fitted_mask(Image.fromarray(classes.numpy()))
 
     def _as_bytes(self, image: Image.Image) -> Image.Image:
         """Converts more than 8 bits per pixel to 8, and palettes with transparency to RGBA.

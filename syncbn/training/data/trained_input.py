@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.config.loading import DECODINGS, FITS
+from syncbn.training.config.loading import DECODINGS, FITS, NATIVE
 from syncbn.training.data.preparation import Preparation, normalized
 
 
@@ -43,7 +43,7 @@ class TrainedInput:
         try:
             size, limits = image["size"], image.get("range")
             preparation = Preparation(
-                size=(int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size)),
+                size=_height_and_width(size),
                 channels=int(image["channels"]),
                 fit=str(image.get("fit", "crop")),
                 range=None if limits is None else (float(limits[0]), float(limits[1])),
@@ -54,7 +54,7 @@ class TrainedInput:
                 preparation.fit not in FITS
                 or preparation.decode not in DECODINGS
                 or preparation.channels not in (1, 3)
-                or min(preparation.size) < 1
+                or (preparation.size is not None and min(preparation.size) < 1)
             ):
                 raise ValueError("settings that no run has")
             if any(statistic.shape != (1, preparation.channels, 1, 1) for statistic in (mean, std)):
@@ -76,3 +76,9 @@ class TrainedInput:
         """
         pixels = self.preparation.fitted_file(image)
         return normalized(pixels[None], self.mean, self.std, dtype)[0]
+
+
+def _height_and_width(size: Any) -> tuple[int, int] | None:
+    if size == NATIVE:
+        return None
+    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))

@@ -57,4 +57,4 @@ def load_whole(config: DataConfig, path: str, names: Sequence[str]) -> ImageData
         split, num_classes = Split(Decoded(Files(images), prepared), numbers.new_tensor(of_found)[numbers]), len(names)
     if not images:
         raise ConfigError(f"eval.path: no image in {str(root)!r}")
-    return ImageData(split, split, None, num_classes, 0, False, tuple(names), preparation=prepared)
+    return folders.class_for(config)(split, split, None, num_classes, 0, False, tuple(names), preparation=prepared)

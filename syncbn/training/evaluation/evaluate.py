@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
+from syncbn.training.data.native import NativeData
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
@@ -22,6 +24,7 @@ from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+NATIVE_EVAL_BATCH_SIZE = 16  # of images as large as their files
 EVAL_BATCH_SIZE = 512  # samples over all ranks; with running statistics the results do not depend on it
 
 
@@ -62,24 +65,26 @@ def evaluate(
         if not isinstance(metric, Tally):
             metric.to(context.device).reset()
     with evaluating(model), torch.no_grad():
-        batches = torch.arange(len(split)).split(EVAL_BATCH_SIZE)
+        size = NATIVE_EVAL_BATCH_SIZE if isinstance(data, NativeData) else EVAL_BATCH_SIZE
+        batches = torch.arange(len(split)).split(size)
         indices = [batch.tensor_split(context.world_size)[context.rank] for batch in batches]
         loaded = (loader or Loader(data, context)).eval_batches(split, indices)
-        for index, (images, targets) in zip(indices, loaded, strict=True):
+        for whole, batch in zip(indices, loaded, strict=True):
             if stop is not None and stop.agreed():
                 raise StopAgreed
-            if len(images) == 0:
-                continue
-            with context.forward_context():
-                outputs = model(images)
-            outputs = in_dtype(outputs, context.dtype)
-            total, number = loss(outputs, targets)
-            labels = metric_targets(loss, targets)
-            for name, metric in shown.items():
-                update_metric(name, metric, outputs, labels)
-            if mistakes is not None:
-                mistakes.see(Seen(index, images, outputs, targets))
-            mean.update(total, number)
+            for index, images, targets in each_size(whole, *batch):
+                if len(images) == 0:
+                    continue
+                with context.forward_context():
+                    outputs = model(images)
+                outputs = in_dtype(outputs, context.dtype)
+                total, number = loss(outputs, targets)
+                labels = metric_targets(loss, targets)
+                for name, metric in shown.items():
+                    update_metric(name, metric, outputs, labels)
+                if mistakes is not None:
+                    mistakes.see(Seen(index, images, outputs, targets))
+                mean.update(total, number)
     add_over_ranks(tallies)
     with warnings.catch_warnings():
         # torchmetrics warns on a rank that has had no sample; with a small split that is expected.

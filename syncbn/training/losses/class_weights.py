@@ -11,7 +11,9 @@ from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.losses import BALANCED
+from syncbn.training.data.by_size import parts_of
 from syncbn.training.data.dataset import Data
+from syncbn.training.data.decoding import values_of
 from syncbn.training.data.images import ImageData
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
@@ -67,7 +69,7 @@ def _count(data: Data, num_classes: int, ignore_index: int | None) -> Tensor:
     counts = torch.zeros(num_classes, dtype=torch.int64)
     mine = torch.arange(len(data.train)).tensor_split(world.world_size())[world.rank()]
     for index in mine.split(_CHUNK):
-        labels = _targets(data, index).flatten()
+        labels = _targets(data, index)
         labels = labels if ignore_index is None else labels[labels != ignore_index]
         wrong = labels[(labels < 0) | (labels >= num_classes)]
         if len(wrong):
@@ -80,8 +82,9 @@ def _count(data: Data, num_classes: int, ignore_index: int | None) -> Tensor:
 
 def _targets(data: Data, index: Tensor) -> Tensor:
     if isinstance(data, ImageData):  # without decoding the images
-        return data.train.labels[index].to(torch.int64)
-    return data.eval_batch(data.train, index, torch.float32)[1].to(torch.int64)
+        return values_of(data.train.labels, index).to(torch.int64)
+    targets = data.eval_batch(data.train, index, torch.float32)[1]
+    return torch.cat([part.flatten() for part in parts_of(targets)]).to(torch.int64)
 
 
 def _name(data: Data, label: int) -> str:

@@ -19,6 +19,7 @@ from syncbn.training.config.losses import (
     LossConfig,
     MeanSquaredErrorConfig,
 )
+from syncbn.training.data.by_size import BySize, Pixels
 from syncbn.training.data.custom import LabelRange, with_label_range
 from syncbn.training.data.dataset import IGNORE, Data
 from syncbn.training.losses.class_weights import Weights, class_weights
@@ -34,6 +35,14 @@ class Loss(Protocol):
     """
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def summed(loss: Loss, outputs: Any, targets: Pixels) -> tuple[Tensor, Tensor]:
+    """Sum and count of a batch, added up over its sizes where `targets` are `BySize` and `outputs` a list."""
+    if not isinstance(targets, BySize):
+        return loss(outputs, targets)
+    pairs = [loss(output, part) for output, part in zip(outputs, targets.parts, strict=True)]
+    return torch.stack([total for total, _ in pairs]).sum(), torch.stack([count for _, count in pairs]).sum()
 
 
 class CrossEntropy:

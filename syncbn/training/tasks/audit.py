@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn.atomic_write import write_text
 from syncbn.auditing.audit import audit
@@ -16,6 +16,7 @@ from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.run import AuditConfig
 from syncbn.training.config.schema import Config
+from syncbn.training.data.by_size import parts_of
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
@@ -57,7 +58,8 @@ def audit_trained(
 ) -> list[Finding]:
     """Audits the model as in the last of `step` steps, on the first training batch; the same findings on every rank."""
     shard = sampler.shards(0)[0]
-    images, _ = data.train_batch(shard.index, sampler.seed, 0, context.dtype)
+    whole, _ = data.train_batch(shard.index, sampler.seed, 0, context.dtype)
+    images = max(parts_of(whole), key=Tensor.numel)  # of different sizes, those that have the most values
     trained = _as_in(model, plan, max(step - 1, 0))
     with context.forward_context():
         return audit(trained, batch=context.put(images), batch_size=_samples_per_forward(sampler), trained=True)

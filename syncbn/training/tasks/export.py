@@ -32,6 +32,8 @@ from syncbn.surgery.revert import revert_sync_batchnorm
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.run import EXPORT_FORMATS
 from syncbn.training.config.schema import Config
+from syncbn.training.data.by_size import of_one_size
+from syncbn.training.data.native import NativeData
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
@@ -139,11 +141,14 @@ def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str,
 
 def _samples(loaded: LoadedRun) -> Tensor:
     """Validation images as in evaluation, at least two: a program traced with a batch of one takes no other size."""
+    if isinstance(loaded.data, NativeData):
+        raise ConfigError("data.size: an exported program has one size, and this run has native ones; give"
+                          " data.size=[HEIGHT,WIDTH]")  # fmt: skip
     index = torch.arange(min(_NUM_SAMPLES, len(loaded.data.val)))
     if len(index) == 0:
         raise ConfigError("data: expected validation samples to check an export with, got none")
     index = index.repeat(2) if len(index) == 1 else index
-    return loaded.data.eval_batch(loaded.data.val, index, loaded.context.dtype)[0]
+    return of_one_size(loaded.data.eval_batch(loaded.data.val, index, loaded.context.dtype)[0])
 
 
 def _revert(model: nn.Module, images: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.schema import Config
+from syncbn.training.data.by_size import parts_of
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.data.loader import Batch, Loader
@@ -63,7 +64,7 @@ def _speed(loader: Loader, sampler: Sampler, seed: int, num_steps: int) -> float
     next(batches)
     start, num_samples = time.perf_counter(), 0
     for images, _ in islice(batches, (num_steps - 1) * len(sampler.shards(0))):
-        num_samples += len(images)
+        num_samples += sum(map(len, parts_of(images)))
     if loader.context.device.type == "cuda":
         torch.cuda.synchronize(loader.context.device)
     return num_samples / (time.perf_counter() - start)

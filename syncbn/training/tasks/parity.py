@@ -19,6 +19,7 @@ from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
 from syncbn.training.data import registry
+from syncbn.training.data.native import NativeData
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import losses
@@ -65,6 +66,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     if files.newest(run_dir) is not None:
         raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name")
     data = with_statistics_of_init(registry.load_data(config.data), config.init)
+    if isinstance(data, NativeData):
+        raise ConfigError("data.size: task=parity takes images of one size; give data.size=[HEIGHT,WIDTH]")
     loss = losses.build_loss(config.loss, data)
     sampler = sampler_for(config, data, context)
     num = min(config.batch_size, len(data.train), SAMPLES_PER_RANK * max(config.parity.world_sizes))

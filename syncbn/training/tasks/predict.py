@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from syncbn.training.config.layout import image_files
 from syncbn.training.config.run import PredictConfig
 from syncbn.training.config.schema import Config
 from syncbn.training.data import workers as processes
+from syncbn.training.data.by_size import BySize, Pixels, in_order, mapped
 from syncbn.training.data.original_size import mask_in_original_size
 from syncbn.training.data.preparation import Preparation, upright_size
 from syncbn.training.distributed import world
@@ -59,7 +61,7 @@ class Read:
 
     positions: list[int]
     """Of those that could be read."""
-    pixels: list[Tensor]
+    pixels: list[Pixels]
     """For each preparation (N, C, H, W) uint8, in the order of `positions`; empty if there are none."""
     sizes: list[tuple[int, int]]
     """Heights and widths of the images, upright."""
@@ -197,13 +199,15 @@ class Predictor:
         """Those that differ: members that prepare images alike, as the folds of a data set do, share the pixels."""
         return list(dict.fromkeys(member.input.preparation for member in self.members))
 
-    def _scores(self, pixels: Sequence[Tensor]) -> Tensor:
-        """Probabilities or numbers, averaged over the members, (N, K) or (N, K, H, W), float64 on the CPU."""
+    def _scores(self, pixels: Sequence[Pixels]) -> Iterator[Tensor]:
+        """Probabilities or numbers of each file, averaged over the members, (K,) or (K, H, W), float64 on the CPU."""
         of_preparation = dict(zip(self._preparations, pixels, strict=True))
-        scores = [
-            member.scores(of_preparation[member.input.preparation], flip=self.settings.flip) for member in self.members
+        found = [
+            mapped(of_preparation[member.input.preparation], partial(member.scores, flip=self.settings.flip))
+            for member in self.members
         ]
-        return torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
+        for scores in zip(*(in_order(one) for one in found), strict=True):
+            yield torch.stack(scores).mean(0) if len(scores) > 1 else scores[0]
 
     def _cells(self, file: ImageFile, scores: Tensor, size: tuple[int, int]) -> list[str]:
         """The cells between the name and the error; writes the mask."""
@@ -238,7 +242,12 @@ def read(reader: Reader, positions: Sequence[int]) -> Read:
             prepared.append(one)
         readable.append(position)
         sizes.append(size)
-    return Read(readable, [torch.stack(prepared) for prepared in images] if readable else [], sizes, errors)
+    pixels: list[Pixels] = [
+        BySize.of(prepared, prepared[0]) if preparation.size is None else torch.stack(prepared)
+        for preparation, prepared in zip(reader.preparations, images, strict=True)
+        if readable
+    ]
+    return Read(readable, pixels, sizes, errors)
 
 
 def _as_csv(table: list[list[str]]) -> str:

@@ -30,6 +30,7 @@ from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
 from syncbn.training.config.schema import Config
 from syncbn.training.data.dataset import describe_data
+from syncbn.training.data.native import NativeData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.losses import class_weights
@@ -38,6 +39,7 @@ from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan, check_model
+from syncbn.training.trainer.of_sizes import OfSizes
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def recalibrate(loaded: LoadedRun, num_batches: int | None) -> Population:
     before = _statistics(model)
     with loaded.loader() as loader, context.forward_context():
         shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))
-        precise_bn(worker, (images for images, _ in loader.eval_batches(loaded.data.train, shards)))
+        model_of_batch = OfSizes(worker) if isinstance(loaded.data, NativeData) else worker
+        precise_bn(model_of_batch, (images for images, _ in loader.eval_batches(loaded.data.train, shards)))
     after = _statistics(worker)
     for name, statistics in after.items():
         if not all(statistic.isfinite().all() for statistic in statistics):

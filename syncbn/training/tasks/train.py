@@ -32,7 +32,7 @@ from syncbn.training.tracking.environment import describe
 from syncbn.training.tracking.summary import SUMMARY, read_summary, write_summary
 from syncbn.training.tracking.tensorboard_run import require_installed
 from syncbn.training.tracking.tracker import Tracker, cut_back
-from syncbn.training.trainer import execution, graph_checks, overfit
+from syncbn.training.trainer import execution, graph_checks, native_checks, overfit
 from syncbn.training.trainer.build import build_components, context_for
 from syncbn.training.trainer.trainer import Trainer
 
@@ -69,6 +69,7 @@ def train(
         # From the stored configuration of the run: the command that resumes it need not repeat the options.
         context = context_for(config, context)
         with nullcontext() if checkpoint is None else configured_by(checkpoint.path, overrides):
+            native_checks.check(config)
             execution.check(config, context.device)
             if config.tracker.tensorboard:
                 require_installed()

@@ -20,6 +20,7 @@ from syncbn.training.data import dataset, registry
 from syncbn.training.data.balance import ClassMembers
 from syncbn.training.data.counting import check_training_classes
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.native import NativeData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.evaluation.metrics import Best, build_metrics, choose_best
@@ -30,7 +31,7 @@ from syncbn.training.models.pretrained import Drift, load_pretrained
 from syncbn.training.models.virtual_ranks import groups_per_rank, make_virtual
 from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
-from syncbn.training.trainer import execution, overfit
+from syncbn.training.trainer import execution, native_checks, overfit
 from syncbn.training.trainer.checks import (
     build_freeze_plan,
     check_division,
@@ -99,7 +100,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
             `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`,
-            `check_parts`.
+            `check_parts`, `native_checks`.
     """
     data = registry.load_data(config.data)
     check_division(data)
@@ -126,6 +127,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     data = losses.with_known_labels(data, loss, config.data)
     outputs, targets = check_model(model, data, sampler, context, loss)
+    if isinstance(data, NativeData):
+        native_checks.check_network(model, context.put(data.smallest()))
     metrics = build_metrics(config.metrics, data.num_classes)
     has_accuracy = data.num_classes is not None and losses.are_classes(loss)
     labels = losses.metric_targets(loss, targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.output import short
 from syncbn.training.config.schema import Config
+from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
+from syncbn.training.data.native import NativeData
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed import world
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
@@ -73,8 +76,24 @@ def check_model(
             loss cannot take the outputs, or does not return a sum and a count; the model cannot take zero rows, where
             the last batch of an epoch leaves a rank without samples.
     """
-    images, targets = data.train_batch(torch.arange(min(2, len(data.train))), 0, 0, context.dtype)
-    images = context.put(images)
+    index = data.samples_to_try() if isinstance(data, NativeData) else torch.arange(min(2, len(data.train)))
+    for _, images, targets in each_size(index, *data.train_batch(index, 0, 0, context.dtype)):
+        images = context.put(images)
+        outputs, targets = _check_outputs(model, images, targets, data, context, loss)
+    if sampler.smallest_micro_batch() <= (context.world_size - 1) * sampler.groups_per_rank:
+        failure, _ = _try(model, images[:0])
+        if failure is not None:
+            raise ConfigError(
+                f"model: cannot take zero rows, which the last batch leaves to some ranks (failed in {failure}); use"
+                " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
+                " without samples"
+            )
+    return outputs, targets
+
+
+def _check_outputs(
+    model: nn.Module, images: Tensor, targets: Tensor, data: Data, context: RankContext, loss: Loss
+) -> tuple[Any, Tensor]:
     failure, outputs = _try(model, images)
     if failure is not None:
         raise ConfigError(f"model: cannot take images of shape {tuple(images.shape)} (failed in {failure})")
@@ -87,14 +106,6 @@ def check_model(
         raise ConfigError(f"model: expected {kind} of shape {wanted}{like}, got {got}{_other_kind(wanted, got)}")
     outputs, targets = in_dtype(outputs, context.dtype), targets.to(context.device)
     check_loss(loss, outputs, targets)
-    if sampler.smallest_micro_batch() <= (context.world_size - 1) * sampler.groups_per_rank:
-        failure, _ = _try(model, images[:0])
-        if failure is not None:
-            raise ConfigError(
-                f"model: cannot take zero rows, which the last batch leaves to some ranks (failed in {failure}); use"
-                " flatten(1) instead of view(x.size(0), -1), or choose batch_size and ranks so that no rank is left"
-                " without samples"
-            )
     return outputs, targets
 
 

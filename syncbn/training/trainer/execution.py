@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.schema import Config
+from syncbn.training.trainer.of_sizes import OfSizes
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,10 @@ def lay_out(model: nn.Module) -> None:
             parameter.data = parameter.data.to(memory_format=formats[parameter.dim()])
 
 
-def executed(model: nn.Module, compile: bool | str) -> nn.Module:
-    """The module that a training step calls: the model itself, or a wrapper whose forward pass is compiled."""
+def executed(model: nn.Module, compile: bool | str, *, by_size: bool = False) -> nn.Module:
+    """The module that a training step calls: the model, or a wrapper that is compiled, or takes images `by_size`."""
+    if by_size:
+        return OfSizes(model)
     return model if compile is False else Compiled(model, _backend(compile))
 
 

@@ -12,6 +12,7 @@ from syncbn.training.config.errors import TrainingError, listed
 from syncbn.training.config.output import output_root, short
 from syncbn.training.config.run_files import NONFINITE
 from syncbn.training.config.schema import Config
+from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
@@ -37,8 +38,12 @@ def find_fault(
     what = "loss" if ranks else "gradient"
     samples = {rank: sampler.samples(step, rank) for rank in (ranks if ranks else range(context.world_size))}
     index, epoch = torch.cat(list(samples.values())), sampler.epoch_of(step)
-    images, _ = data.train_batch(index, sampler.seed, epoch, context.dtype)
-    culprits = index[~images.flatten(1).isfinite().all(1)].tolist()
+    batch = data.train_batch(index, sampler.seed, epoch, context.dtype)
+    culprits = [
+        sample
+        for part, images, _ in each_size(index, *batch)
+        for sample in part[~images.flatten(1).isfinite().all(1)].tolist()
+    ]
     seen = {rank: part.tolist() for rank, part in samples.items()}
     by_rank = "; ".join(f"rank {rank}: {_listed(part)}" for rank, part in seen.items())
     where = f"samples with pixels that are not: {_listed(culprits)}" if culprits else f"samples of {by_rank}"

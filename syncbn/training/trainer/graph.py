@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.data.by_size import of_one_size
 from syncbn.training.data.loader import Batch
 from syncbn.training.trainer.capture import Capture, Captured
 
@@ -35,7 +36,9 @@ class GraphedSteps:
     def __init__(self, capture: Capture, regular: Sequence[int], device: torch.device) -> None:
         self._capture, self._regular, self._device = capture, list(regular), device
         self._captured: Captured | None = None
-        self._inputs: list[Batch] = []  # the memory from which the captured step reads its micro-batches
+        self._inputs: list[
+            tuple[Tensor, Tensor]
+        ] = []  # the memory from which the captured step reads its micro-batches
         self._is_warm = False
         self._contexts = ExitStack()
         self.num_warm_up_passes = capture.num_warm_up_passes
@@ -69,7 +72,7 @@ class GraphedSteps:
             self._put(step, given)
             self._captured.replay()
         elif self._is_warm:
-            self._inputs = [(images.clone(), labels.clone()) for images, labels in given]
+            self._inputs = [(of_one_size(images).clone(), of_one_size(labels).clone()) for images, labels in given]
             self._captured = self._captured_step(step, lambda: compute(self._inputs, sizes))
         else:
             self._is_warm = True
@@ -84,7 +87,8 @@ class GraphedSteps:
 
     def _put(self, step: int, batches: Sequence[Batch]) -> None:
         for given, inputs in zip(batches, self._inputs, strict=True):
-            for what, one, memory in zip(("images", "labels"), given, inputs, strict=True):
+            for what, pixels, memory in zip(("images", "labels"), given, inputs, strict=True):
+                one = of_one_size(pixels)
                 if (one.shape, one.dtype) != (memory.shape, memory.dtype):
                     raise TrainingError(
                         f"graph: step {step} has {what} of shape {tuple(one.shape)} and {one.dtype}, the captured step"

@@ -42,6 +42,7 @@ from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.data.dataset import describe_data
 from syncbn.training.data.loader import Batch, Loader
+from syncbn.training.data.native import NativeData
 from syncbn.training.data.randomness import Draw, mix_key, seed_generators
 from syncbn.training.distributed import world
 from syncbn.training.distributed.ddp import WrappedModel
@@ -50,6 +51,7 @@ from syncbn.training.distributed.rank_context import in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, Stopped, StopRequest
 from syncbn.training.evaluation.mistakes import write_mistakes
 from syncbn.training.losses import class_weights
+from syncbn.training.losses.losses import summed
 from syncbn.training.optim.groups import names_of, require_same_groups
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking import console
@@ -116,7 +118,8 @@ class Trainer:
         self.freezing = Freezing(
             self.plan, model, self.optimizer, tracker, forgets_momentum=config.optimizer.on_unfreeze == "reset"
         )
-        self.executed = execution.executed(model, config.compile)  # the same model, by another way through it
+        # the same model, by another way through it
+        self.executed = execution.executed(model, config.compile, by_size=isinstance(self.data, NativeData))
         self.graphed = None if capture is None else GraphedSteps(capture, self._sizes(0), context.device)
         # of what happened in a step: loss, asked to stop, not finite
         self.results = DeferredResults(context.device, timeout=None if capture is None else config.collective_timeout)
@@ -351,7 +354,7 @@ class Trainer:
         images, labels = batch
         with self.context.forward_context():
             outputs = wrapped(images)
-        return self.loss(in_dtype(outputs, self.context.dtype), labels)
+        return summed(self.loss, in_dtype(outputs, self.context.dtype), labels)
 
     def _apply_plan(self, step: int) -> None:
         """Sets the frozen switches for this step on every rank, and wraps the model in DDP anew if they changed.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from syncbn.training.config.data import TableConfig
 from syncbn.training.config.errors import ConfigError, listed
-from syncbn.training.data.folders import decoded_data
+from syncbn.training.data.folders import class_for, decoded_data
 from syncbn.training.data.images import ImageData
 from syncbn.training.data.preparation import Preparation
 from syncbn.training.data.tables.samples import digest_of, divide, read_samples
@@ -53,5 +53,7 @@ def load_whole_table(config: TableConfig, path: str, names: Sequence[str]) -> Im
         numbers = samples.targets.values.new_tensor([names.index(name) for name in samples.class_names])
         split = replace(split, labels=numbers[samples.targets.values])
     num_classes = samples.num_classes if config.kind != "classes" or config.mask is not None else len(names)
-    data = ImageData(split, split, None, num_classes, 0, False, tuple(names), preparation=Preparation.of(config))
+    data = class_for(config)(
+        split, split, None, num_classes, 0, False, tuple(names), preparation=Preparation.of(config)
+    )
     return replace(data, targets=config.kind)
