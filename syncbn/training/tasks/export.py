@@ -189,7 +189,9 @@ def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: Loa
 
     # Cloned: the format does not store one tensor under two keys, as tied weights have them.
     path.write_bytes(save({key: value.contiguous().clone() for key, value in model.state_dict().items()}))
-    plain = replace(loaded.config, bn=replace(loaded.config.bn, sync=False, group="world"))
+    # Evaluation alone, which what needs synchronized layers does not change.
+    bn = replace(loaded.config.bn, sync=False, group="world", fuse=False, skip_nonfinite=False)
+    plain = replace(loaded.config, bn=bn)
     fresh = build_model(plain, loaded.data, loaded.context)
     fresh.load_state_dict(load_file(path))
     return fresh.eval()
