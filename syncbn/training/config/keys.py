@@ -41,6 +41,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "accumulate": ("train", "eval", "audit", "recalibrate", "data"),
     "clip_norm": _TRAIN,
     "ema": _TRAIN,
+    "swa": _TRAIN,
     "on_nonfinite": _TRAIN,
     "collective_timeout": (*_WITH_COMPUTATION, "check"),
     "best": _TRAIN,

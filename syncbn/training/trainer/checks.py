@@ -66,6 +66,21 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
     return plan
 
 
+def average_from(config: Config, steps_per_epoch: int) -> int | None:
+    """The number of steps after which an equal-weight average begins; None without `swa`.
+
+    Raises:
+        ConfigError: that is not before the end of the run.
+    """
+    if config.swa is None:
+        return None
+    begin, num_steps = (Duration.parse(text).in_steps(steps_per_epoch) for text in (config.swa, config.duration))
+    if begin >= num_steps:
+        raise ConfigError(f"swa: expected less than duration={config.duration} ({num_steps} steps), or nothing would be"
+                          f" averaged, got {config.swa} ({begin} steps)")  # fmt: skip
+    return begin
+
+
 def check_model(
     model: nn.Module, data: Data, sampler: Sampler, context: RankContext, loss: Loss
 ) -> tuple[object, Tensor]:
