@@ -55,6 +55,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "bn": (*_WITH_MODEL, "parity"),
     "bn.group": ("train", "audit", "parity"),
     "bn.own_group": _TRAIN,
+    "bn.averaged": _TRAIN,
     "bn.buffers": _TRAIN,
     "bn.virtual_ranks": _TRAIN,
     "bn.momentum": ("train", "audit", "parity"),

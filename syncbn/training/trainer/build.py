@@ -35,6 +35,7 @@ from syncbn.training.trainer import execution, native_checks, overfit
 from syncbn.training.trainer.checks import (
     average_from,
     build_freeze_plan,
+    check_averaged,
     check_division,
     check_model,
     warn_of_dropout,
@@ -102,7 +103,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`, `average_from`, `build_optimizer`, `build_schedule`, `EarlyStop`,
+            `build_freeze_plan`, `average_from`, `check_averaged`, `build_optimizer`, `build_schedule`, `EarlyStop`,
             `check_training_classes`, `check_parts`, `native_checks`.
     """
     data = registry.load_data(config.data)
@@ -128,6 +129,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
         warn_of_large_batch(config.batch_size, len(data.train))
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
     begin = average_from(config, sampler.steps_per_epoch)
+    check_averaged(config, model, context)
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     data = losses.with_known_labels(data, loss, config.data)
     outputs, targets = check_model(model, data, sampler, context, loss)

@@ -20,13 +20,13 @@ from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import named_modules
 from syncbn.stats.precise_bn import precise_bn
 from syncbn.surgery.convert import convert_sync_batchnorm
+from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import BySize
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Batch, Loader
 from syncbn.training.data.native import NativeData
-from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.losses.losses import Loss
@@ -37,6 +37,10 @@ from syncbn.training.trainer.of_sizes import OfSizes
 
 class NoRunningStatisticsError(ConfigError):
     """The model has no batch normalization with running statistics that are not frozen."""
+
+
+class NotFiniteError(TrainingError):
+    """The statistics of the population are not finite, on any rank."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def recalibrate(
     loader: Loader,
     *,
     num_batches: int | None = None,
+    plan: FreezePlan | None = None,
     stop: StopRequest | None = None,
 ) -> Population:
     """Replaces the running statistics of the model, in place, by those of the first global batches of the training set.
@@ -84,28 +89,32 @@ def recalibrate(
         step: after which the model has these weights; it tells what is frozen.
         loader: of `data`.
         num_batches: how many; None, or more than an epoch has, means the whole training set.
+        plan: the freeze plan; None: that of `config`.
         stop: checked before every batch, on all ranks together.
 
     Raises:
         NoRunningStatisticsError: no layer has running statistics that are not frozen.
         ConfigError: on several ranks, a layer cannot be synchronized; where a rank has no sample, the model cannot take
             zero rows.
-        TrainingError: the statistics are not finite.
+        NotFiniteError: the statistics are not finite.
         StopAgreed: `stop` was requested on any rank meanwhile. After any error the model is as it was.
     """
     sampler = sampler_for(config, data, context)
     num_batches = min(num_batches or sampler.steps_per_epoch, sampler.steps_per_epoch)
-    worker = _synchronized_copy(model, step, config, context, sampler)
+    worker = copy.deepcopy(model)
+    plan = build_freeze_plan(config, worker, sampler.steps_per_epoch) if plan is None else plan
+    plan.apply(worker, max(step - 1, 0))
+    _synchronize(worker, context.world_size)
     check_model(worker, data, sampler, context, loss)
     before = _statistics(model)
     with context.forward_context():
-        shards = (shard.index for step in range(num_batches) for shard in sampler.shards(step))
+        shards = (shard.index for number in range(num_batches) for shard in sampler.shards(number))
         model_of_batch = OfSizes(worker) if isinstance(data, NativeData) else worker
         precise_bn(model_of_batch, _images(loader.eval_batches(data.train, shards), stop))
     after = _statistics(worker)
     for name, statistics in after.items():
         if not all(statistic.isfinite().all() for statistic in statistics):
-            raise TrainingError(f"the statistics of {name or 'the model'} are not finite; nothing was written")
+            raise NotFiniteError(f"the statistics of {name or 'the model'} are not finite; nothing was written")
     model.load_state_dict(worker.state_dict())
     layers = {name: _compare(before[name], after[name], layer.eps) for name, layer in _layers(worker).items()}
     return Population(num_batches, min(num_batches * config.batch_size, len(data.train)), layers)
@@ -119,27 +128,21 @@ def _images(batches: Iterable[Batch], stop: StopRequest | None) -> Iterator[Tens
         yield images
 
 
-def _synchronized_copy(
-    model: nn.Module, step: int, config: Config, context: RankContext, sampler: Sampler
-) -> nn.Module:
-    """A copy to recalibrate: layers synchronize over all ranks, and are frozen as in the last step before `step`."""
-    copied = copy.deepcopy(model)
-    plan = build_freeze_plan(config, copied, sampler.steps_per_epoch)
-    plan.apply(copied, max(step - 1, 0))
+def _synchronize(worker: nn.Module, world_size: int) -> None:
+    """Makes all layers of a copy synchronize over all ranks."""
     try:
-        convert_sync_batchnorm(copied)
+        convert_sync_batchnorm(worker)
     except TypeError as error:
-        if context.world_size > 1:
+        if world_size > 1:
             reason = str(error).partition("; leave it out")[0]
             raise ConfigError(f"task: {reason}, which statistics over several ranks would need; use one rank") from None
-    for layer in copied.modules():
+    for layer in worker.modules():
         if isinstance(layer, SyncBatchNorm):
             layer.process_group = None
-    if not any(not (isinstance(layer, SyncBatchNorm) and layer.stats_frozen) for layer in _layers(copied).values()):
+    if not any(not (isinstance(layer, SyncBatchNorm) and layer.stats_frozen) for layer in _layers(worker).values()):
         raise NoRunningStatisticsError(
             "load: the model has no batch normalization with running statistics that are not frozen"
         )
-    return copied
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:

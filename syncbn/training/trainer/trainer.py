@@ -437,6 +437,7 @@ class Trainer:
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         waited = max(world.on_all_ranks(self.clock.waited()))  # all ranks wait for the one that waits longest
+        self.validation.renew_statistics()
         if self.config.tracker.report:  # before the test, which is used once, in case a signal comes now
             mistakes = self.validation.mistakes(self.config.tracker.examples)
             write_mistakes(self.run_dir, self.counters.best_step, mistakes, writes=self.context.is_first)

@@ -58,7 +58,7 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
     torch.save({"ema": {f"net.{name}": value for name, value in donor.state_dict().items()}}, tmp_path / "donor.pt")
     same = [*SMALL[3:], *table_of(tmp_path), *OPTIMIZERS[optimizer],
             "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "early_stop=14",
-            "swa=8" if optimizer == "adamw" else "ema=0.9",  # of the two interruptions one is before step 8
+            "swa=8" if optimizer == "sgd" else "ema=0.9",  # of the two interruptions one is before step 8
             "data.sampler=balanced", "data.augment.jiggle._target_=tests.training.transforms.Jiggle",
             "data.mean=0.1", "data.std=[1,1,2]",
             "optimizer.groups.top.match=[head,backbone.stem]", "optimizer.groups.top.lr_scale=0.5",
