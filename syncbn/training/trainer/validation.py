@@ -122,7 +122,7 @@ class Validation:
             raise TrainingError(f"the best checkpoint could not be written: {failure}; the same command goes on")
 
     def test(self) -> dict[str, float]:
-        """`test/*` of the best weights, and the `val/*` that they had; the best checkpoint has to be written.
+        """`test/*` of the best weights, and `val/*` of the same; the best checkpoint has to be written.
 
         Without a test split, `val/*` alone: nothing has been tested.
         """

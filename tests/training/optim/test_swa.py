@@ -11,8 +11,9 @@ from torch import nn
 
 from syncbn.training.checkpoint.contents import MalformedError, check_parts
 from syncbn.training.config.errors import ConfigError
+from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.optim.swa import AveragedSteps, EqualAverage
-from syncbn.training.trainer.checks import average_from
+from syncbn.training.trainer.checks import average_from, check_averaged
 from tests.training.jobs import compose_config
 from tests.training.optim.test_update import build, check_equal, state_of, step
 
@@ -87,6 +88,25 @@ def test_a_run_has_one_average_which_begins_before_its_end():
     config.duration = "20"
     with pytest.raises(ConfigError, match=r"^swa: expected less than duration=20 \(20 steps\), .*got 2ep \(20 steps\)"):
         average_from(config, steps_per_epoch=10)
+
+
+class Refused(nn.BatchNorm1d):
+    """A layer that cannot be synchronized."""
+
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return torch.native_batch_norm(x, self.weight, self.bias, *statistics, self.training, 0.1, self.eps)[0]
+
+
+def test_layers_that_cannot_be_synchronized_are_an_error_at_the_start_where_the_end_needs_it():
+    config = compose_config("ema=0.9", "bn.sync=false")
+    alone, one_of_two = (RankContext(0, size, torch.device("cpu"), torch.float32) for size in (1, 2))
+    check_averaged(config, nn.Sequential(Refused(3)), alone)
+    check_averaged(config, nn.Sequential(nn.BatchNorm1d(3)), one_of_two)
+    with pytest.raises(ConfigError, match=r"^bn.averaged: .*Refused.*; set bn.averaged=running$"):
+        check_averaged(config, nn.Sequential(Refused(3)), one_of_two)
+    config.bn.averaged = "running"
+    check_averaged(config, nn.Sequential(Refused(3)), one_of_two)
 
 
 def test_a_count_of_averaged_steps_that_is_none_is_an_error():
