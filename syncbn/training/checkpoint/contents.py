@@ -132,6 +132,7 @@ _PARTS: dict[str, Any] = {
     "config": {str: object},
     "model": {str: object},
     "average": {str: object},
+    "averaged_steps": {"value": Tensor},
     "weights": ("raw", "ema"),
     "data": {"classes": [str], "mean": Tensor, "std": Tensor},
     "loss": {"class_weights": Tensor},

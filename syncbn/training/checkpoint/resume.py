@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # Keys that may differ between attempts: where and how long the run goes, and how it is evaluated, logged and saved.
 MAY_CHANGE = ("task", "run", "resume", "load", "device", "duration", "eval_every", "early_stop", "log_every",
               "profile", "save", "tracker", "on_nonfinite", "collective_timeout", "bn.debug", "audit", "data.path",
-              "data.workers", "data.prefetch", "data.cache", "eval", "recalibrate", "export", "predict",
+              "bn.averaged", "data.workers", "data.prefetch", "data.cache", "eval", "recalibrate", "export", "predict",
               "graph")  # fmt: skip
 # Groups that a resumed run does not read: the checkpoint has the weights, so the file they came from may be gone.
 _UNUSED = ("init",)

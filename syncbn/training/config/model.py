@@ -85,6 +85,10 @@ class BnConfig:
     """Compare layer, direction and call between ranks before each collective, and raise if they differ; slow."""
     skip_nonfinite: bool = False
     """Batches whose mean or variance is not finite move no running statistics (see `SyncBatchNorm`)."""
+    averaged: str = "running"
+    """Statistics of the best averaged weights at a run's end: "population", of the training set, or "running", averaged
+    like the weights (as in version 0.1.0).
+    """
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
@@ -98,6 +102,7 @@ class BnConfig:
         require_choice("bn.memory", self.memory, ("default", "lean"))
         require(self.fuse or self.memory == "default", "bn.memory", "default unless bn.fuse=true", self.memory)
         require_choice("bn.buffers", self.buffers, ("pool", "per_group"))
+        require_choice("bn.averaged", self.averaged, ("population", "running"))
         if self.virtual_ranks is not None:
             require(self.virtual_ranks >= 1, "bn.virtual_ranks", "null or 1 or more ranks", self.virtual_ranks)
             require(not self.sync, "bn.virtual_ranks", "null unless bn.sync=false", self.virtual_ranks)

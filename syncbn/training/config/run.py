@@ -60,7 +60,7 @@ class EvalConfig:
     """Evaluation in the tasks that load a checkpoint."""
 
     weights: str
-    """Weights of the checkpoint: "auto" (those that training evaluated), "raw", or "ema" (the averaged ones)."""
+    """Weights of the checkpoint: "auto" (those that training evaluated), "raw", or "ema" (averaged, by `swa` too)."""
     precise_bn: int | None
     """task=eval: evaluate again with population statistics of this many global batches; None: do not."""
     path: str | None = None

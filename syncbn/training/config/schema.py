@@ -111,6 +111,7 @@ class Config:
     early_stop: str | None = None
     predict: PredictConfig = field(default_factory=PredictConfig)
     graph: bool = False
+    swa: str | None = None
 
     def __post_init__(self) -> None:
         other = OTHER_TASKS.get(str(self.task).lower())
@@ -130,6 +131,8 @@ class Config:
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "null or a number above 0", self.clip_norm)
         require_choice("on_nonfinite", self.on_nonfinite, ("raise", "stop", "skip"))
         require(self.ema is None or 0 < self.ema < 1, "ema", "null or a number between 0 and 1", self.ema)
+        require(self.ema is None or self.swa is None, "swa",
+                f"null beside ema={self.ema}, since a run has one average; set one to null", self.swa)  # fmt: skip
         require(
             self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
         )
@@ -147,6 +150,8 @@ class Config:
                 continue
             duration = parse_duration(key, getattr(self, key))
             require(duration.value > 0, key, "more than 0", getattr(self, key))
+        if self.swa is not None:
+            parse_duration("swa", self.swa)
 
 
 # Named choices of each group. A node with `_target_` has no schema: its keys are the target's arguments.

@@ -37,7 +37,7 @@ class WeightAverage:
             step: number of steps done, from 1; it limits the decay.
             share: `share_of` the step as a scalar tensor of the default dtype, which a graph reads anew in every step.
         """
-        weight = torch.where(left_out, 0.0, self.share_of(step) if share is None else share)
+        weight = self._weight(left_out, self.share_of(step) if share is None else share)
         for averaged, current in zip(_tensors(self.model), _tensors(model), strict=True):
             if averaged.is_floating_point():
                 averaged.lerp_(current.detach(), weight.to(averaged.dtype))
@@ -47,6 +47,10 @@ class WeightAverage:
     def share_of(self, step: int) -> float:
         """Weight of the model in the average after `step` steps, from 1: 1 minus the decay, which `step` limits."""
         return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
+    def _weight(self, left_out: Tensor, share: Tensor | float) -> Tensor:
+        """Weight of the model in the average as a scalar tensor, 0 for a step that was skipped."""
+        return torch.where(left_out, 0.0, share)
 
     def state_dict(self) -> dict[str, Any]:
         """State dict of the averaged model, with the keys of the model."""

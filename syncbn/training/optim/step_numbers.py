@@ -33,7 +33,7 @@ class StepNumbers:
 
         Args:
             rates: the learning rate of each group.
-            share: weight of the model in the weight average, 1 - decay.
+            share: `share_of` the step in the weight average: 1 - decay, or of an equal-weight one whether it counts.
         """
         tensors, numbers = [*self.rates, self.share, self.asked_to_stop], [*rates, share, float(asked_to_stop)]
         for tensor, number, written in zip(tensors, numbers, self._written, strict=True):

@@ -23,6 +23,7 @@ from syncbn.training.config.errors import ConfigError
 from syncbn.training.optim.ema import WeightAverage
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
 from syncbn.training.optim.step_numbers import StepNumbers
+from syncbn.training.optim.swa import EqualAverage
 from syncbn.training.optim.trial import zero_momentum
 
 
@@ -49,7 +50,8 @@ class Update:
         drawing: makes a context, from the number of a step, in which the optimizer draws the same random numbers on
             every rank; None if it draws none.
         half: scale the loss, so that float16 gradients do not underflow.
-        decay: decay of the weight average; None for no average.
+        decay: decay of an exponential weight average; None for none.
+        average_from: number of steps after which an equal-weight average begins; None for none. At most one of both.
         clip_norm: largest Euclidean norm over the gradients of all parameters; a larger one is scaled down to it.
         capturable: read what changes from step to step from tensors (`numbers`), so that a graph can replay a step.
     """
@@ -65,6 +67,7 @@ class Update:
         drawing: Callable[[int], AbstractContextManager[None]] | None = None,
         half: bool = False,
         decay: float | None = None,
+        average_from: int | None = None,
         clip_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
@@ -74,6 +77,8 @@ class Update:
         self._skips_on_device, self._drawing = skips_on_device, drawing
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
         self.average = None if decay is None else WeightAverage(model, decay)
+        if average_from is not None:
+            self.average = EqualAverage(model, average_from)
         self._buffers = BufferSnapshot(model)
         self._trained: list[int] = []  # ids of the parameters that had a gradient in the last step
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
@@ -83,6 +88,13 @@ class Update:
     def evaluated(self) -> nn.Module:
         """The model to evaluate: the weight average if there is one, else the model itself."""
         return self.model if self.average is None else self.average.model
+
+    def average_parts(self) -> dict[str, Any]:
+        """The parts of the weight average that a checkpoint holds, by name; empty without one."""
+        if self.average is None:
+            return {}
+        counted = {"averaged_steps": self.average.count} if isinstance(self.average, EqualAverage) else {}
+        return {"average": self.average, **counted}
 
     def begin(self) -> None:
         """Clears the gradients and copies the buffers; call before the first forward of a step."""

@@ -242,7 +242,7 @@ def _choose_weights(checkpoint: dict[str, Any], choice: str, path: Path) -> tupl
         weights = "raw" if choice == "raw" else "ema"
         return weights, checkpoint["average" if weights == "ema" else "model"]
     # The file has a single state dict: the best model, or a recalibrated one, which records its kind of weights.
-    averaged = checkpoint["config"].get("ema") is not None
+    averaged = any(checkpoint["config"].get(key) is not None for key in ("ema", "swa"))
     weights = checkpoint.get("weights", "ema" if averaged else "raw")
     if choice == "ema" and weights == "raw":
         raise ConfigError(f"eval.weights=ema: {path} holds no averaged weights; use eval.weights=auto or raw")

@@ -33,7 +33,9 @@ from syncbn.training.optim.optimizers import BuiltOptimizer, build_optimizer
 from syncbn.training.optim.schedules import build_schedule
 from syncbn.training.trainer import execution, native_checks, overfit
 from syncbn.training.trainer.checks import (
+    average_from,
     build_freeze_plan,
+    check_averaged,
     check_division,
     check_model,
     warn_of_dropout,
@@ -88,6 +90,8 @@ class RunComponents:
     schedule: Callable[[int], float]
     """From a step to its learning rate as a fraction of the peak."""
     early_stop: EarlyStop
+    average_from: int | None
+    """See `Update`."""
 
 
 def build_components(config: Config, context: RankContext, checkpoint: Stored | None) -> RunComponents:
@@ -99,8 +103,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
 
     Raises:
         ConfigError: a component cannot be built, or does not fit the others; see `build_model`, `check_model`,
-            `build_freeze_plan`, `build_optimizer`, `build_schedule`, `EarlyStop`, `check_training_classes`,
-            `check_parts`, `native_checks`.
+            `build_freeze_plan`, `average_from`, `check_averaged`, `build_optimizer`, `build_schedule`, `EarlyStop`,
+            `check_training_classes`, `check_parts`, `native_checks`.
     """
     data = registry.load_data(config.data)
     check_division(data)
@@ -124,6 +128,8 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
     if config.overfit is None:
         warn_of_large_batch(config.batch_size, len(data.train))
     plan = build_freeze_plan(config, model, sampler.steps_per_epoch)
+    begin = average_from(config, sampler.steps_per_epoch)
+    check_averaged(config, model, context)
     loss = losses.build_loss(config.loss, data, class_weights.stored({} if checkpoint is None else checkpoint.content))
     data = losses.with_known_labels(data, loss, config.data)
     outputs, targets = check_model(model, data, sampler, context, loss)
@@ -142,6 +148,7 @@ def build_components(config: Config, context: RankContext, checkpoint: Stored | 
         built=built,
         schedule=build_schedule(config.schedule, max(1, num_steps), sampler.steps_per_epoch),
         early_stop=EarlyStop(config, plan, sampler.steps_per_epoch),
+        average_from=begin,
     )  # fmt: skip
 
 

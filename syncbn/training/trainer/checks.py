@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError, TrainingError
@@ -64,6 +66,40 @@ def build_freeze_plan(config: Config, model: nn.Module, steps_per_epoch: int) ->
         if all(frozen.get(name, set()) & {"affine", "weights"} for name in with_parameters):
             raise ConfigError(f"freeze: every parameter is frozen at step {step}; leave something to train")
     return plan
+
+
+def average_from(config: Config, steps_per_epoch: int) -> int | None:
+    """The number of steps after which an equal-weight average begins; None without `swa`.
+
+    Raises:
+        ConfigError: that is not before the end of the run.
+    """
+    if config.swa is None:
+        return None
+    begin, num_steps = (Duration.parse(text).in_steps(steps_per_epoch) for text in (config.swa, config.duration))
+    if begin >= num_steps:
+        raise ConfigError(f"swa: expected less than duration={config.duration} ({num_steps} steps), or nothing would be"
+                          f" averaged, got {config.swa} ({begin} steps)")  # fmt: skip
+    return begin
+
+
+def check_averaged(config: Config, model: nn.Module, context: RankContext) -> None:
+    """Checks that the layers can be synchronized where `bn.averaged` needs that at the end of the run.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    has_average = config.ema is not None or config.swa is not None
+    if not has_average or config.bn.averaged == "running" or context.world_size == 1:
+        return
+    if config.bn.sync or config.bn.virtual_ranks is not None:  # then they are synchronized, or of torch's own classes
+        return
+    try:
+        convert_sync_batchnorm(copy.deepcopy(model))
+    except TypeError as error:
+        reason = str(error).partition("; leave it out")[0]
+        raise ConfigError(f"bn.averaged: {reason}, which statistics of the population over several ranks need; set"
+                          " bn.averaged=running") from None  # fmt: skip
 
 
 def check_model(

@@ -110,7 +110,8 @@ class Trainer:
             model, self.optimizer, self.schedule, context.device,
             skips_on_device=self.built.skips_on_device,
             drawing=drawing_alike(config.seed, context.device) if self.built.may_draw else None,
-            half=is_half, decay=config.ema, clip_norm=config.clip_norm, capturable=capture is not None,
+            half=is_half, decay=config.ema, average_from=components.average_from,
+            clip_norm=config.clip_norm, capturable=capture is not None,
         )  # fmt: skip
         self.local_statistics = LocalStatistics(
             [model, self.update.evaluated], sampler, keep_apart=config.bn.buffers == "per_group"
@@ -139,7 +140,7 @@ class Trainer:
             optimizer=self.optimizer,
             schedule=self.schedule,
             scaler=self.update.scaler,
-            **({} if self.update.average is None else {"average": self.update.average}),
+            **self.update.average_parts(),
             counters=self.counters,
             totals=self.totals,
             drift=self.drift,
@@ -436,6 +437,7 @@ class Trainer:
         if self.context.world_size > 1:
             dist.barrier()  # rank 0 has written the best checkpoint
         waited = max(world.on_all_ranks(self.clock.waited()))  # all ranks wait for the one that waits longest
+        self.validation.renew_statistics()
         if self.config.tracker.report:  # before the test, which is used once, in case a signal comes now
             mistakes = self.validation.mistakes(self.config.tracker.examples)
             write_mistakes(self.run_dir, self.counters.best_step, mistakes, writes=self.context.is_first)

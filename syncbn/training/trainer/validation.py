@@ -6,21 +6,26 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from syncbn.report.metric_names import TEST, VAL, prefixed
-from syncbn.training.checkpoint.files import read
+from syncbn.training.checkpoint.files import read, write_atomically
 from syncbn.training.checkpoint.paths import BEST
-from syncbn.training.checkpoint.state import Checkpoints
+from syncbn.training.checkpoint.state import Checkpoints, copied
+from syncbn.training.config.errors import TrainingError
+from syncbn.training.config.output import unwritable
 from syncbn.training.data.loader import Loader
+from syncbn.training.distributed import world
 from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.mistakes import Mistakes
 from syncbn.training.evaluation.tallies import ClassBalance, Tally
-from syncbn.training.trainer.build import RunComponents
+from syncbn.training.trainer.build import RunComponents, build_model
 from syncbn.training.trainer.counters import Counters
+from syncbn.training.trainer.population import NoRunningStatisticsError, NotFiniteError, recalibrate
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ class Validation:
         self._components, self._evaluated, self._loader, self._stop = components, evaluated, loader, stop
         self._counters, self._checkpoints = counters, checkpoints
         self._balance: dict[str, Tally] = {}
+        self._renewed: dict[str, float] = {}  # metrics of the best weights with the statistics of the population
         if components.config.best == "auto" and components.best.by == "accuracy":
             assert components.data.num_classes is not None
             ignore = getattr(components.loss, "ignore_index", None)
@@ -68,8 +74,55 @@ class Validation:
             self._counters.note_recall(recall, ratio)
         return prefixed(VAL, values) | components.drift.measure(components.model)
 
+    def renew_statistics(self) -> None:
+        """Gives averaged best weights the population statistics of the training set, in their file too (`bn.averaged`).
+
+        Every rank calls it; the best checkpoint has to be written. What chose the weights is still what they had when
+        they were chosen, so that a run that goes on chooses as if it had not ended here.
+
+        Raises:
+            TrainingError: on every rank: the file could not be written.
+            StopAgreed: a stop was requested meanwhile; the file is as it was.
+        """
+        components, step = self._components, self._counters.best_step
+        if self._evaluated is components.model or components.config.bn.averaged != "population":
+            return
+        config, model = components.config, self._best_model()
+        if config.bn.virtual_ranks is not None:  # whose layers have statistics of many ranks; their keys are the same
+            config = replace(config, bn=replace(config.bn, virtual_ranks=None))
+            plain = build_model(config, components.data, components.context)
+            plain.load_state_dict(model.state_dict())
+            model = plain
+        try:
+            found = recalibrate(model, step, config, components.data, components.context, components.loss, self._loader,
+                                plan=components.plan, stop=self._stop)  # fmt: skip
+        except NoRunningStatisticsError:
+            return
+        except NotFiniteError as error:
+            log.warning("%s: the averaged weights keep averaged statistics", error)
+            return
+        values = self._evaluate(model, components.data.val)
+        self._write_best(model)
+        self._renewed = values
+        by = components.best.by
+        log.info("averaged weights of step %d, statistics of the population (%s): %s/%s %.4f, was %.4f", step,
+                 found.describe(), VAL, by, values[by], self._counters.best[by])  # fmt: skip
+
+    def _write_best(self, model: nn.Module) -> None:
+        """Writes the model into the best checkpoint, on rank 0; no rank goes on before."""
+        path = self._checkpoints.directory / BEST
+        failure = None
+        if self._components.context.is_first:
+            try:
+                write_atomically(path, {**read(path, "run"), "model": copied(model.state_dict())})
+            except OSError as error:
+                failure = unwritable(error)
+        failure = world.on_all_ranks(failure)[0]
+        if failure is not None:
+            raise TrainingError(f"the best checkpoint could not be written: {failure}; the same command goes on")
+
     def test(self) -> dict[str, float]:
-        """`test/*` of the best weights, and the `val/*` that they had; the best checkpoint has to be written.
+        """`test/*` of the best weights, and `val/*` of the same; the best checkpoint has to be written.
 
         Without a test split, `val/*` alone: nothing has been tested.
         """
@@ -78,7 +131,7 @@ class Validation:
         tested: dict[str, float] = {}
         if self._components.data.test is not None:
             tested = prefixed(TEST, self._evaluate(self._best_model(), self._components.data.test))
-        return {**prefixed(VAL, self._counters.best), **tested, **drift}
+        return {**prefixed(VAL, self._renewed or self._counters.best), **tested, **drift}
 
     def mistakes(self, num_examples: int) -> Mistakes:
         """What the best weights get wrong on the validation set, which is evaluated once more; see `Mistakes`."""

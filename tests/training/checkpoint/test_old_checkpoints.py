@@ -27,7 +27,7 @@ NEW = {"config.bn.skip_nonfinite": False, "config.early_stop": None, "config.opt
        "config.data.std": "auto", "config.data.augment": {}, "config.data.sampler": "shuffled",
        "config.eval.path": None, "config.predict.path": None, "config.predict.batch_size": 32,
        "config.predict.flip": False, "config.graph": False, "config.tracker.examples": 12,
-       "config.tracker.tensorboard": False}  # fmt: skip
+       "config.tracker.tensorboard": False, "config.swa": None, "config.bn.averaged": "running"}  # fmt: skip
 DESCRIBED = {"data.image.size": [8, 8], "data.image.channels": 1, "data.image.fit": "crop", "data.image.range": None}
 
 

@@ -1,6 +1,7 @@
 """What is done with a run that is over: evaluated, recalibrated, exported; the same at any number of ranks."""
 
 import json
+import shutil
 import sys
 from importlib import util
 from unittest.mock import patch
@@ -62,7 +63,7 @@ class Fixed(Net):
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
     """A run with averaged weights, in float64."""
-    return run_rank(tmp_path_factory.mktemp("averaged"), (*TRAIN, "ema=0.5", "run=averaged"))
+    return run_rank(tmp_path_factory.mktemp("averaged"), (*TRAIN, "ema=0.5", "bn.averaged=running", "run=averaged"))
 
 
 @pytest.fixture
@@ -194,6 +195,25 @@ def test_recalibration_is_precise_bn_of_the_averaged_weights_over_the_training_s
     torch.testing.assert_close(written["model"], loaded.model.state_dict(), rtol=1e-12, atol=1e-12)
     for key, value in best["model"].items():
         assert torch.equal(written["model"][key], value) != key.endswith(("running_mean", "running_var")), key
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(1, marks=SLOW)])
+def test_a_run_ends_with_the_population_statistics_of_its_averaged_weights(job, averaged, tmp_path, num_ranks):
+    # It goes on from where it ended, whatever it had then, so that the end alone is done again.
+    for path in averaged.rglob("*.*"):
+        if path.is_file() and path.name != "summary.json":
+            copy = tmp_path / "outputs/again" / path.relative_to(averaged)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    again = job("run=again", "bn.averaged=population", num_ranks=num_ranks)
+    recalibrated = job("task=recalibrate", f"load={averaged}", "run=r")
+    ended, before = (read(path / "checkpoints/best.pt") for path in (again, averaged))
+    torch.testing.assert_close(ended["model"], read(recalibrated / "recalibrated.pt")["model"], rtol=1e-12, atol=1e-12)
+    assert ended["step"] == before["step"]
+    measured = json.loads((again / "summary.json").read_text())["metrics"]
+    expected = last_metrics(recalibrated)
+    assert measured["val/loss"] == pytest.approx(expected["precise/val/loss"], abs=1e-12)
+    assert measured["val/loss"] != pytest.approx(expected["val/loss"], abs=1e-6)
 
 
 def test_recalibration_tells_metrics_before_and_after_and_the_drift_of_each_layer(job, averaged):

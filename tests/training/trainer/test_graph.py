@@ -186,8 +186,10 @@ ADAMW = ("optimizer=adamw", "accumulate=2", *FREEZE, "optimizer.on_unfreeze=rese
 
 
 @pytest.mark.parametrize(
-    ("overrides", "edit"), [(FREEZE, None), (ADAMW, None), ((), with_dropout), ((), skipping), ((), stopping)]
-)
+    ("overrides", "edit"),
+    [(FREEZE, None), (ADAMW, None), ((), with_dropout), ((), skipping), ((), stopping),
+     pytest.param(("ema=null", "swa=6"), skipping, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_graph_trains_as_without_it_whatever_happens(tmp_path, eager, overrides, edit):
     trainer = trained(tmp_path, RecordingCapture(), *overrides, edit=edit)
     assert sum(replayed(trainer)) > 0
