@@ -41,7 +41,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*
 # What a run trains with; the custom one draws in every step, and waits for the host to skip one.
 OPTIMIZERS = {
     "sgd": [],
-    "adamw": ["optimizer=adamw", "schedule=step", "schedule.milestones=[3,0.5ep]", "schedule.warmup=4"],
+    "adamw": ["optimizer=adamw", "schedule=step", "schedule.milestones=[2,0.5ep]", "schedule.warmup=4"],
     "custom": ["optimizer=custom", "optimizer._target_=tests.training.optim.test_optimizers.Noisy", "optimizer.lr=0.05",
                "optimizer.momentum=0.9", "optimizer.on_unfreeze=keep", "schedule=constant"],
 }  # fmt: skip

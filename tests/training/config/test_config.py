@@ -229,7 +229,7 @@ def test_every_config_file_composes_and_passes_the_schema(choice):
 def test_a_yaml_starts_with_the_command_that_runs_it_and_fits_on_a_screen(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("#")
-    assert len(lines) <= (90 if path.name == "train.yaml" else 60)  # the root lists every key there is
+    assert len(lines) <= (95 if path.name == "train.yaml" else 60)  # the root lists every key there is
 
 
 def test_yaml_and_schema_have_the_same_root_keys():
