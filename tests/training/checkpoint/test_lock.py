@@ -200,7 +200,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_ranks", "command"),
-    [(0, ["task=eval", "load=outputs/none"]), (0, ["seed=0,1", "-m"]), (2, [])],
+    [(0, ["task=eval", f"load={ROOT}/tests/data/v0.1.0/best.pt"]), (0, ["seed=0,1", "-m"]), (2, [])],
     ids=["a task", "a multirun", "two ranks"],
 )
 def test_a_second_job_leaves_on_every_rank_with_one_line_before_anything_is_written(tmp_path, num_ranks, command):

@@ -35,7 +35,7 @@ LEFT = "interrupted (Ctrl-C); no training was going on, so there was nothing to 
         ("syncbn.training.launch.callbacks", 1, []),  # imported by Hydra, after composing
         ("torch", 1, []),
         ("torch.distributed", 2, ["-m", "seed=0,1"]),
-        ("syncbn.training.tasks.run", 1, ["task=eval", "load=outputs/none"]),
+        ("syncbn.training.tasks.run", 1, ["task=eval", f"load={ROOT}/tests/data/v0.1.0/best.pt"]),
     ],
 )
 def test_ctrl_c_at_start_up_is_one_line(tmp_path, module, times, arguments):
