@@ -576,7 +576,9 @@ def test_the_stored_configuration_is_resolved_and_complete(default_run):
 
 def test_a_model_with_another_number_of_classes_is_named_at_start(job, tmp_path):
     (tmp_path / "seven_classes.py").write_text(MINE.replace("64, 10", "64, 7"))
-    with pytest.raises(ConfigError, match=r"^model: expected logits of shape \(2, 10\), got \(2, 7\); the data has 10 classes$"):
+    with pytest.raises(
+        ConfigError, match=r"^model: expected logits of shape \(2, 10\), got \(2, 7\); the data has 10 classes$"
+    ):
         job("model=custom", "model._target_=seven_classes.Net", "+model.gain=1")
 
 
