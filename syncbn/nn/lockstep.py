@@ -5,6 +5,8 @@ every batch normalization. When all have arrived, the layer is called once, with
 and each thread goes on with its own part of the result. Nothing is padded: for a network whose samples meet in batch
 normalizations alone, whatever else it does with a single image, the result is that of one batch. One thread runs at a
 time, in the order of the batches, so results are the same from run to run.
+
+(Longer than other files: the pass, its threads and the layers that wait in them hand work to each other.)
 """
 
 from __future__ import annotations
