@@ -61,8 +61,9 @@ class Counters:
             noted |= {"highest": recall, "step": self.step}
 
     def forget_best(self) -> None:
-        """Resets the best validation, so that the next one becomes the best."""
-        self.best, self.best_step, self.evaluated_step, self.macro_recall = {}, 0, 0, {}
+        """Resets the best validation, so that the next one becomes the best; the highest macro recall stays noted."""
+        self.best, self.best_step, self.evaluated_step = {}, 0, 0
+        self.macro_recall.pop("chosen", None)
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""

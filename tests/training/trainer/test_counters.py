@@ -64,6 +64,18 @@ def test_the_macro_recall_of_the_best_is_noted_beside_the_highest():
     assert counts.macro_recall == {"ratio": 5.0, "chosen": 0.4, "highest": 0.7, "step": 3}
 
 
+def test_where_the_best_model_is_lost_the_highest_macro_recall_stays_noted():
+    counts = Counters()
+    counts.step = 7
+    counts.is_best({"accuracy": 0.5, "loss": 1.0}, "accuracy")
+    counts.note_recall(0.7, ratio=5.0)
+    counts.forget_best()
+    counts.step = 14
+    assert counts.is_best({"accuracy": 0.4, "loss": 1.0}, "accuracy")
+    counts.note_recall(0.6, ratio=5.0)
+    assert counts.macro_recall == {"ratio": 5.0, "chosen": 0.6, "highest": 0.7, "step": 7}
+
+
 def test_counters_of_version_0_1_0_have_no_macro_recall():
     stored = {name: value for name, value in Counters().state_dict().items() if name != "macro_recall"}
     counts = Counters()
