@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 import signal
 
@@ -15,12 +16,23 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 
 from tests.ranks import Pool
+from tests.warm import GC_THRESHOLD
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background of a shell: jobs would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("syncbn", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("syncbn")
+
+
+def pytest_collection_finish():
+    """Cyclic garbage is looked for more rarely, and not among what the imports have left: it takes a sixth of the time.
+
+    The same is done for ranks (tests/ranks.py) and for programs (tests/warm.py).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ than its timeout kills the workers, and the next call starts fresh ones.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.warm import SERVER_IMPORTS
+from tests.warm import GC_THRESHOLD, SERVER_IMPORTS
 
 TIMEOUT = 90.0  # seconds for one call, on two busy cores
 _GROUP_TIMEOUT = timedelta(seconds=60)
@@ -92,6 +93,8 @@ def _work(tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
     parent = os.getppid()
     while True:
         try:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields
+from functools import cache
 
 import pytest
 
@@ -110,6 +111,12 @@ def commands(page):
 _ALL = sorted({(page, command) for page in PAGES if page != README for command in commands(page)})
 
 
+@cache
+def composed(*overrides):
+    """The configuration, composed once for all pages that name the same command."""
+    return compose_config(*overrides)
+
+
 @pytest.mark.parametrize(("page", "command"), _ALL, ids=lambda value: value if isinstance(value, str) else named(value))
 def test_every_command_composes(page, command):
     words = [word for word in shlex.split(command, comments=True) if word != "job" and not word.startswith("-")]
@@ -117,7 +124,7 @@ def test_every_command_composes(page, command):
         pytest.skip("somebody's own package: tests/training/test_own_package.py")
     if any("," in word and "[" not in word for word in words):
         words = [word if "[" in word else word.split(",")[0] for word in words]  # a sweep: its first job
-    assert compose_config(*words).task in TASKS
+    assert composed(*words).task in TASKS
 
 
 def test_there_are_commands_of_many_pages_to_check():
@@ -155,7 +162,7 @@ def test_every_key_of_the_configuration_that_is_named_exists(page):
         elif equals and (ROOT / "configs" / root).is_dir():
             assert not value or (ROOT / "configs" / root / f"{value}.yaml").exists(), word
         elif equals and value.strip("."):
-            assert compose_config(word, "load=x", "predict.path=x"), word
+            assert composed(word, "load=x", "predict.path=x"), word
 
 
 def test_a_key_that_does_not_exist_is_found():

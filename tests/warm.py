@@ -13,6 +13,7 @@ This file is all three: imported, it starts programs; `warm.py SOCKET` serves; `
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress",
                   "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "safetensors.torch",
                   "bokeh.plotting", "hydra.core.override_parser.overrides_parser",
                   "hydra.experimental.callback")  # fmt: skip
+GC_THRESHOLD = 50_000, 20, 50  # objects made, then passes, before cyclic garbage is looked for; usually 700, 10, 10
 _LARGEST = 2**20  # bytes of a request
 
 
@@ -85,6 +87,8 @@ def _serve(address: str) -> None:
     composing = importlib.import_module("composing")  # beside this file
     composing.remember_files()
     composing.read_ahead()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)

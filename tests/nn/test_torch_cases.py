@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages when they are imported
-    from torch.testing._internal.common_modules import module_db
-
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
-KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INFOS = [info for info in module_db if info.module_cls in KINDS]
+
+@pytest.fixture(scope="module", params=[nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d], ids=lambda kind: kind.__name__)
+def info(request):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages when they are imported
+        from torch.testing._internal.common_modules import module_db  # for seconds: not while tests are collected
+
+    return next(info for info in module_db if info.module_cls is request.param)
 
 
 def cases(info, training):
@@ -24,7 +26,6 @@ def cases(info, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("converted", [True, False], ids=["converted", "built"])
-@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.module_cls.__name__)
 def test_inputs_give_the_same_outputs_gradients_and_buffers(info, training, converted):
     inputs = cases(info, training)
     assert len(inputs) >= 6
@@ -51,9 +52,9 @@ def test_inputs_give_the_same_outputs_gradients_and_buffers(info, training, conv
             torch.testing.assert_close(buffer, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(INFOS[0].module_error_inputs_func is None, reason="torch has no such cases before 2.13")
-@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.module_cls.__name__)
 def test_error_inputs_raise_torchs_errors(info):
+    if info.module_error_inputs_func is None:
+        pytest.skip("torch has no such cases before 2.13")
     errors = info.module_error_inputs_func(info, "cpu", torch.float64, False, True)
     assert errors
     for case in errors:

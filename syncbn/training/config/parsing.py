@@ -146,8 +146,7 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
         raise ConfigError(f"{prefix}: expected the keys {', '.join(f.name for f in fields(schema))}, got {node!r}")  # type: ignore[arg-type]
     _check_keys(schema, node, prefix)
     try:
-        checked: type = _without_unions(schema)  # type: ignore[arg-type]  # mypy: no type variable is hashable
-        merged = OmegaConf.merge(OmegaConf.structured(checked), dict(node))
+        merged = OmegaConf.merge(_defaults(schema), dict(node))  # type: ignore[arg-type]  # of type variables: hashable
         return _construct(schema, OmegaConf.to_container(merged, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: required, and not given") from None
@@ -159,6 +158,13 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
         raise ConfigError(wrong_type(name, expected, value, NESTED.get(expected))) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_join(prefix, error.full_key)}: {_first_line(error)}") from None
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """The schema as OmegaConf checks it; a merge copies it."""
+    node: DictConfig = OmegaConf.structured(_without_unions(schema))
+    return node
 
 
 @cache

@@ -58,7 +58,7 @@ slow = pytest.mark.slow
         (models.functional, models.cross_entropy, [("head", "local-batch-norm")]),
         (models.right, models.mean_loss, [("loss", "loss-per-rank")]),
         (models.dropout, models.cross_entropy, [("head.0", "random-per-rank")]),
-        (models.with_queue, models.cross_entropy, [("head.0", "mixes-samples")]),
+        pytest.param(models.with_queue, models.cross_entropy, [("head.0", "mixes-samples")], marks=slow),
         (models.contrastive, models.info_nce, [("loss", "mixes-samples")]),
         (models.Unused, models.cross_entropy, [("extra", "no-gradient")]),
         (models.counted, models.cross_entropy, [("left.3", "buffer-of-some-ranks")]),

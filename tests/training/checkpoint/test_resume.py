@@ -44,11 +44,11 @@ def table_of(cwd):
             "data.folds=4", "data.size=8", "data.workers=0"]  # fmt: skip
 
 
-SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (4, "custom")]
+SLOW = [(1, "sgd"), (2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adamw"), (2, "custom"), (4, "custom")]
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "optimizer"), [(2, "custom"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)]
+    ("num_ranks", "optimizer"), [(1, "custom"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)]
 )
 def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_ranks, optimizer):
     # Schedule, averaged weights, accumulation with a ragged last window, transforms, momentum, groups of parameters;
@@ -57,7 +57,7 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
     donor = ResnetSmall(in_channels=3, num_classes=9, width=4, depth=1, stages=3)
     torch.save({"ema": {f"net.{name}": value for name, value in donor.state_dict().items()}}, tmp_path / "donor.pt")
     same = [*SMALL[3:], *table_of(tmp_path), *OPTIMIZERS[optimizer],
-            "duration=20", "log_every=3", "eval_every=7", "accumulate=3", "early_stop=14",
+            "duration=16", "log_every=3", "eval_every=7", "accumulate=3", "early_stop=14",
             "swa=8" if optimizer == "sgd" else "ema=0.9",  # of the two interruptions one is before step 8
             "data.sampler=balanced", "data.augment.jiggle._target_=tests.training.transforms.Jiggle",
             "data.mean=0.1", "data.std=[1,1,2]",
@@ -70,14 +70,13 @@ def test_two_interruptions_are_bit_exact_with_everything_on(job, tmp_path, num_r
     whole = job(*same, "save.every=1", "save.keep=99", "run=whole", num_ranks=num_ranks)
     parts = tmp_path / "outputs/parts"
     shutil.copytree(whole, parts)
-    for cut in (
-        (5, 9) if num_ranks == 1 else (5, 12)
-    ):  # at 9 the plan unfreezes; as if the job had been killed after these steps, before it could record more
+    # As if the job had been killed after these steps, before it could record more; at 9 the plan unfreezes.
+    for cut in (5, 9) if num_ranks == 1 else (5, 12):
         for path in (parts / "checkpoints").glob("step_*.pt"):
             path.unlink()
         shutil.copyfile(whole / f"checkpoints/step_{cut:08d}.pt", parts / f"checkpoints/step_{cut:08d}.pt")
         (parts / "summary.json").unlink()
-        job(*same, "save.every=1", "save.keep=99", "run=parts", num_ranks=num_ranks)
+        job(*same, "save.every=1ep", "run=parts", num_ranks=num_ranks)
     expected, actual = load_last(whole), load_last(parts)
     assert actual["frozen"] == expected["frozen"]
     for part in ("model", "average", "optimizer", "schedule", "counters", "drift", "loss"):

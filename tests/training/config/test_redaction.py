@@ -136,14 +136,15 @@ def files_with(directory, secret):
     return [path for path in directory.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-def test_no_secret_in_any_file_of_a_run_nor_on_the_screen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_no_secret_in_any_file_of_a_run_nor_on_the_screen(tmp_path, monkeypatch, num_ranks):
     (tmp_path / "mine.py").write_text(MODEL)
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     done = start(
         tmp_path, "model=custom", "model._target_=mine.Net", "+model.api_key=k3y-in-config",
         "tracker.group=https://ann:pa55word@host/group", "+model.note='${oc.env:MY_DATABASE_PASSWORD}'",
-        "duration=1,2", "run=a", "-m", num_ranks=2,
+        "duration=1,2", "run=a", "-m", num_ranks=num_ranks,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for secret in (*SECRETS.values(), "k3y-in-config", "pa55word"):
