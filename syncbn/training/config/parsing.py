@@ -52,7 +52,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
     assert isinstance(plain, dict)
-    for key, value in flatten(plain):
+    for key, value in flatten({str(key): value for key, value in plain.items()}):
         for number in value if isinstance(value, list) else [value]:
             fits = not isinstance(number, int) or -(2**63) <= number < 2**64  # as seeds and checkpoints need it
             require(fits, key, "a whole number of 64 bits", number)
