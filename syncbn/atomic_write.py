@@ -1,8 +1,9 @@
-"""Atomic file writes: a reader finds the old file, the new file or no file, never a partial one."""
+"""Atomic file writes: a reader finds the old file, the new file or no file, never a partial one. Directories alike."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,26 @@ def write_text(path: Path, text: str) -> None:
     """Atomic `path.write_text` in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """Yields a new directory beside `path`, and puts it in the place of `path` at the end of the context.
+
+    After an exception in the context it is removed, and `path` is unchanged. One process at a time may do this.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+    for rest in (temporary, old):  # of a process that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from syncbn.training.config.duration import Duration
 
+MOST_SECONDS = 1e9
+
 
 class ConfigError(ValueError):
     """A mistake in the configuration. The message names the key and the remedy; the user sees no traceback."""
@@ -53,6 +55,11 @@ def require(condition: bool, key: str, expected: str, got: object) -> None:
 def require_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises a ConfigError unless the value is one of the choices."""
     require(value in choices, key, f"one of {', '.join(choices)}", value)
+
+
+def require_seconds(key: str, value: float) -> None:
+    """Raises a ConfigError unless the value is a time to wait; threads cannot wait for 300 years, nor for ever."""
+    require(0 < value <= MOST_SECONDS, key, f"a number of seconds above 0, {MOST_SECONDS:g} at most", value)
 
 
 def parse_duration(key: str, text: str | int | float, *, minutes: bool = False) -> Duration:

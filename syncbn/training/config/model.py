@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any
 
 from syncbn.training.config.errors import require as require
@@ -147,6 +148,9 @@ class InitConfig:
     """Patterns of names of the model that are not loaded, such as a head for other classes."""
     strict: bool = True
     """Require that all remaining keys and shapes match; False: load those that match."""
+
+    def __post_init__(self) -> None:
+        self.path = expanduser(self.path)
 
 
 ModelConfig = ResnetSmallConfig | UnetSmallConfig | dict[str, Any]  # dict: a user's `_target_` and its arguments

@@ -52,6 +52,10 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {_first_line(error)}") from None
     assert isinstance(plain, dict)
+    for key, value in flatten({str(key): value for key, value in plain.items()}):
+        for number in value if isinstance(value, list) else [value]:
+            fits = not isinstance(number, int) or -(2**63) <= number < 2**64  # as seeds and checkpoints need it
+            require(fits, key, "a whole number of 64 bits", number)
     config = _typed(Config, plain, "")
     for group, schemas in SCHEMAS.items():
         setattr(config, group, _parse_group(group, schemas, getattr(config, group)))
@@ -235,6 +239,8 @@ def _check_keys(schema: type, node: Mapping[str, Any], prefix: str) -> None:
             raise ConfigError(f"{_join(prefix, str(key))}: no such key; {hint}")
         if str(known[key]).startswith("list[") and isinstance(value, Mapping):  # which OmegaConf would not name
             raise ConfigError(f"{_join(prefix, str(key))}: expected {known[key]}, got {dict(value)!r}")
+        if str(known[key]) == "bool" and isinstance(value, int | float) and value not in (0, 1):  # OmegaConf takes 3
+            raise ConfigError(wrong_type(_join(prefix, str(key)), "bool", value, None))
         nested = NESTED.get(str(known[key]))
         if nested is not None and isinstance(value, Mapping):
             _check_keys(nested, value, _join(prefix, str(key)))

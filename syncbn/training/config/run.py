@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from syncbn.training.config.errors import parse_duration as parse_duration
 from syncbn.training.config.errors import require as require
 from syncbn.training.config.errors import require_choice as require_choice
+from syncbn.training.config.errors import require_seconds as require_seconds
 
 
 @dataclass
@@ -27,7 +28,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         require_choice("tracker.mode", self.mode, ("offline", "online", "disabled"))
-        require(self.timeout > 0, "tracker.timeout", "a number of seconds above 0", self.timeout)
+        require_seconds("tracker.timeout", self.timeout)
         require(0 <= self.examples <= 100, "tracker.examples", "a number of images from 0 to 100", self.examples)
 
 
@@ -40,7 +41,8 @@ class SaveConfig:
     """Number of newest checkpoints to keep, in addition to the best one."""
 
     def __post_init__(self) -> None:
-        parse_duration("save.every", self.every, minutes=True)
+        every = parse_duration("save.every", self.every, minutes=True)
+        require(every.value > 0, "save.every", "more than 0", self.every)
         require(self.keep >= 1, "save.keep", "1 or more", self.keep)
 
 
@@ -126,7 +128,7 @@ class ParityConfig:
         valid = bool(sizes) and all(isinstance(size, int) and size >= 1 for size in sizes) and max(sizes) > 1
         require(valid, "parity.world_sizes", "a list of numbers of ranks, one of them above 1", sizes)
         require(self.steps >= 1, "parity.steps", "1 or more", self.steps)
-        require(self.timeout > 0, "parity.timeout", "a number of seconds above 0", self.timeout)
+        require_seconds("parity.timeout", self.timeout)
 
 
 EXPORT_FORMATS = ("safetensors", "pt2", "onnx")

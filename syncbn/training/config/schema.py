@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any
 
 from syncbn.training.config.data import (
@@ -20,7 +21,13 @@ from syncbn.training.config.data import (
     SyntheticConfig,
     TableConfig,
 )
-from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
+from syncbn.training.config.errors import (
+    ConfigError,
+    parse_duration,
+    require,
+    require_choice,
+    require_seconds,
+)
 from syncbn.training.config.keys import OTHER_TASKS, TASKS
 from syncbn.training.config.losses import (
     BinaryCrossEntropyConfig,
@@ -120,6 +127,7 @@ class Config:
         named = all(is_trust_entry(entry) for entry in self.trust)
         require(named, "trust", "dotted names such as mine.Net, or mine.* for a package", self.trust)
         output_root(self.output_dir)
+        self.resume, self.load = expanduser(self.resume), None if self.load is None else expanduser(self.load)
         mask_of(self.share)
         if gpu := re.fullmatch(r"(?:cuda:|gpu:?)?(\d+)", self.device):
             raise ConfigError(f"device: expected cuda, got {self.device!r}; CUDA_VISIBLE_DEVICES={gpu[1]} in front of"
@@ -133,9 +141,7 @@ class Config:
         require(self.ema is None or 0 < self.ema < 1, "ema", "null or a number between 0 and 1", self.ema)
         require(self.ema is None or self.swa is None, "swa",
                 f"null beside ema={self.ema}, since a run has one average; set one to null", self.swa)  # fmt: skip
-        require(
-            self.collective_timeout > 0, "collective_timeout", "a number of seconds above 0", self.collective_timeout
-        )
+        require_seconds("collective_timeout", self.collective_timeout)
         require(self.task in ("train", "data", "check", "parity") or self.load is not None, "load",
                 f"a checkpoint or a run directory for task={self.task}", None)  # fmt: skip
         require(self.task != "predict" or self.predict.path is not None, "predict.path",

@@ -7,7 +7,8 @@ from typing import Any
 
 # Types of the schema that say little to who has not read it.
 _IN_WORDS = {"dict[str, InitConfig]": "sub-networks by name, as in init.backbone.path=FILE",
-             "dict[str, FreezeRuleConfig]": "rules by name, as in freeze.NAME.match=PATTERN"}  # fmt: skip
+             "dict[str, FreezeRuleConfig]": "rules by name, as in freeze.NAME.match=PATTERN",
+             "dict[str, GroupConfig]": "groups by name, as in optimizer.groups.NAME.match=PATTERN"}  # fmt: skip
 
 
 def wrong_type(key: str, expected: str, value: Any, nested: type | None) -> str:

@@ -50,7 +50,7 @@ def _table_of_digits() -> np.ndarray:
 
 
 def load_fashion_mnist(config: FashionMnistConfig) -> ImageData:
-    directory = Path(config.path)
+    directory = Path(config.path).expanduser()
     images, labels = (_read_idx(directory, f"train-{kind}") for kind in ("images-idx3", "labels-idx1"))
     test = Split(*(_read_idx(directory, f"t10k-{kind}") for kind in ("images-idx3", "labels-idx1")))
     cut = len(labels) - FASHION_VAL_SAMPLES

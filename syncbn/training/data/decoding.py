@@ -154,15 +154,15 @@ class Decoded:
             return ImageOps.exif_transpose(image)
 
     def fitted(self, image: Image.Image, position: int) -> Tensor:
-        """The row that `upright(position)` becomes.
+        """The row at this position, whose image or mask `upright(position)` is; read anew where it is read reduced.
 
         Raises:
             ValueError: pixels or a mask that cannot be used.
         """
         self._require_same_size(image, position)
-        if self.values is None:
-            return self.preparation.fitted(image)
-        return self.preparation.fitted_mask(as_classes(image), self.values.classes)
+        if self.values is not None:
+            return self.preparation.fitted_mask(as_classes(image), self.values.classes)
+        return self.preparation.fitted(image) if self.preparation.decode == "full" else self._fitted_file(position)
 
     def _row(self, position: int) -> Tensor:
         if self.cache is None:

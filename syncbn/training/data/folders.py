@@ -98,7 +98,7 @@ def decoded_data(
     if config.range is None and isinstance(splits["train"].images, Decoded):
         warn_of_lost_bits(splits["train"].images)
     sizes = ", ".join(f"{len(splits[name])} {name}" if name in splits else f"no {name}" for name in SPLITS)
-    log.info("%s: %s, %d classes", config.path, sizes, num_classes)
+    log.info("%s: %s, %d %s", config.path, sizes, num_classes, getattr(config, "kind", "classes"))
     train, val, test = (splits.get(name) for name in SPLITS)
     assert train is not None
     assert val is not None

@@ -19,10 +19,16 @@ def announce_start(arguments: Sequence[str], num_ranks: object = None) -> None:
         _say(f"train.py, {num_ranks or world_size()} rank(s){again}: reading the configuration")
 
 
-def announce_job(choices: Mapping[str, str], task: str) -> None:
-    """Prints on rank 0 what the job is, and that the long imports come next."""
+def announce_job(choices: Mapping[str, str], task: str, load: str | None = None) -> None:
+    """Prints on rank 0 what the job is, and that the long imports come next.
+
+    Args:
+        load: the checkpoint or run of a task that takes data and model from there.
+    """
     if rank() == 0 and os.environ.get(CHECKED) != "told":
-        named = [f"{group}={choices[group]}" for group in ("data", "model") if choices.get(group)]
+        groups = ("data", "model") if load is None else ()
+        named = [f"{group}={choices[group]}" for group in groups if choices.get(group)]
+        named += [] if load is None else [f"load={load}"]
         _say("  ".join([f"task={task}", *named]) + ": importing torch")
 
 

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.keys import require_no_sweep
 from syncbn.training.config.output import make_directory, mask_of, output_root, short
 from syncbn.training.config.parsing import parse
@@ -45,7 +45,8 @@ class Guard(Callback):
             parsed = parse(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
             require_applied(parsed.task, config.hydra.overrides.task)
             check_machine(parsed, held_back())
-            announce_job(config.hydra.runtime.choices, parsed.task)
+            load = None if parsed.load is None else redact(printable(parsed.load))
+            announce_job(config.hydra.runtime.choices, parsed.task, load)
             if only_checks():
                 sys.exit()
             _prepare_directory("hydra.run.dir", "run", config)

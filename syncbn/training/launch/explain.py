@@ -227,8 +227,8 @@ def _explain_override(error: ConfigCompositionException) -> str:
     group, _, rest = key.partition(".")
     if rest == "_target_" and group in OPEN:
         return f"{key}: belongs to {group}=custom; write {group}=custom {key}={value or '...'}"
-    if group in _OF_RULES and rest and "." not in rest:
-        return f"{key}: expected a key below it, {key}.{_OF_RULES[group]}"
+    if (below := _OF_RULES.get(key.rpartition(".")[0])) is not None:
+        return f"{key}: expected a key below it, {key}.{below}"
     if words := here(key, value):
         return f"{key}: no such key; write {words}"
     if key.startswith("model."):
@@ -241,8 +241,14 @@ def _explain_override(error: ConfigCompositionException) -> str:
     return f"{key}: no such key; " + (f"did you mean {near[0]}?" if near else "python train.py --cfg job lists them")
 
 
-# What a named rule or sub-network has at least.
-_OF_RULES = {"init": "path=FILE", "freeze": "match=PATTERN", "metrics": "_target_=torchmetrics.NAME"}
+# What a named rule, sub-network, group or transform has at least.
+_OF_RULES = {
+    "init": "path=FILE",
+    "freeze": "match=PATTERN",
+    "metrics": "_target_=torchmetrics.NAME",
+    "optimizer.groups": "match=PATTERN",
+    "data.augment": "_target_=torchvision.transforms.v2.NAME",
+}
 
 
 def _owners(key: str) -> str:

@@ -36,7 +36,11 @@ _WITHOUT_LOAD = {"train", "data", "check", "parity"}
 _ONLY_PRINTS = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}  # rank 0 alone prints
 # Keys of named freeze rules, sub-networks, metrics, transforms and parameter groups: the schema does not declare them,
 # so Hydra needs "++". So it does for the arguments of an optimizer by `_target_`.
-_OPEN_DICTS = re.compile(r"(?:freeze|init|metrics|data\.augment|optimizer\.groups)\.[^=.]+\.[^=]+=.*", re.DOTALL)
+_OPEN_DICTS = re.compile(
+    r"(?:freeze|init|metrics|data\.augment|optimizer\.groups)\.[^=.]+(?:\.[^=]+=|=\s*\{).*"
+    r"|(?:init|data\.augment|optimizer\.groups)=\s*\{.*",
+    re.DOTALL,
+)
 _OPEN_OPTIMIZER = re.compile(r"optimizer\.[^=]+=.*", re.DOTALL)
 _GROUPS = (*SCHEMAS, "freeze", "metrics", "tracker", "experiment", "debug", "hydra", "")
 
@@ -62,8 +66,12 @@ def prepare() -> None:
     register_resolvers()
 
 
-# Hydra's grammar has no value that begins with a tilde, unless it is quoted.
-_HOME = re.compile(r"(\+{0,2}output_dir=)(~[^'\"]*)")
+# Names and paths are text, whatever else Hydra would read in them: `run=2024_01_15` is no number, and a path may begin
+# with a tilde or have letters and signs that Hydra's grammar lacks. What may be a list, a sweep, an interpolation or
+# quoted already is left to Hydra.
+_TEXT = re.compile(
+    r"(\+{0,2}(?:run|output_dir|load|resume|(?:data|eval|predict|init\.[^=.]+)\.path)=)([^,\[\]{}$'\"\\]+)"
+)
 
 _held_back: list[str] = []
 _typed: list[str] = []
@@ -119,15 +127,27 @@ def open_overrides(arguments: Sequence[str]) -> list[str]:
 def open_override(argument: str) -> str:
     """Turns `freeze.mine.match=x` into `++freeze.mine.match=x`, since the schema does not declare the names of rules.
 
-    Quotes `output_dir=~/runs` for Hydra. Other overrides are returned unchanged.
+    Quotes names and paths for Hydra where it would read anything but text. Other overrides are returned unchanged.
 
     Raises:
         ConfigError: a config group is given anything but the name of a choice.
     """
     _require_choice(argument)
-    if found := _HOME.fullmatch(argument):
-        return f"{found[1]}'{found[2]}'"
+    if (found := _TEXT.fullmatch(argument)) and not _is_text(argument):
+        argument = f"{found[1]}'{found[2]}'"
     return f"++{argument}" if _OPEN_DICTS.fullmatch(argument) else argument
+
+
+def _is_text(argument: str) -> bool:
+    """Whether Hydra takes the value for text, or for null."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return False
+    return value is None or isinstance(value, str)
 
 
 def _require_choice(argument: str) -> None:

@@ -88,7 +88,7 @@ def _goes_on(config: Config, root: Path) -> bool:
 def _check_data(config: Config) -> None:
     data = config.data
     if isinstance(data, FashionMnistConfig):
-        idx_file(Path(data.path), "train-images-idx3")
+        idx_file(Path(data.path).expanduser(), "train-images-idx3")
     if isinstance(data, TableConfig):
         table_file(Path(data.path).expanduser(), "data.path")
     elif isinstance(data, DecodedConfig):

@@ -119,7 +119,7 @@ def open_members(config: Config, run_dir: Path) -> list[Opened]:
             see also `open_run` and `jobs_of`.
     """
     assert config.load is not None
-    jobs = [str(job) for job in jobs_of(Path(config.load).expanduser(), "load")] or [config.load]
+    jobs = [str(job) for job in jobs_of(Path(config.load), "load")] or [config.load]
     opened = []
     for job in jobs:
         run = open_run(replace(config, load=job), run_dir)

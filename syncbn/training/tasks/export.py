@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncbn.atomic_write import replacing_directory
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.surgery.revert import revert_sync_batchnorm
 from syncbn.training.config.errors import ConfigError
@@ -113,7 +113,7 @@ def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str,
     largest = float(expected.abs().max())
     tolerance = _TOLERANCE * torch.finfo(images.dtype).eps * max(1.0, largest)
     differences: dict[str, float] = {}
-    with _taking_its_place(directory) as temporary:
+    with replacing_directory(directory) as temporary:
         for name in formats:
             path = temporary / f"model.{name}"
             with _as_config_error(name):
@@ -236,22 +236,6 @@ def _difference(reloaded: Runs, images: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, infinite for NaN, in a batch of all samples and in a batch of one."""
     pairs = [(reloaded(images[:number]), expected[:number]) for number in (len(images), 1)]
     return max((actual - right).abs().max().nan_to_num(torch.inf).item() for actual, right in pairs)
-
-
-@contextmanager
-def _taking_its_place(directory: Path) -> Iterator[Path]:
-    """A temporary directory that replaces `directory` at the end of the context; it is removed after an exception."""
-    temporary, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if directory.exists():
-            directory.rename(old)
-        temporary.rename(directory)
-    finally:
-        for rest in (temporary, old):
-            shutil.rmtree(rest, ignore_errors=True)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class LoadedRun:
 
     def record(self, run_dir: Path, metrics: dict[str, float]) -> None:
         """Appends metrics to `metrics.jsonl` of a run directory, at the checkpoint's step."""
-        tracker = replace(self.config.tracker, mode="disabled")
+        tracker = replace(self.config.tracker, mode="disabled", tensorboard=False)
         with Tracker(tracker, run_dir, redacted(to_dict(self.config)), active=self.context.is_first) as records:
             records.start()
             records.log(self.step, metrics)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncbn.atomic_write import write_text
+from syncbn.atomic_write import replacing_directory, write_text
 from syncbn.nn.modes import evaluating
 from syncbn.training.config.errors import ConfigError, TrainingError, listed
 from syncbn.training.config.layout import image_files
@@ -78,7 +78,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     Where `load` is a multirun, probabilities (or numbers) are the average of those of the models of all its jobs.
 
     Rank 0 writes `predictions.csv`, a row per file in the order of their names; of masks each rank writes those of its
-    files below `masks/`. Returns no metrics.
+    files, and when all are written they take the place of an earlier `masks/`. Returns no metrics.
 
     Raises:
         ConfigError: on every rank: no image is found; the checkpoint does not say how images are prepared, or the model
@@ -90,11 +90,15 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         first, predict = opened[0], opened[0].run.config.predict
         found = find_images(predict.paths, distinct_masks=first.has_masks)
     members = [one.member(context) for one in opened]
-    masks, workers = run_dir / MASKS if first.has_masks else None, first.run.config.data.workers
-    predictor = Predictor(predict, members, first.names, found, masks, workers)
-    with failing_together():
-        mine = list(predictor.rows())
-    rows = sorted(row for part in world.on_all_ranks(mine) for row in part)
+    with ExitStack() as stack:
+        masks = None
+        if first.has_masks:
+            here = stack.enter_context(replacing_directory(run_dir / MASKS)) if context.is_first else None
+            masks = world.on_all_ranks(here)[0]
+        predictor = Predictor(predict, members, first.names, found, masks, first.run.config.data.workers)
+        with failing_together():
+            mine = list(predictor.rows())
+        rows = sorted(row for part in world.on_all_ranks(mine) for row in part)
     errors = [(found[number].name, cells[-1]) for number, cells in rows if cells[-1]]
     if context.is_first:
         table = [predictor.header, *([found[number].name, *cells] for number, cells in rows)]
@@ -152,7 +156,7 @@ class Predictor:
     """Of the classes, labels or numbers."""
     files: Sequence[ImageFile]
     masks: Path | None
-    """Where masks are written; None: images have classes, labels or numbers."""
+    """The directory that masks are written to; None: images have classes, labels or numbers."""
     workers: int
 
     @property
@@ -215,7 +219,7 @@ class Predictor:
             mask = mask_in_original_size(scores, self.members[0].input.preparation.fit, size)
             (self.masks / file.mask).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.numpy()).save(self.masks / file.mask)
-            return [_printable(Path(self.masks.name, file.mask))]
+            return [_printable(Path(MASKS, file.mask))]
         if self.members[0].kind != "classes":
             digits = ".6f" if self.members[0].kind == "labels" else ".6g"
             return [f"{value:{digits}}" for value in scores.tolist()]

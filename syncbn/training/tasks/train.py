@@ -140,7 +140,7 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
         log.warning("%s is not that of a training run; it is passed over", run_dir / SUMMARY)
         return None
     would_stop_again = summary["stopped"] and (trainer.config.on_nonfinite == "stop" or trainer.ends_early())
-    return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
+    return summary["metrics"] if would_stop_again or trainer.counters.step >= trainer.num_steps else None
 
 
 def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
@@ -186,11 +186,12 @@ def _by_split(name: str) -> int:
 def _print_summary(metrics: dict[str, float], run_dir: Path, trainer: Trainer) -> None:
     names = sorted((name for name in metrics if not name.startswith(f"{TRAIN}/")), key=_by_split)
     rows = [(name, f"{metrics[name]:.4f}") for name in names]
+    best = trainer.counters.best_step  # 0: of a finished run whose best weights are gone
     rows += [
         (THROUGHPUT, f"{metrics[THROUGHPUT]:.0f}"),
         *([("waited for data", f"{100 * metrics[WAITED]:.1f} % of the time")] if WAITED in metrics else []),
         ("global batch", f"{trainer.config.batch_size} samples over {trainer.context.world_size} rank(s)"),
-        ("best step", f"{trainer.counters.best_step} of {trainer.num_steps}"),
+        *([("best step", f"{best} of {trainer.num_steps}")] if best else []),
         ("run directory", shown(run_dir)),
     ]
     console.print_table("summary (weights of the best validation)", rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -106,21 +107,21 @@ def progress(
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Prints a table without a header: names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    """Prints a table without a header: names and values, which are no markup: a path may have brackets."""
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="left", overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     CONSOLE.print(table)
 
 
 def print_rows(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """Prints a table with a header; wider than the terminal where a word would not fit otherwise."""
-    table, rows = Table(title=title, title_justify="left"), list(rows)
+    table, rows = Table(title=escape(title), title_justify="left"), list(rows)
     for name, *cells in zip(header, *rows, strict=True):
         longest = max((len(word) for cell in (name, *cells) for word in cell.split()), default=0)
-        table.add_column(name, min_width=longest)
+        table.add_column(Text(name), min_width=longest)
     for row in rows:
         table.add_row(*map(Text, row))  # no markup: a pattern may stand in brackets
     everything = CONSOLE.options.update(max_width=10_000)

@@ -132,8 +132,8 @@ class Throughput:
         return rate
 
     def overall(self) -> float:
-        """The throughput from the start to the last call of `samples_per_second`."""
-        return self._all_samples / max(self._all_seconds, 1e-9)
+        """The throughput since the start, as far as the clock has been stopped (by `paused`, say)."""
+        return (self._all_samples + self._samples) / max(self._all_seconds + self._seconds, 1e-9)
 
     def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The batches, one by one; what each takes to come is time that training waited."""

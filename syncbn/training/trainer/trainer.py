@@ -285,6 +285,8 @@ class Trainer:
                 require_same_groups(self.built.groups, stored.content["parameter_groups"])
             self.checkpoints.load(stored, "resume")
             self.drift.require_layers(self.model)
+        except ConfigError:  # which names the file itself
+            raise
         except ValueError as error:
             raise ConfigError(f"resume: {stored.path} does not fit this configuration: {error}") from None
         if self.counters.step != stored.step:

@@ -76,12 +76,19 @@ MISTAKES = [
     (["optimizer=custom", "optimizer._target_=x", "optimizer._args_=[1]"], "optimizer._args_: expected the name of an"),
     (["optimizer=adamw", "+optimizer.momentum=0.9"], "optimizer.momentum: no such key; known to optimizer=adamw"),
     (["optimizer=adamw", "optimizer.betas=[0.9,1.0]"], "optimizer.betas: expected two numbers, each 0 or more"),
+    (["save.every=0"], "save.every: expected more than 0, got '0'"),
+    (["bn.skip_nonfinite=3"], "bn.skip_nonfinite: expected bool, got 3"),
+    (["batch_size=99999999999999999999"], "batch_size: expected a whole number of 64 bits, got 99999999999999999999"),
+    (["collective_timeout=inf"], "collective_timeout: expected a number of seconds above 0, 1e+09 at most, got inf"),
+    (["optimizer.groups.a=1"], "optimizer.groups.a: expected a key below it, optimizer.groups.a.match=PATTERN"),
+    (["data.augment.a=3"], "data.augment.a: expected a key below it, data.augment.a._target_=torchvision."),
+    (["optimizer.groups={a:{matchh:x}}"], "optimizer.groups.a.matchh: no such key; did you mean optimizer.groups.a.ma"),
     (["optimizer.groups.a.matchh=x"], "optimizer.groups.a.matchh: no such key; did you mean optimizer.groups.a.match?"),
     (["optimizer.groups.a.lr_scale=2"], "optimizer.groups.a.match: required, and not given"),
     (["optimizer.groups.a.match=x", "optimizer.groups.a.lr_scale=0"], "optimizer.groups.a.lr_scale: expected a"),
     (["optimizer.groups.a.match=x", "optimizer.groups.a.weight_decay=-1"], "optimizer.groups.a.weight_decay: exp"),
     (["optimizer.groups.a.match=[]"], "optimizer.groups.a.match: expected a pattern or a list of patterns, got []"),
-    (["optimizer.groups=3"], "optimizer.groups: expected dict[str, GroupConfig], got 3"),
+    (["optimizer.groups=3"], "optimizer.groups: expected groups by name, as in optimizer.groups.NAME.match=PATTERN"),
     (["schedule=step"], "schedule: expected either schedule.milestones=[10ep,15ep] or schedule.step_size=5ep, got"),
     (
         ["schedule=step", "schedule.step_size=5ep", "schedule.gamma=1"],
@@ -243,6 +250,28 @@ def test_a_rule_from_the_command_line_needs_no_plus():
     assert config.freeze["mine"].match == "backbone"
     assert config.freeze["mine"].until == "5ep"
     assert config.init["backbone"].path == "x.pt"
+
+
+def test_names_and_paths_are_text_as_they_are_typed(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose_config(
+        "task=predict",
+        "run=2024_01_15",
+        "load=~/runs/gr\u00f6\u00dfe (2)",
+        "predict.path=1.10",
+        "init.head.path=~/a#b=c",
+    )
+    assert (config.run, config.load) == ("2024_01_15", "/home/me/runs/gr\u00f6\u00dfe (2)")
+    assert (config.predict.path, config.init["head"].path) == ("1.10", "/home/me/a#b=c")
+    more = compose_config("task=predict", "run=null", "load='1_0'", "predict.path=[a,b]")
+    assert (more.run, more.load, more.predict.path) == (None, "1_0", ["a", "b"])
+
+
+def test_named_entries_may_be_given_whole():
+    config = compose_config(
+        "freeze.a={match:backbone,weights:true}", "optimizer.groups={b:{match:head,lr_scale:2}}", "init={c:{path:x}}"
+    )
+    assert (config.freeze["a"].weights, config.optimizer.groups["b"].lr_scale, config.init["c"].path) == (True, 2, "x")
 
 
 def test_null_removes_a_shipped_rule():

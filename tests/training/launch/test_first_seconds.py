@@ -140,9 +140,11 @@ def test_the_second_line_says_what_is_about_to_be_done_and_ranks_of_make_train_d
     monkeypatch.delenv(announce.CHECKED, raising=False)
     announce.announce_start(["run=a"])
     announce.announce_job({"data": "digits", "model": "custom"}, "train")
+    announce.announce_job({"data": "digits", "model": "custom"}, "eval", load="outputs/a")  # has data of its own
     assert [line[11:] for line in capsys.readouterr().out.splitlines()] == [
         "train.py, 1 rank(s): reading the configuration",
         "task=train  data=digits  model=custom: importing torch",
+        "task=eval  load=outputs/a: importing torch",
     ]
     announce.announce_start(["--cfg", "job"])  # whose output may go into a file
     monkeypatch.setenv(announce.CHECKED, "told")

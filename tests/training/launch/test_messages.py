@@ -57,6 +57,15 @@ def test_a_table_breaks_no_word_even_where_the_terminal_is_narrow(monkeypatch):
         assert f" {word} " in screen.getvalue()
 
 
+def test_brackets_in_a_path_are_no_markup(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "CONSOLE", Console(file=screen, width=80, soft_wrap=True, highlight=False))
+    console.print_table("runs/[a]/[/b]", [("val/recall[x]", "outputs/[/b] [red]c")])
+    console.print_rows("runs/[a]/[/b]", ("val/recall[x]",), [("outputs/[/b] [red]c",)])
+    for text in ("runs/[a]/[/b]", "val/recall[x]", "outputs/[/b] [red]c"):
+        assert screen.getvalue().count(text) == 2
+
+
 def test_the_progress_bar_names_loss_rate_and_the_time_that_is_left_from_the_first_step(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "CONSOLE", Console(file=screen, force_terminal=True, width=120))

@@ -12,7 +12,10 @@ from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.data import registry
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import Split
+from syncbn.training.data.decoding import Decoded, Files
 from syncbn.training.data.images import ImageData
+from syncbn.training.data.inspection.parts import RowsPart
+from syncbn.training.data.preparation import Preparation
 from tests.training.images import save_classes, save_image, save_masks
 from tests.training.jobs import compose_config, run_rank, start
 
@@ -129,6 +132,14 @@ def test_what_is_in_order_is_counted(tmp_path, capsys):
     torch.testing.assert_close(torch.tensor(train["mean"]).double(), mean.flatten(), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(train["std"]).double(), std.flatten(), rtol=1e-6, atol=0)
     assert "20x16" in capsys.readouterr().out
+
+
+def test_statistics_are_of_the_pixels_that_a_run_sees_also_of_files_that_it_reads_reduced(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.jpg")
+    rows = Decoded(Files([str(tmp_path / "noise.jpg")]), Preparation((8, 8), 3, decode="reduced"))
+    moments = RowsPart("train", rows, None, None).look(0).moments
+    assert moments.sums == rows[torch.tensor([0])].long().sum((0, 2, 3)).tolist()
 
 
 @pytest.mark.parametrize("data", ["synthetic", "shapes"])

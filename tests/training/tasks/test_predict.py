@@ -160,6 +160,22 @@ def test_a_mask_has_the_size_of_its_image_and_is_255_where_that_was_cropped_away
     assert (masks["deep/c.png"] == expected.numpy()).all()  # it has the size that the model takes
 
 
+def test_masks_of_an_earlier_prediction_are_gone_and_stay_where_the_later_one_fails(segmented, tmp_path, new):
+    run, _ = predict(tmp_path, segmented / "outputs/m", new)
+    before = content(run)
+    with pytest.raises(ConfigError, match=r"^load: "):
+        predict(tmp_path, tmp_path / "nowhere", new)
+    assert content(run) == before
+    (new / "a.jpg").unlink()
+    (new / "b.png").write_text("no image")
+    with pytest.raises(TrainingError, match=r"^predict.path: 1 of 4 files cannot be read"):
+        predict(tmp_path, segmented / "outputs/m", new)
+    found = {path.relative_to(run).as_posix() for path in run.glob("**/*.png")}
+    assert found == {row["mask"] for row in rows((run / "predictions.csv").read_text())} - {""}
+    assert "masks/b.png" not in found
+    assert not [*run.glob(".masks*")]
+
+
 def test_masks_that_would_be_one_file_are_an_error(new):
     save_image(new / "b.jpg", 3)
     assert len(find_images([str(new)])) == 6

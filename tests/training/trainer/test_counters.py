@@ -97,5 +97,8 @@ def test_time_that_a_batch_takes_to_come_is_time_waited_and_a_pause_is_no_time(m
         now[0] += 2.0  # a step
     with clock.paused():
         now[0] += 100.0
+    clock.add(4)
+    assert clock.overall() == 4 / 8.0
     clock.samples_per_second()
     assert clock.waited() == 4.0 / 8.0
+    assert clock.overall() == 4 / 8.0

@@ -69,7 +69,7 @@ def _classes(table: Table, name: str, cells: Sequence[str], mistakes: dict[int, 
         ordered = sorted({cell for cell in cells if cell}, key=lambda cell: (int(float(cell)), cell))
     else:
         ordered = sorted(found)
-    if len(ordered) < 2:
+    if len(ordered) < 2 and not (ordered and "" in cells):  # an empty cell is told by its row
         raise ConfigError(f"data.label: expected two classes or more in column {name!r} of {str(table.path)!r}, found"
                           f" {ordered[0] if ordered else 'none'}")  # fmt: skip
     for position, cell in enumerate(cells):

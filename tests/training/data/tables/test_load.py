@@ -249,6 +249,12 @@ def test_a_mistake_names_row_and_column(tmp_path, row, column, cell, settings, m
     assert error_of(path, **settings).startswith(message.replace("{}", str(path), 1).replace("{}", str(tmp_path)))
 
 
+def test_an_empty_cell_is_named_even_where_it_leaves_a_single_class(tmp_path):
+    save_image(tmp_path / "a.png", 0)
+    (tmp_path / "two.csv").write_text("image,label\na.png,cat\na.png,\n")
+    assert error_of(tmp_path / "two.csv").startswith("data.label: row 3, column 'label' of ")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
