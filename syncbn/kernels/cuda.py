@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import reference
-from syncbn.kernels.triton.launch_plan import WARPS, Blocks, Layout, ceil_div, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import WARPS, LaunchOptions, Layout, ceil_div, plan_passes, plan_sums
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FINISH_BLOCK = 256
 # Of `finish`, by whether the statistics are a cumulative average.
 FINISH = [
-    Blocks({"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False})
+    LaunchOptions(
+        {"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
+    )
     for cumulative in (False, True)
 ]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import cuda, reference
-from syncbn.kernels.triton.launch_plan import Passes, Sums, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import ElementwisePlan, ReductionPlan, plan_passes, plan_sums
 from syncbn.torch_compat import INTERCEPTORS
 
 SumOverRanks = Callable[[Tensor], object]  # in place
@@ -42,8 +42,8 @@ class _Kind(NamedTuple):
     num_channels: int
     values: int  # of a channel
     compute_dtype: torch.dtype
-    sums: Sums
-    passes: Passes
+    sums: ReductionPlan
+    passes: ElementwisePlan
     partial: tuple[int, int, int]  # shape of partial sums: splits, 2, num_channels
     moments: tuple[int, ...]  # scalars of the kernel `moments`
     combine: tuple[int, ...]  # scalars of `combine_moments`
@@ -95,10 +95,10 @@ def forward(
     output = torch.empty_like(input)
     read = (weight, bias, residual)
     is_normalized = False
-    if sum_over_ranks is None and not is_cumulative and sums.channels is not None:
-        scalars = (rate, float(eps), kind.values, *sums.channels.sizes)
-        written = (input, output, *results, *read)
-        launch(programs.forward_channel, sums.channels.grid, written, scalars, sums.channels.forward[activation])
+    if sum_over_ranks is None and not is_cumulative and sums.whole_channels is not None:
+        plan = sums.whole_channels
+        scalars = (rate, float(eps), kind.values, *plan.sizes)
+        launch(programs.forward_channel, plan.grid, (input, output, *results, *read), scalars, plan.forward[activation])
         is_normalized = True
     elif sum_over_ranks is None and not is_cumulative:
         partial = input.new_empty(kind.partial, dtype=torch.float64)
@@ -179,11 +179,11 @@ def backward(
     through = grad if activation is None else torch.empty_like(input)
     written = None if activation is None else through
     grad_input = None
-    if plan.channels is not None and sum_over_ranks is None and needs_input:
+    if plan.whole_channels is not None and sum_over_ranks is None and needs_input:
         grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
         vectors = (mean, invstd, weight, bias)
         tensors: tuple[Tensor | None, ...] = (grad, input, grad_input, *vectors, kept, written, affine, count)
-        channels = plan.channels
+        channels = plan.whole_channels
         launch(programs.backward_channel, channels.grid, tensors, channels.sizes, channels.backward[activation])
         return grad_input, affine, through
     sums = input.new_empty(2 * num_channels, dtype=torch.float64)
