@@ -13,26 +13,16 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import cuda, reference
+from syncbn.kernels.step import PLAIN, Statistics
 from syncbn.kernels.triton.launch_plan import ElementwisePlan, ReductionPlan, plan_passes, plan_sums
 from syncbn.torch_compat import INTERCEPTORS
 
 SumOverRanks = Callable[[Tensor], object]  # in place
-PLAIN = frozenset([Tensor, nn.Parameter, type(None)])  # types whose operators nobody overrides
-_MOST_KINDS = 4096
-
-
-class Statistics(NamedTuple):
-    """The running statistics that a forward pass moves, and how."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    eps: float
+_MOST_KINDS = 4096  # of inputs whose plans are kept
 
 
 class _Kind(NamedTuple):
@@ -70,6 +60,7 @@ def forward(
     Returns:
         output, mean, invstd and count; or None, with nothing done.
     """
+    # `operators.are_observed`, without its frame.
     if any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, (input, weight, bias, residual))):
         return None
     key = (input.shape, input.stride(), input.dtype, input.device)
@@ -159,6 +150,7 @@ def backward(
         that gradient; those of bias and weight, (2, C) in `dtype`; that of the activation's input. Or None, with
         nothing done.
     """
+    # `operators.are_observed`, without its frame.
     if any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, (grad, input, weight, bias, kept))):
         return None
     key = (input.shape, input.stride(), input.dtype, input.device)

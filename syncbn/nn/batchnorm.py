@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.nn.call_stack import folding_function, foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.kernels import activations, cpu, cpu_step, cuda, cuda_step, operators, reference
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.nn import lean
 from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
