@@ -174,10 +174,10 @@ def _reduce(
     affine = dense.new_empty((2, num_channels), dtype=dtype)
     splits = plan.grid[1]
     partial = dense.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else sums
-    through = grad if activation is None else torch.empty_like(dense)
+    grad_z = grad if activation is None else torch.empty_like(dense)
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     kept = None if kept is None else _like(kept, dense)
-    written = None if activation is None else through
+    written = None if activation is None else grad_z
     tensors: tuple[Tensor | None, ...] = (grad, dense, *vectors, kept, written, partial, sums, affine)
     programs.launch(programs.backward_sums, plan.grid, tensors, plan.sizes, plan.backward_sums[activation])
     if splits > 1:
@@ -190,8 +190,8 @@ def _reduce(
             plan.combine_backward_sums,
         )
     if activation is not None and dense is not input:
-        through = torch.empty_like(input).copy_(through)
-    return sums, affine, through
+        grad_z = torch.empty_like(input).copy_(grad_z)
+    return sums, affine, grad_z
 
 
 def backward_elementwise(

@@ -168,16 +168,16 @@ def backward(
     programs, num_channels, _, _, plan, passes, *_ = kind
     launch = programs.launch
     affine = input.new_empty((2, num_channels), dtype=dtype)
-    through = grad if activation is None else torch.empty_like(input)
-    written = None if activation is None else through
+    grad_z = grad if activation is None else torch.empty_like(input)
+    written = None if activation is None else grad_z
     grad_input = None
     if plan.whole_channels is not None and sum_over_ranks is None and needs_input:
-        grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
+        grad_input = torch.empty_like(input) if keeps_grad or activation is None else grad_z
         vectors = (mean, invstd, weight, bias)
         tensors: tuple[Tensor | None, ...] = (grad, input, grad_input, *vectors, kept, written, affine, count)
         channels = plan.whole_channels
         launch(programs.backward_channel, channels.grid, tensors, channels.sizes, channels.backward[activation])
-        return grad_input, affine, through
+        return grad_input, affine, grad_z
     sums = input.new_empty(2 * num_channels, dtype=torch.float64)
     partial = sums if plan.grid[1] == 1 else input.new_empty(kind.partial, dtype=torch.float64)
     vectors = (mean, invstd, weight, bias) if activation is not None else (mean, invstd, None, None)
@@ -190,10 +190,10 @@ def backward(
     if needs_input:
         if sum_over_ranks is not None:
             sum_over_ranks(sums)
-        grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
-        tensors = (through, input, grad_input, mean, invstd, weight, sums, count)
+        grad_input = torch.empty_like(input) if keeps_grad or activation is None else grad_z
+        tensors = (grad_z, input, grad_input, mean, invstd, weight, sums, count)
         launch(programs.backward_elementwise, passes.grid, tensors, passes.sizes, passes.backward_elementwise)
-    return grad_input, affine, through
+    return grad_input, affine, grad_z
 
 
 def _plan(key: tuple[Any, ...], input: Tensor) -> _Kind | None:

@@ -107,7 +107,7 @@ class NormalizeByBatch(torch.autograd.Function):
                 ctx.eps,
                 lambda tensor: reduce(tensor, ctx.group, ctx.owner, "backward"),
                 mask,
-                _through_activation(ctx) if ctx.activation is not None else None,
+                _activation_backward(ctx) if ctx.activation is not None else None,
             )
         else:
             done = None
@@ -239,11 +239,11 @@ def _from_output(
 _RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
 
 
-def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """The activation's backward pass, as `reference.differentiable_backward` takes it (`through`)."""
+def _activation_backward(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The activation's backward pass, as `reference.differentiable_backward` takes it (`activation_backward`)."""
     input, weight, mean, invstd, _, _, bias, kept = ctx.saved_tensors
 
-    def through(grad: Tensor, xhat: Tensor) -> Tensor:
+    def backward(grad: Tensor, xhat: Tensor) -> Tensor:
         if not activations.output_tells(ctx.activation):
             z = xhat if weight is None else xhat * reference.per_channel(weight.to(xhat.dtype), xhat)
             z = z if bias is None else z + reference.per_channel(bias.to(xhat.dtype), xhat)
@@ -254,7 +254,7 @@ def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
             z = z.detach().to(xhat.dtype)
         return activations.backward(grad, z, ctx.activation)
 
-    return through
+    return backward
 
 
 def normalize_by_batch(
