@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from syncbn.atomic_write import replacing
+from syncbn.report import file_names
 from syncbn.training.checkpoint import contents
 from syncbn.training.checkpoint.contents import MalformedError
-from syncbn.training.checkpoint.paths import BEST, RECALIBRATED, by_step, is_directory, size_of_file
+from syncbn.training.checkpoint.paths import by_step, is_directory, size_of_file
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class Stored:
 def newest(run_dir: Path, key: str = "resume") -> Stored | None:
     """Reads the newest intact training checkpoint of a run directory; warns of each newer one that is damaged."""
     with _permitted(key):
-        whole = (read_whole(path, key) for path in reversed(by_step(run_dir / "checkpoints")))
+        whole = (read_whole(path, key) for path in reversed(by_step(run_dir / file_names.CHECKPOINTS)))
         return next((stored for stored in whole if stored is not None), None)
 
 
@@ -180,7 +181,7 @@ def read_best_or_newest(path: Path, key: str) -> Stored:
     """
     if not is_directory(path):
         return Stored.read(path, key)
-    best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
+    best, recalibrated = path / file_names.CHECKPOINTS / file_names.BEST, path / file_names.RECALIBRATED
     with _permitted(key):
         if best.is_file():
             return Stored.read(best, key)

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.checkpoint.files import Stored, newest
 from syncbn.training.checkpoint.paths import by_step, is_directory
 from syncbn.training.config.errors import ConfigError, configured_by, listed
@@ -52,10 +53,10 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
         ConfigError: `resume=none` in a directory that already holds a run, no checkpoint of a run at the given path, or
             a run none of whose checkpoints is intact: to begin it anew would overwrite its records.
     """
-    present = newest(run_dir)
-    if present is None and (damaged := by_step(run_dir / "checkpoints")):
-        raise ConfigError(f"run: none of the {len(damaged)} checkpoints in {run_dir / 'checkpoints'} is intact; choose"
-                          " another name with run=..., or remove them to begin anew")  # fmt: skip
+    present, directory = newest(run_dir), run_dir / file_names.CHECKPOINTS
+    if present is None and (damaged := by_step(directory)):
+        raise ConfigError(f"run: none of the {len(damaged)} checkpoints in {directory} is intact; choose another name"
+                          " with run=..., or remove them to begin anew")  # fmt: skip
     if config.resume == "auto" or (present is not None and world.attempt() != "0"):
         return present  # after a restart by torchrun, whatever `resume` says
     if present is not None and config.resume == "none":
@@ -155,7 +156,7 @@ def record_classes(run_dir: Path, names: Sequence[str], context: RankContext) ->
     Raises:
         ConfigError: on every rank, the file has other classes: the resumed run began with them; or it is damaged.
     """
-    path = run_dir / "classes.json"
+    path = run_dir / file_names.CLASSES
     with failing_together():
         here = _read_classes(path) if context.is_first else None
     stored = world.on_all_ranks(here)[0]

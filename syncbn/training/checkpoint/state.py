@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
+from syncbn.report import file_names
 from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
-from syncbn.training.checkpoint.paths import BEST, by_step, step_of
+from syncbn.training.checkpoint.paths import by_step, step_of
 from syncbn.training.config.errors import ConfigError, RankError, printable
 from syncbn.training.config.output import short, unwritable
 
@@ -56,7 +57,7 @@ class Checkpoints:
 
         One that does not fit the model is passed over, like one that is damaged.
         """
-        candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
+        candidates = dict.fromkeys([self.directory / file_names.BEST, resumed_from.with_name(file_names.BEST)])
         for path in candidates:
             stored = read_whole(path) if path.exists() else None
             if stored is None or stored.step != step:
@@ -81,7 +82,7 @@ class Checkpoints:
         for later in by_step(self.directory):
             if step_of(later) > step:
                 later.rename(later.with_name(f"{later.name}.abandoned"))
-        own = self.directory / BEST
+        own = self.directory / file_names.BEST
         if best is not None and best != own:
             self.directory.mkdir(parents=True, exist_ok=True)
             with replacing(own) as temporary:
@@ -102,7 +103,7 @@ class Checkpoints:
     def save_best(self, step: int, model: nn.Module) -> None:
         """Copies the model's state dict and hands it to the background thread, as the best model so far."""
         content = {"step": step, **self.facts, "model": model.state_dict()}
-        self._submit(self.directory / BEST, content)
+        self._submit(self.directory / file_names.BEST, content)
 
     def wait(self) -> None:
         """Blocks until the pending write is on disk or has failed; does not raise its error."""

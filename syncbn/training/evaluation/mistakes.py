@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.config.output import unwritable
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.decoding import Decoded
@@ -22,7 +23,6 @@ from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 
 log = logging.getLogger(__name__)
 
-MISTAKES = "mistakes.json"
 MOST_CLASSES = 2000  # of a confusion matrix, which may have as many numbers as their square
 _DIGITS = 4  # of a score: what ranks add up in another order differs beyond, and must not change the order of samples
 
@@ -183,7 +183,7 @@ def write_mistakes(run_dir: Path, step: int, mistakes: Mistakes, *, writes: bool
     if content is None or not writes:
         return
     try:
-        write_text(run_dir / MISTAKES, json.dumps({"step": step, **content}) + "\n")
+        write_text(run_dir / file_names.MISTAKES, json.dumps({"step": step, **content}) + "\n")
     except OSError as error:  # a view of the results, and not the results
         log.warning("%s; the report lacks it", unwritable(error))
 

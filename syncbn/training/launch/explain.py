@@ -17,7 +17,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.atomic_write import WriteError
-from syncbn.training.checkpoint.lock import LOCK
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, printable
 from syncbn.training.config.model import from_data
 from syncbn.training.config.output import DISK_ERRORS, short, unwritable
@@ -107,7 +107,7 @@ def exit_code_of_jobs() -> int:
 def _discard_run_directory() -> None:
     """Removes the directory of a run that has not started, which contains only our lock and what Hydra wrote."""
     for directory in stamped_directories():
-        if directory.is_dir() and all(path.name in (".hydra", LOCK) for path in directory.iterdir()):
+        if directory.is_dir() and all(path.name in (file_names.HYDRA, file_names.LOCK) for path in directory.iterdir()):
             shutil.rmtree(directory)
 
 

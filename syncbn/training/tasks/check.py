@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
@@ -50,7 +51,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     content = {"data": config.data.name, **summarize(inventory, tally)}
     findings = [Finding(**finding) for finding in content["findings"]]
     if context.is_first:
-        write_text(run_dir / "check.json", json.dumps(content, indent=2) + "\n")
+        write_text(run_dir / file_names.CHECK, json.dumps(content, indent=2) + "\n")
         _print(content, findings, run_dir)
     if findings:
         first, more = findings[0], f" ({len(findings)} findings)" if len(findings) > 1 else ""

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.report import file_names
 from syncbn.surgery.revert import revert_sync_batchnorm
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.run import EXPORT_FORMATS
@@ -44,7 +45,6 @@ from syncbn.training.trainer.build import build_model
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "export"
 _NUM_SAMPLES = 64  # validation samples on which a file is compared with the model
 # The largest allowed difference, in units of rounding (the dtype's eps) of the largest output. Other runtimes fold
 # batch normalization into convolutions and sum in another order, which costs a few units per layer; a wrong constant
@@ -72,7 +72,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     differences: dict[str, float] = {}
     with failing_together(), torch.no_grad():
         if context.is_first:
-            differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / DIRECTORY)
+            differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / file_names.EXPORT)
     return {f"export/{name}": value for name, value in world.on_all_ranks(differences)[0].items()}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.atomic_write import write_text
 from syncbn.nn.modes import evaluating
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError, TrainingError, listed
 from syncbn.training.config.layout import image_files
 from syncbn.training.config.run import PredictConfig
@@ -32,7 +33,6 @@ from syncbn.training.tasks.ensemble import Member, open_members
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 
-PREDICTIONS, MASKS = "predictions.csv", "masks"
 _BEST = 5  # classes that a row names
 
 
@@ -90,7 +90,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         first, predict = opened[0], opened[0].run.config.predict
         found = find_images(predict.paths, distinct_masks=first.has_masks)
     members = [one.member(context) for one in opened]
-    masks, workers = run_dir / MASKS if first.has_masks else None, first.run.config.data.workers
+    masks, workers = run_dir / file_names.MASKS if first.has_masks else None, first.run.config.data.workers
     predictor = Predictor(predict, members, first.names, found, masks, workers)
     with failing_together():
         mine = list(predictor.rows())
@@ -98,8 +98,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     errors = [(found[number].name, cells[-1]) for number, cells in rows if cells[-1]]
     if context.is_first:
         table = [predictor.header, *([found[number].name, *cells] for number, cells in rows)]
-        write_text(run_dir / PREDICTIONS, _as_csv(table))
-        written = [shown(run_dir / name) for name in (PREDICTIONS, *([MASKS] if first.has_masks else []))]
+        write_text(run_dir / file_names.PREDICTIONS, _as_csv(table))
+        written = [shown(run_dir / file_names.PREDICTIONS), *([] if masks is None else [shown(masks)])]
         title = f"{first.run.path}, step {first.run.checkpoint['step']}"
         if len(opened) > 1:
             title = f"the average of {len(opened)} models in {config.load}"
@@ -111,7 +111,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         name, reason = errors[0]
         raise TrainingError(
             f"predict.path: {len(errors)} of {len(found)} files cannot be read, the first is {name} ({reason}); see"
-            f" {shown(run_dir / PREDICTIONS)}"
+            f" {shown(run_dir / file_names.PREDICTIONS)}"
         )
     return {}
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "tensorboard"  # in the run directory
 _QUEUE = 1000  # events that wait for the writer's thread before logging waits for it
 
 
@@ -30,14 +30,14 @@ class TensorBoardRun:
     """Writes scalars and histograms under their names. The first failure is one warning, and nothing is written after.
 
     Args:
-        run_dir: the files are made in its directory DIRECTORY, one more for each attempt.
+        run_dir: the files are made in its directory `tensorboard`, one more for each attempt.
         step: the step at which the attempt begins; what earlier attempts wrote of later steps is hidden.
         config: of the run, shown as text.
     """
 
     def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
         self._writer: Any = None
-        self._try(lambda: self._open(run_dir / DIRECTORY, step, config))
+        self._try(lambda: self._open(run_dir / file_names.TENSORBOARD, step, config))
 
     def log(self, step: int, record: Mapping[str, Any], histograms: Mapping[str, Tensor]) -> None:
         """Writes numbers, and histograms of vectors, by name."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.report.metric_names import BN, LAYER_TABLE, of_layer
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.errors import RankError
@@ -54,7 +55,7 @@ class Tracker:
         self._warned = False
         self._in_full: dict[str, int] = {}  # the latest step that trackers got histograms of, and a table
         if active:
-            self._records = Records(run_dir / "metrics.jsonl")
+            self._records = Records(run_dir / file_names.METRICS)
 
     def start(self, step: int = 0) -> None:
         """Starts the wandb run and TensorBoard's files; a state has to be loaded before, as it has the run's id.
@@ -125,7 +126,7 @@ class Tracker:
             for name, layer in layers.items()
         }
         try:
-            write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
+            write_text(self._run_dir / file_names.LAYERS, json.dumps({"step": step, "layers": vectors}) + "\n")
         except OSError as error:  # a view of the state, and not the state
             if not self._warned:
                 log.warning("%s; training goes on", unwritable(error))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.report import file_names
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
@@ -173,7 +174,7 @@ def check_run_directory(run_dir: Path, step: int) -> None:
     Raises:
         TrainingError: on every rank: it has, and what it held is lost.
     """
-    if not world.on_all_ranks((run_dir / "config.yaml").exists())[0]:  # rank 0 wrote it
+    if not world.on_all_ranks((run_dir / file_names.CONFIG).exists())[0]:  # rank 0 wrote it
         raise TrainingError(
             f"run: {short(run_dir)} has been deleted or moved while the run trained: its metrics up to step {step} and"
             " its checkpoints are lost, or where they were moved to, and nothing more can be saved; put it back and"

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
+from syncbn.report import file_names
 from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
 from syncbn.stats.monitor import Monitor
 from syncbn.training.checkpoint.files import Stored
@@ -128,7 +129,7 @@ class Trainer:
         # what survives
         self.counters, self.totals, self.drift = Counters(), Totals(context.device), components.drift
         self.checkpoints = Checkpoints(
-            run_dir / "checkpoints",
+            run_dir / file_names.CHECKPOINTS,
             config.save.keep,
             facts={
                 "config": components.config_dict,

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from syncbn.report import file_names
 from syncbn.report.metric_names import TEST, VAL, prefixed
 from syncbn.training.checkpoint.files import read, write_atomically
-from syncbn.training.checkpoint.paths import BEST
 from syncbn.training.checkpoint.state import Checkpoints, copied
 from syncbn.training.config.errors import TrainingError
 from syncbn.training.config.output import unwritable
@@ -110,7 +110,7 @@ class Validation:
 
     def _write_best(self, model: nn.Module) -> None:
         """Writes the model into the best checkpoint, on rank 0; no rank goes on before."""
-        path = self._checkpoints.directory / BEST
+        path = self._checkpoints.directory / file_names.BEST
         failure = None
         if self._components.context.is_first:
             try:
@@ -143,7 +143,7 @@ class Validation:
     def _best_model(self) -> nn.Module:
         """A copy: a signal meanwhile has to find the state that training ended with."""
         model = copy.deepcopy(self._evaluated)
-        model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
+        model.load_state_dict(read(self._checkpoints.directory / file_names.BEST, "run")["model"])
         return model
 
     def _warn_of_imbalance(self) -> None:
