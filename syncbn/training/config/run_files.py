@@ -13,11 +13,15 @@ from syncbn.training.config.errors import ConfigError
 # What is written into a run directory, or a multirun's.
 _FILES = (
     file_names.CONFIG, file_names.ENVIRONMENT, file_names.METRICS, file_names.CLASSES, file_names.AUDIT,
-    file_names.LAYERS, file_names.NONFINITE, file_names.CHECK, file_names.PREDICTIONS, file_names.SUMMARY,
-    file_names.MISTAKES, file_names.REPORT, file_names.RECALIBRATED, file_names.LOCK, file_names.MULTIRUN,
+    file_names.LAYERS, file_names.NONFINITE, file_names.CHECK, file_names.PARITY, file_names.PREDICTIONS,
+    file_names.SUMMARY, file_names.MISTAKES, file_names.REPORT, file_names.RECALIBRATED, file_names.LOCK,
+    file_names.MULTIRUN,
 )  # fmt: skip
 _LOGS = "train*.log"
-_DIRECTORIES = (file_names.HYDRA, file_names.CHECKPOINTS, file_names.EXPORT, file_names.MASKS, file_names.WANDB)
+_DIRECTORIES = (
+    file_names.HYDRA, file_names.CHECKPOINTS, file_names.EXPORT, file_names.MASKS, file_names.PROFILE,
+    file_names.TENSORBOARD, file_names.WANDB,
+)  # fmt: skip
 
 
 def require_regular_files(run_dir: Path) -> None:
