@@ -15,7 +15,7 @@ from syncbn.report import file_names
 from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
 from syncbn.training.checkpoint.paths import by_step, step_of
-from syncbn.training.config.errors import ConfigError, RankError, printable
+from syncbn.training.config.errors import ConfigError, RankError, one_line, printable
 from syncbn.training.config.output import short, unwritable
 
 log = logging.getLogger(__name__)
@@ -180,5 +180,5 @@ def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> 
     try:
         part.load_state_dict(fitted(part, content))
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = printable(" ".join(str(error).split()))[:240] or type(error).__name__
+        reason = printable(one_line(error))[:240]
         raise ConfigError(f"{key}: {path} does not fit this configuration: {reason}") from None

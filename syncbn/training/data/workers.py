@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError, one_line
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def submit(workers: ProcessPoolExecutor, function: Callable[..., T], *arguments:
         return workers.submit(_work, function, *(_packed(part) for part in arguments))
     except (AttributeError, TypeError, PicklingError) as error:
         raise ConfigError(
-            f"data.workers: the data set cannot be sent to worker processes ({' '.join(str(error).split())}); let"
+            f"data.workers: the data set cannot be sent to worker processes ({one_line(error)}); let"
             " it hold what pickles (functions of a module instead of lambdas, paths instead of open files), or use"
             " data.workers=0"
         ) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, require
+from syncbn.training.config.errors import ConfigError, one_line, require
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.evaluation.tallies import Tally
 
@@ -83,7 +83,7 @@ def update_metric(name: str, metric: Metric | Tally, outputs: Any, targets: Tens
     try:
         metric.update(outputs, targets)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"metrics.{name}: cannot take the model's outputs: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"metrics.{name}: cannot take the model's outputs: {one_line(error)}") from None
 
 
 def flattened(name: str, value: Any) -> dict[str, float]:

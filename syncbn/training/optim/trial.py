@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.optim.groups import ParameterGroup
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -54,8 +54,7 @@ def require_steps(make: Make, groups: Sequence[ParameterGroup], name: str) -> No
     try:
         probe.run(1, 2)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{name}: cannot take a step: {reason}") from None
+        raise ConfigError(f"{name}: cannot take a step: {one_line(error)}") from None
     if not probe.is_idle_unchanged():
         raise ConfigError(f"{name}: moves parameters without a gradient, so that nothing can be frozen; choose another")
     if (content := _why_not_storable(probe.optimizer.state_dict())) is not None:

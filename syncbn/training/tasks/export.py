@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.report import file_names
 from syncbn.surgery.revert import revert_sync_batchnorm
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.run import EXPORT_FORMATS
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import of_one_size
@@ -262,7 +262,7 @@ def _as_config_error(name: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(
             f"export.formats: {name} fails for this model ({type(error).__name__}: {reason}); leave it out"
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from syncbn.atomic_write import write_text
 from syncbn.nn.modes import evaluating
 from syncbn.report import file_names
-from syncbn.training.config.errors import ConfigError, TrainingError, listed
+from syncbn.training.config.errors import ConfigError, TrainingError, listed, one_line
 from syncbn.training.config.layout import image_files
 from syncbn.training.config.run import PredictConfig
 from syncbn.training.config.schema import Config
@@ -236,7 +236,7 @@ def read(reader: Reader, positions: Sequence[int]) -> Read:
                     size = upright_size(image)
                     fitted.append(preparation.fitted_file(image))
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
-            errors[position] = " ".join(str(error).split()) or type(error).__name__
+            errors[position] = one_line(error)
             continue
         for prepared, one in zip(images, fitted, strict=True):
             prepared.append(one)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.report import file_names
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -68,5 +68,4 @@ class TensorBoardRun:
             action()
         except Exception as error:  # of whatever kind: metrics.jsonl has everything
             self._writer = None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            log.warning("TensorBoard failed and is switched off, metrics.jsonl goes on: %s", reason)
+            log.warning("TensorBoard failed and is switched off, metrics.jsonl goes on: %s", one_line(error))

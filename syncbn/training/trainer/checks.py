@@ -15,7 +15,7 @@ from syncbn.report import file_names
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError, one_line
 from syncbn.training.config.output import short
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import each_size
@@ -211,7 +211,7 @@ def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
         with evaluating(model), torch.no_grad():
             return None, model(images)
     except Exception as error:
-        return f"{running[-1]}: {' '.join(str(error).split())}", None
+        return f"{running[-1]}: {one_line(error)}", None
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncbn.training.config.errors import SampleError
+from syncbn.training.config.errors import SampleError, one_line
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Rows
 from syncbn.training.data.decoding import Decoded, as_classes
@@ -160,7 +160,7 @@ def _look_at_file(images: Decoded, index: int, record: Record, problems: Problem
         record.size, record.kind = image.size, image.mode
         row = images.fitted(image, index)
     except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
-        problems.append(("unreadable", name, _one_line(error)))
+        problems.append(("unreadable", name, one_line(error)))
         return
     record.moments = _moments(row)
     record.digest = _digest_of_image(image)
@@ -171,12 +171,12 @@ def _look_at_mask(masks: Decoded, index: int, record: Record, problems: Problems
     try:
         mask = masks.upright(index)
     except Exception as error:
-        problems.append(("unreadable", name, _one_line(error)))
+        problems.append(("unreadable", name, one_line(error)))
         return
     try:
         values = np.bincount(np.asarray(as_classes(mask)).ravel(), minlength=256)
     except ValueError as error:
-        problems.append(("mask", name, _one_line(error)))
+        problems.append(("mask", name, one_line(error)))
         return
     if record.size is not None and mask.size != record.size:
         problems.append(("mask size", name, "{}x{} pixels for an image of {}x{}".format(*mask.size, *record.size)))
@@ -237,7 +237,3 @@ def _digest_of_image(image: Image.Image) -> bytes:
         image = image.convert("RGB")
     head = f"{image.mode} {image.size}".encode()
     return blake2b(head + image.tobytes(), digest_size=_DIGEST_BYTES).digest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
