@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from syncbn.auditing.parity.batches import call, loss_of, tensors
-from syncbn.auditing.parity.errors import ParityError, one_line
+from syncbn.auditing.parity.errors import ParityError, type_and_message
 from syncbn.auditing.parity.normalization import Neutral, neutralize
 from syncbn.auditing.parity.randomness import Silenced
 from syncbn.auditing.parity.recorder import LOSS, Place, Recorder, first_names, seed_everything
@@ -37,7 +37,7 @@ def describe(subject: Subject) -> Facts:
         except ParityError:
             raise
         except Exception as error:
-            refusal = refusal or one_line(error)
+            refusal = refusal or type_and_message(error)
             (subject.directory / "initial.pt").unlink(missing_ok=True)  # in the other dtype
             if dtype == torch.float32:
                 raise
@@ -132,7 +132,7 @@ def _try_empty_shard(subject: Subject, dtype: torch.dtype) -> tuple[str, str] | 
     try:
         probe.forward(subject.shard(0, 0, dtype)[0])
     except Exception as error:
-        return probe.recorder.where, one_line(error)
+        return probe.recorder.where, type_and_message(error)
     return None
 
 
