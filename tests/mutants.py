@@ -152,7 +152,7 @@ MUTATIONS = [
       "training/trainer/test_faults.py::test_skip_leaves_the_step_out_bit_for_bit_and_goes_on"),
     M("training/evaluation/evaluate.py", "with evaluating(model), torch.no_grad():", "with torch.no_grad():",
       "training/evaluation/test_metrics.py::test_the_mean_over_all_samples_at_any_world_size"),
-    M("training/evaluation/metrics.py", 'best == "loss" or (', "(",
+    M("training/evaluation/metrics.py", 'best == LOSS or (', "(",
       "training/evaluation/test_metrics.py::test_the_best_is_the_lowest_of_a_metric_that_is_an_error"),
     M("training/distributed/ddp.py", "_WARM_UP_PASSES = 2", "_WARM_UP_PASSES = 0",
       "training/checkpoint/test_resume.py::test_two_interruptions_are_bit_exact_with_everything_on"),

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from syncbn.report.metric_names import BETWEEN_RANK_SHARE
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 from syncbn.report.tables import safe, table
 
-SHARE = "between_rank_share"
 # Samples up to which statistics of one rank alone are too few, whatever the share: those of the audit's rule
 # few-values-per-channel, with its source.
 FEW_SAMPLES = 4
@@ -45,13 +45,13 @@ class Ranks:
 
 def synchronization(run: Run) -> str:
     """The section about one run, as HTML."""
-    shares = {layer: keys[SHARE] for layer, keys in run.by_layer.items() if SHARE in keys}
+    shares = {layer: keys[BETWEEN_RANK_SHARE] for layer, keys in run.by_layer.items() if BETWEEN_RANK_SHARE in keys}
     means = {layer: _finite(series) for layer, series in shares.items()}
     means = {layer: values for layer, values in means.items() if values}
     if not means:
         return (
-            f'<p class="absent">No share of variance between ranks was recorded (bn/LAYER/{SHARE}). It needs several'
-            " ranks, layers that synchronize (bn.sync=true) and a logging step (log_every).</p>"
+            f'<p class="absent">No share of variance between ranks was recorded (bn/LAYER/{BETWEEN_RANK_SHARE}).'
+            " It needs several ranks, layers that synchronize (bn.sync=true) and a logging step (log_every).</p>"
         )
     ranks = _ranks(run)
     parts = [f"<p>{safe(_verdict(means, ranks))}</p>", _rows(means, ranks)]

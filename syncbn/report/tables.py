@@ -8,7 +8,20 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from syncbn.report.drawing import color
-from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TRAIN_LOSS, VAL
+from syncbn.report.metric_names import (
+    BETWEEN_RANK_SHARE,
+    DEAD_CHANNELS,
+    DRIFT,
+    EPOCH,
+    LAYER_DRIFT,
+    TEST,
+    THROUGHPUT,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL,
+    VALUES_PER_CHANNEL,
+    WEIGHT_ABS,
+)
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
@@ -88,9 +101,9 @@ def _state(run: Run) -> str:
 def layer_tables(runs: Sequence[Run]) -> str:
     """A table for each run of the last recorded metrics of every layer."""
     columns = {
-        "values_per_channel": "values per channel", "drift": "drift", "between_rank_share": "between-rank share",
-        "weight_abs": "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
-        "running_var": "mean running variance", "dead_channels": "dead channels", "stats_frozen": "stats frozen",
+        VALUES_PER_CHANNEL: "values per channel", LAYER_DRIFT: "drift", BETWEEN_RANK_SHARE: "between-rank share",
+        WEIGHT_ABS: "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
+        "running_var": "mean running variance", DEAD_CHANNELS: "dead channels", "stats_frozen": "stats frozen",
         "affine_frozen": "affine frozen",
     }  # fmt: skip
 

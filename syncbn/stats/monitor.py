@@ -17,6 +17,7 @@ from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
 from syncbn.nn.recorder import new_record, split_record
+from syncbn.report.metric_names import BETWEEN_RANK_SHARE, DEAD_CHANNELS, LAYER_DRIFT, VALUES_PER_CHANNEL, WEIGHT_ABS
 from syncbn.stats.calls import input_of
 
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
@@ -68,18 +69,18 @@ class LayerSnapshot:
             "running_var": self.running_var,
             "batch_mean_abs": None if self.batch_mean is None else self.batch_mean.abs(),
             "batch_var": self.batch_var,
-            "drift": self.drift,
-            "between_rank_share": _defined(self.between_rank_share),
-            "weight_abs": None if self.weight is None else self.weight.abs(),
+            LAYER_DRIFT: self.drift,
+            BETWEEN_RANK_SHARE: _defined(self.between_rank_share),
+            WEIGHT_ABS: None if self.weight is None else self.weight.abs(),
             "bias": self.bias,
         }
         numbers = {name: vector.mean().item() for name, vector in means.items() if vector is not None}
         if self.values_per_channel is not None:
-            numbers["values_per_channel"] = self.values_per_channel
+            numbers[VALUES_PER_CHANNEL] = self.values_per_channel
         dead = [self.weight.abs() < DEAD_WEIGHT] if self.weight is not None else []
         dead += [self.running_var < DEAD_VARIANCE] if self.running_var is not None else []
         if dead:
-            numbers["dead_channels"] = torch.stack(dead).any(dim=0).to(torch.float64).mean().item()
+            numbers[DEAD_CHANNELS] = torch.stack(dead).any(dim=0).to(torch.float64).mean().item()
         numbers["stats_frozen"] = float(self.stats_frozen)
         numbers["affine_frozen"] = float(self.affine_frozen)
         return numbers

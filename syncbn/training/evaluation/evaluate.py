@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.report.metric_names import ACCURACY, LOSS
 from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
@@ -92,11 +93,11 @@ def evaluate(
         values: dict[str, float] = {}
         for name, metric in shown.items():
             values |= flattened(name, metric.compute())
-        return {**values, "loss": number_of(mean.compute())}
+        return {**values, LOSS: number_of(mean.compute())}
 
 
 def _accuracy(data: Data, loss: Loss) -> dict[str, Metric | Tally]:
     """The built-in accuracy over all labels that the loss does not ignore; empty if the targets are no classes."""
     if data.num_classes is None or not are_classes(loss):
         return {}
-    return {"accuracy": Accuracy(getattr(loss, "ignore_index", None))}
+    return {ACCURACY: Accuracy(getattr(loss, "ignore_index", None))}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.report import file_names
+from syncbn.report.metric_names import EXPORT, prefixed
 from syncbn.surgery.revert import revert_sync_batchnorm
 from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.run import EXPORT_FORMATS
@@ -67,7 +68,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     with failing_together(), torch.no_grad():
         if context.is_first:
             differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / file_names.EXPORT)
-    return {f"export/{name}": value for name, value in world.on_all_ranks(differences)[0].items()}
+    return prefixed(EXPORT, world.on_all_ranks(differences)[0])
 
 
 def _formats(config: Config, dtype: torch.dtype) -> list[str]:

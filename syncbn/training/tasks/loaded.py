@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from syncbn.report.metric_names import prefixed
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import is_below, require_secrets
 from syncbn.training.config.data import DataConfig, OpenData
@@ -85,7 +86,7 @@ class LoadedRun:
                     self.model, data, split, loss, self.context, metrics=own, loader=loader,
                     mistakes=mistakes if name == "val" else None,
                 )  # fmt: skip
-                metrics |= {f"{name}/{key}": value for key, value in values.items()}
+                metrics |= prefixed(name, values)
         return metrics
 
     def mistakes(self) -> Mistakes | None:

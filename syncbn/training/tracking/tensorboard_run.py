@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.report import file_names
+from syncbn.report.metric_names import STEP
 from syncbn.training.config.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class TensorBoardRun:
 
     def _write(self, step: int, record: Mapping[str, Any], histograms: Mapping[str, Tensor]) -> None:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != STEP and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
         for name, vector in histograms.items():
             self._writer.add_histogram(name, vector.numpy(), step)

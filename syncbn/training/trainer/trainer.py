@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
 from syncbn.report import file_names
-from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
+from syncbn.report.metric_names import ACCURACY, EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
 from syncbn.stats.monitor import Monitor
 from syncbn.training.checkpoint.files import Stored
 from syncbn.training.checkpoint.frozen import FrozenSwitches
@@ -225,7 +225,7 @@ class Trainer:
         return self.early_stop.is_due(self.counters)
 
     def _is_fitted(self) -> bool:
-        return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
+        return self.config.overfit is not None and self.counters.best.get(ACCURACY, 0.0) >= FITTED
 
     def _is_due(self, every: int, step: int | None = None) -> bool:
         step = self.counters.step if step is None else step

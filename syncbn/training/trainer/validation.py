@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from syncbn.report import file_names
-from syncbn.report.metric_names import TEST, VAL, prefixed
+from syncbn.report.metric_names import ACCURACY, LOSS, TEST, VAL, prefixed
 from syncbn.training.checkpoint.files import read, write_atomically
 from syncbn.training.checkpoint.state import Checkpoints, copied
 from syncbn.training.config.errors import TrainingError
@@ -55,7 +55,7 @@ class Validation:
         self._counters, self._checkpoints = counters, checkpoints
         self._balance: dict[str, Tally] = {}
         self._renewed: dict[str, float] = {}  # metrics of the best weights with the statistics of the population
-        if components.config.best == "auto" and components.best.by == "accuracy":
+        if components.config.best == "auto" and components.best.by == ACCURACY:
             assert components.data.num_classes is not None
             ignore = getattr(components.loss, "ignore_index", None)
             self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignore)
@@ -65,7 +65,7 @@ class Validation:
         step, components = self._counters.step, self._components
         values = self._evaluate(self._evaluated, components.data.val, self._balance)
         recall, ratio = values.pop(f"{_BALANCE}/recall", None), values.pop(f"{_BALANCE}/ratio", None)
-        if not math.isfinite(loss := values["loss"]):
+        if not math.isfinite(loss := values[LOSS]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self._counters.evaluated_step = step
         if self._counters.is_best(values, *components.best) and components.context.is_first:
@@ -148,7 +148,7 @@ class Validation:
 
     def _warn_of_imbalance(self) -> None:
         """Warns where `best=auto` has gone by accuracy, classes are uneven, and macro recall says something else."""
-        noted, by_accuracy = self._counters.macro_recall, self._counters.best.get("accuracy")
+        noted, by_accuracy = self._counters.macro_recall, self._counters.best.get(ACCURACY)
         if by_accuracy is None or "chosen" not in noted or noted["ratio"] < UNEVEN:
             return
         chosen, highest = noted["chosen"], noted["highest"]
