@@ -24,7 +24,7 @@ from syncbn.auditing.parity import cures
 from syncbn.auditing.parity.batches import other_cuts, uneven
 from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference, SizeResult, in_words, result_of
 from syncbn.auditing.parity.errors import ParityError
-from syncbn.auditing.parity.probes import LossCut
+from syncbn.auditing.parity.loss_cut import LossCut
 from syncbn.auditing.parity.processes import JobError, Ranks
 from syncbn.auditing.parity.recorder import LOSS
 from syncbn.auditing.parity.rules import found

@@ -110,14 +110,14 @@ def _outcome(rank: int, subject: Any, job: Job, where: Callable[[], str]) -> Any
 
 
 def _jobs() -> dict[str, Callable[..., Any]]:
-    from syncbn.auditing.parity import probes
+    from syncbn.auditing.parity import loss_cut, probes
     from syncbn.auditing.parity.steps import Steps
 
     return {
         "describe": probes.describe,
         "train": lambda subject, *arguments: Steps(subject, *arguments).run(),
         "random": probes.find_random,
-        "loss": probes.cut_loss,
+        "loss": loss_cut.cut_loss,
         "mixing": probes.find_mixing,
     }
 
