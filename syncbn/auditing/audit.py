@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncbn.auditing.dropout import MIN_DROPOUT, after_dropout
 from syncbn.auditing.probe import Seen, probe
 from syncbn.auditing.ranks import is_frozen, is_synchronized, members_of, on_all_ranks, world_size
-from syncbn.auditing.rules import Finding, found, ordered
+from syncbn.auditing.rules import Finding, new_finding, ordered
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import select
 
@@ -125,11 +125,11 @@ def of_values(
         "a negative variance": bool((var < 0).any()),
     }
     if any(faults.values()):
-        yield found(
+        yield new_finding(
             "invalid-statistics", name, what=" and ".join(fault for fault, present in faults.items() if present)
         )
     elif rule_if_initial is not None and are_initial(mean, var, counter):
-        yield found(rule_if_initial, name)
+        yield new_finding(rule_if_initial, name)
 
 
 def are_initial(mean: Tensor, var: Tensor, counter: Tensor | None) -> bool:
@@ -168,9 +168,9 @@ def _of_settings(
         parent: the module that contains the layer; None for the model itself.
     """
     if layer.running_mean is None:
-        yield found("no-running-statistics", name)
+        yield new_finding("no-running-statistics", name)
     elif not layer.track_running_stats:
-        yield found("statistics-switched-off", name)
+        yield new_finding("statistics-switched-off", name)
     if not is_moving(layer):
         return
     own = list(layer.parameters(recurse=False))
@@ -178,13 +178,13 @@ def _of_settings(
         # If the layer before it trains, the statistics have to follow: then this may be intended.
         is_fed_by_frozen = feeding is None or not any(p.requires_grad for p in feeding.parameters(recurse=False))
         severity = "error" if is_fed_by_frozen else "warning"
-        yield found("parameters-frozen-statistics-moving", name, severity=severity)
+        yield new_finding("parameters-frozen-statistics-moving", name, severity=severity)
     elif not own and parent is not None and _is_all_frozen(parent):  # a linear probe's parent has trainable parameters
-        yield found("parameters-frozen-statistics-moving", name)
+        yield new_finding("parameters-frozen-statistics-moving", name)
     if layer.momentum is None:
-        yield found("momentum-cumulative", name)
+        yield new_finding("momentum-cumulative", name)
     elif layer.momentum == 0:
-        yield found("momentum-zero", name)
+        yield new_finding("momentum-zero", name)
 
 
 def _is_all_frozen(module: nn.Module) -> bool:
@@ -211,9 +211,9 @@ def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
         detail = (
             "; its training forward raises on the CPU" if raises else ", which freezes nothing and fails on the CPU"
         )
-        yield found("torch-syncbn", name, severity="error" if raises else None, detail=detail)
+        yield new_finding("torch-syncbn", name, severity="error" if raises else None, detail=detail)
     elif world_size() > 1 and not isinstance(layer, SyncBatchNorm) and _normalizes_by_batch(layer):
-        yield found("plain-bn-in-distributed-job", name)
+        yield new_finding("plain-bn-in-distributed-job", name)
 
 
 def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | None) -> Iterator[Finding]:
@@ -231,18 +231,20 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
     if samples == 0:  # this rank has no samples of the batch
         return
     if values is not None and round(values) <= 1:
-        yield found("few-values-per-channel", name, severity="error", found="a single value per channel")
+        yield new_finding("few-values-per-channel", name, severity="error", observed="a single value per channel")
     elif samples <= FEW_SAMPLES:
-        yield found("few-values-per-channel", name, found=f"{samples:.3g} samples")
+        yield new_finding("few-values-per-channel", name, observed=f"{samples:.3g} samples")
 
 
 def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
     """Findings from the inputs that the layer receives for a batch."""
     if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
-        yield found("dropout-before-bn", name)
+        yield new_finding("dropout-before-bn", name)
     if not seen.is_finite:
-        yield found("activation-range", name, severity="error", found="values that are not finite",
-                    cure="look for the first layer with this finding, and at what feeds it")  # fmt: skip
+        remedy = "look for the first layer with this finding, and at what feeds it"
+        yield new_finding(
+            "activation-range", name, severity="error", observed="values that are not finite", remedy=remedy
+        )
         return
     mean, var = layer.running_mean, layer.running_var
     if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
@@ -255,18 +257,19 @@ def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
             settled = ((var - left) / (1 - left)).clamp(min=0)
             gap = min(gap, _divergence(seen, mean / (1 - left), settled, layer.eps))
         if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
-            yield found("train-eval-gap", name, gap=gap)
+            yield new_finding("train-eval-gap", name, gap=gap)
     # A tenth of the channels has to exceed the limit: single dead ones (constant, almost no variance) are common.
     ratios = seen.mean.abs() / (seen.var + layer.eps).sqrt()
     ratio = float(ratios.kthvalue(math.ceil(0.9 * ratios.numel())).values)
     exact = isinstance(layer, SyncBatchNorm) and seen.dtype == torch.float32
     if not exact and ratio > RANGE.get(seen.dtype, float("inf")):
-        yield found("activation-range", name, found=f"a mean of {ratio:.2g} standard deviations in {seen.dtype}: the"
-                    " digits that carry the signal are lost", cure="centre the input in front of it, or compute there"
-                    " in float32 with syncbn.SyncBatchNorm")  # fmt: skip
+        lost = f"a mean of {ratio:.2g} standard deviations in {seen.dtype}: the digits that carry the signal are lost"
+        remedy = "centre the input in front of it, or compute there in float32 with syncbn.SyncBatchNorm"
+        yield new_finding("activation-range", name, observed=lost, remedy=remedy)
     elif seen.dtype == torch.float16 and seen.max_abs > HALF_OVERFLOW:
-        yield found("activation-range", name, found=f"values up to {seen.max_abs:.3g}, near the largest of float16",
-                    cure="use bfloat16 or float32, or normalize earlier")  # fmt: skip
+        near = f"values up to {seen.max_abs:.3g}, near the largest of float16"
+        remedy = "use bfloat16 or float32, or normalize earlier"
+        yield new_finding("activation-range", name, observed=near, remedy=remedy)
 
 
 def _divergence(seen: Seen, mean: Tensor, var: Tensor, eps: float) -> float:
@@ -289,7 +292,7 @@ def _of_checkpointing(
     above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
     # torch's wrapper is recognized by name: importing its class would import torch.distributed.algorithms.
     if (seen is not None and seen.under_checkpoint) or any(type(m).__name__ == "CheckpointWrapper" for m in above):
-        yield found("updated-twice", name)
+        yield new_finding("updated-twice", name)
 
 
 def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
@@ -297,6 +300,6 @@ def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer
     own = list(layer.parameters(recurse=False))
     # torch's optimizers skip a parameter whose gradient is None; freezing by hand keeps the gradient that it had.
     if any(id(p) in optimized and not p.requires_grad and p.grad is not None for p in own):
-        yield found("frozen-parameter-updated", name)
+        yield new_finding("frozen-parameter-updated", name)
     if any(id(p) not in optimized and p.requires_grad for p in own):
-        yield found("affine-not-optimized", name)
+        yield new_finding("affine-not-optimized", name)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from syncbn.auditing.rules import Finding, found
+from syncbn.auditing.rules import Finding, new_finding
 from syncbn.nn.batchnorm import SyncBatchNorm
 
 MIN_DROPOUT = 0.1  # lower rates are not reported: the second moment grows by less than 1/9
@@ -42,7 +42,7 @@ def after_dropout(modules: dict[str, nn.Module]) -> Iterator[Finding]:
                 if isinstance(child, _DROPOUT_MODULES):
                     is_dropped |= child.p >= MIN_DROPOUT
                 elif isinstance(child, _BatchNorm) and is_dropped and not _is_at_rest(child, modules):
-                    yield found("dropout-before-bn", names[id(child)])
+                    yield new_finding("dropout-before-bn", names[id(child)])
                 if not isinstance(child, (*_TRANSPARENT, *_DROPOUT_MODULES)):
                     is_dropped = False
 

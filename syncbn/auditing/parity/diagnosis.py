@@ -20,14 +20,14 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
-from syncbn.auditing.parity import cures
+from syncbn.auditing.parity import remedies
 from syncbn.auditing.parity.batches import other_cuts, uneven
 from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference, SizeResult, in_words, result_of
 from syncbn.auditing.parity.errors import ParityError
 from syncbn.auditing.parity.loss_cut import LossCut
 from syncbn.auditing.parity.processes import JobError, Ranks
 from syncbn.auditing.parity.recorder import LOSS
-from syncbn.auditing.parity.rules import found
+from syncbn.auditing.parity.rules import new_finding
 from syncbn.auditing.parity.steps import Trial
 from syncbn.auditing.parity.subject import Facts, owner_of
 from syncbn.auditing.parity.worker import Failure
@@ -152,12 +152,12 @@ class Diagnosis:
                     name,
                     size,
                     detail="",
-                    cure=cures.CONVERT if self._is_layer(name) else cures.CALL,
+                    remedy=remedies.CONVERT if self._is_layer(name) else remedies.CALL,
                 )
         for name in after.outcomes[0].sub_groups:
             size = before.size_at("output", name) if before is not None else 0.0
             if size > limit:
-                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", cure=cures.GROUP)
+                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", remedy=remedies.GROUP)
         return remedied, after
 
     def _is_layer(self, name: str) -> bool:
@@ -212,7 +212,7 @@ class Diagnosis:
             self._look_at_loss(self._cuts)
         cut, world_size = self._losses[trial.sizes], len(trial.sizes)
         if cut.weights is None:
-            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=cures.GATHER)
+            self._add("mixes-samples", LOSS, cut.difference, detail="", remedy=remedies.GATHER)
             return trial, before
         if self.facts.has_count or self._is_even(cut):
             return trial, before
@@ -224,11 +224,11 @@ class Diagnosis:
         size = cut.difference if cut.is_known or before is None else before.size_at("loss", LOSS)
         weights = ", ".join(f"{weight:.3g}" for weight in cut.weights)
         if all(abs(weight - 1) < LIMITS[self.facts.dtype] for weight in cut.weights):
-            what, cure = f"it is a sum, and DDP takes the average of {world_size} ranks", cures.SCALE
+            what, remedy = f"it is a sum, and DDP takes the average of {world_size} ranks", remedies.SCALE
         else:
             what = f"it is a mean over what each rank has ({weights} of the whole), and DDP weighs all ranks equally"
-            cure = cures.COUNT
-        self._add("loss-per-rank", LOSS, size, found=what, cure=cure)
+            remedy = remedies.COUNT
+        self._add("loss-per-rank", LOSS, size, observed=what, remedy=remedy)
         return remedied, after
 
     def _explain_rest(self, current: Comparison) -> None:
@@ -240,7 +240,7 @@ class Diagnosis:
             size = size if 0 < size < float("inf") else self._mixing[name]
             state = [buffer for buffer in local if self._is_state_of(name, owner_of(buffer))]
             detail = f"; state fed by local samples: {', '.join(state)}" if state else ""
-            self._add("mixes-samples", name, size, detail=detail, cure=cures.FEED if state else cures.GATHER)
+            self._add("mixes-samples", name, size, detail=detail, remedy=remedies.FEED if state else remedies.GATHER)
         is_mixed = bool(self._mixing) or (LOSS, "mixes-samples") in self._findings
         if not is_mixed and first.place.kind == "buffer":
             for name in local:
@@ -314,7 +314,7 @@ class Diagnosis:
         shown = "loss" if layer in (LOSS, "the loss") else "" if layer == "the backward pass" else layer
         difference = difference if difference is not None and isfinite(difference) else None
         if (layer, rule) not in self._findings:
-            self._findings[layer, rule] = (self._position(layer), found(rule, shown, difference, **details))
+            self._findings[layer, rule] = (self._position(layer), new_finding(rule, shown, difference, **details))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
