@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from syncbn.auditing.audit import of_values
 from syncbn.auditing.rules import Finding, new_finding, ordered
+from syncbn.auditing.statistics import of_running_statistics
 
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
@@ -48,7 +48,7 @@ def audit_state_dict(state: Mapping[str, Tensor]) -> list[Finding]:
         elif missing:
             findings.append(new_finding("missing-statistics", name, missing=" and ".join(missing)))
         mean, var, counter = (_as_numbers(own.get(kind)) for kind in (*_STATISTICS, _COUNTER))
-        findings += of_values(name, mean, var, counter, rule_if_initial="never-updated")
+        findings += of_running_statistics(name, mean, var, counter, rule_if_initial="never-updated")
     return ordered(findings)
 
 
