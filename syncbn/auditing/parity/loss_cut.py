@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from syncbn.auditing.parity.batches import loss_of, tensors
 from syncbn.auditing.parity.probes import Probe
 from syncbn.auditing.parity.randomness import Silenced
 from syncbn.auditing.parity.recorder import LOSS, Place, seed_everything
 from syncbn.auditing.parity.subject import Facts, Subject
+from syncbn.torch_compat import pytree
 
 # The part of the whole batch's gradient, relative, that weighted losses of the ranks may leave: rounding, by dtype.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-2}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from syncbn.auditing.parity.batches import call, loss_of, tensors
 from syncbn.auditing.parity.errors import ParityError, type_and_message
@@ -17,6 +16,7 @@ from syncbn.auditing.parity.randomness import Silenced
 from syncbn.auditing.parity.recorder import LOSS, Place, Recorder, first_names, seed_everything
 from syncbn.auditing.parity.sketches import by_sample, squares
 from syncbn.auditing.parity.subject import Facts, Subject, state_of
+from syncbn.torch_compat import pytree
 
 _MOVED = 1e-9  # relative difference above which something has moved; forwards on the same samples agree to the bit
 

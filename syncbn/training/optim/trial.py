@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncbn.torch_compat import takes_grad_scale
 from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.optim.groups import ParameterGroup
 
@@ -69,7 +70,7 @@ def skips_on_device(make: Make, groups: Sequence[ParameterGroup], *, scaled: boo
     """
     try:
         taken, left_out = _Probe(make, groups), _Probe(make, groups, found_inf=True, scaled=scaled)
-        if scaled and not getattr(left_out.optimizer, "_step_supports_amp_scaling", False):
+        if scaled and not takes_grad_scale(left_out.optimizer):
             return False  # torch's GradScaler asks this flag which way to go
         left_out.run(0)
         if not left_out.is_at_start():
