@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.auditing.dropout import after_dropout
 from syncbn.auditing.inputs import of_input
-from syncbn.auditing.probe import Seen, probe
+from syncbn.auditing.probe import LayerInput, probe
 from syncbn.auditing.ranks import is_frozen, is_synchronized, members_of, on_all_ranks, world_size
 from syncbn.auditing.rules import Finding, new_finding, ordered
 from syncbn.auditing.statistics import of_running_statistics
@@ -177,7 +177,7 @@ def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
         yield new_finding("plain-bn-in-distributed-job", name)
 
 
-def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | None) -> Iterator[Finding]:
+def _of_size(name: str, layer: _BatchNorm, seen: LayerInput | None, batch_size: int | None) -> Iterator[Finding]:
     """Findings about statistics of a training forward that are computed from few samples, or from a single value."""
     if not _normalizes_by_batch(layer) or (seen is None and batch_size is None):
         return
@@ -198,7 +198,7 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
 
 
 def _of_checkpointing(
-    name: str, layer: _BatchNorm, modules: dict[str, nn.Module], seen: Seen | None
+    name: str, layer: _BatchNorm, modules: dict[str, nn.Module], seen: LayerInput | None
 ) -> Iterator[Finding]:
     if isinstance(layer, SyncBatchNorm) or not is_moving(layer):
         return

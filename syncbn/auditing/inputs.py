@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.auditing.dropout import MIN_DROPOUT
-from syncbn.auditing.probe import Seen
+from syncbn.auditing.probe import LayerInput
 from syncbn.auditing.ranks import is_frozen
 from syncbn.auditing.rules import Finding, new_finding
 from syncbn.auditing.statistics import are_initial
@@ -29,7 +29,7 @@ RANGE = {torch.float32: 1e4, torch.float16: 0.1 * 2**11, torch.bfloat16: 0.1 * 2
 HALF_OVERFLOW = torch.finfo(torch.float16).max / 2  # half of the largest float16: a factor of two below overflow
 
 
-def of_input(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
+def of_input(name: str, layer: _BatchNorm, seen: LayerInput) -> Iterator[Finding]:
     """Findings from the inputs that the layer receives for a batch."""
     if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
         yield new_finding("dropout-before-bn", name)
@@ -65,7 +65,7 @@ def of_input(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
         yield new_finding("activation-range", name, observed=near, remedy=remedy)
 
 
-def _divergence(seen: Seen, mean: Tensor, var: Tensor, eps: float) -> float:
+def _divergence(seen: LayerInput, mean: Tensor, var: Tensor, eps: float) -> float:
     """Kullback-Leibler divergence KL(batch || running statistics) in nats, the median over channels.
 
     Both are taken as normal distributions: ((m - mean)^2 / var + ratio - 1 - log(ratio)) / 2, with ratio = v / var, for

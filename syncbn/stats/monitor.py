@@ -119,7 +119,7 @@ class Monitor:
         for name, layer in named_modules(model):
             if isinstance(layer, _BatchNorm):
                 self._layers.setdefault(layer, name)  # a layer in two places: once, by its first name
-        self._seen: dict[_BatchNorm, _Seen] = {}
+        self._seen: dict[_BatchNorm, _LayerRecord] = {}
 
     @contextmanager
     def watch(self, enabled: bool = True) -> Iterator[None]:
@@ -140,7 +140,7 @@ class Monitor:
         if any(layer.__dict__.get("_record") is not None for layer in self._layers):
             raise RuntimeError("Monitor.watch: a monitor watches this model already; leave its context first")
         device = next((tensor.device for tensor in self._model.parameters()), torch.get_default_device())
-        self._seen = {layer: _Seen.by(layer, device) for layer in self._layers if _has_width(layer)}
+        self._seen = {layer: _LayerRecord.by(layer, device) for layer in self._layers if _has_width(layer)}
         hooks = []
         for layer, seen in self._seen.items():
             if isinstance(layer, SyncBatchNorm):
@@ -169,7 +169,7 @@ class Monitor:
 
 
 @dataclass
-class _Seen:
+class _LayerRecord:
     """The record of one layer's watched forward passes, on the layer's device."""
 
     record: Tensor  # see `nn.recorder`
@@ -177,7 +177,7 @@ class _Seen:
     running_var: Tensor | None
 
     @classmethod
-    def by(cls, layer: _BatchNorm, device: torch.device) -> _Seen:
+    def by(cls, layer: _BatchNorm, device: torch.device) -> _LayerRecord:
         """An empty record of `layer`; `device` is used for a layer that has no tensor of its own."""
         device = next((tensor.device for tensor in layer.state_dict().values()), device)
         mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))

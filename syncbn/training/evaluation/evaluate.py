@@ -18,7 +18,7 @@ from syncbn.training.data.native import NativeData
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
-from syncbn.training.evaluation.mistakes import Mistakes, Seen
+from syncbn.training.evaluation.mistakes import EvaluatedBatch, Mistakes
 from syncbn.training.evaluation.tallies import Accuracy, Tally, Total, add_over_ranks
 from syncbn.training.losses.losses import Loss, are_classes, metric_targets
 
@@ -84,7 +84,7 @@ def evaluate(
                 for name, metric in shown.items():
                     update_metric(name, metric, outputs, labels)
                 if mistakes is not None:
-                    mistakes.see(Seen(index, images, outputs, targets))
+                    mistakes.see(EvaluatedBatch(index, images, outputs, targets))
                 mean.update(total, number)
     add_over_ranks(tallies)
     with warnings.catch_warnings():

@@ -39,7 +39,7 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluatedBatch:
     """A batch as it was evaluated."""
 
     index: Tensor
@@ -74,7 +74,7 @@ class Mistakes:
         """Whether the data has classes and the loss takes its targets for them, so that there is something to see."""
         return self._applies
 
-    def see(self, batch: Seen) -> None:
+    def see(self, batch: EvaluatedBatch) -> None:
         """Takes in a batch of this rank."""
         outputs, targets = batch.outputs, metric_targets(self._loss, batch.targets)
         self._applies &= (
@@ -133,7 +133,7 @@ class Mistakes:
         losses = torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
         return torch.where(valid & (predicted != targets), losses, 0.0)
 
-    def _facts(self, batch: Seen, row: int, predicted: Tensor, target: Tensor) -> dict[str, Any]:
+    def _facts(self, batch: EvaluatedBatch, row: int, predicted: Tensor, target: Tensor) -> dict[str, Any]:
         image = draw_image(batch.images[row], *self._data.pixel_stats)
         if target.dim() > 0:
             dice = 1 - float(self._scores(batch.outputs[row : row + 1], predicted[None], target[None]))

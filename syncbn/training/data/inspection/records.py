@@ -54,7 +54,7 @@ Number = int | Fraction  # sums of them do not depend on their order
 
 
 @dataclass
-class Moments:
+class PixelSums:
     """Exact sums over the pixels of images, by channel."""
 
     sums: list[Number]
@@ -62,7 +62,7 @@ class Moments:
     count: int
     """Pixels."""
 
-    def add(self, other: Moments) -> None:
+    def add(self, other: PixelSums) -> None:
         """Adds the sums of other images of as many channels."""
         self.sums = [one + another for one, another in zip(self.sums, other.sums, strict=True)]
         self.squares = [one + another for one, another in zip(self.squares, other.squares, strict=True)]
@@ -89,7 +89,7 @@ class Record:
     """Width and height of an image file; the shape of a tensor."""
     kind: str = ""
     """Pillow's mode of an image file; the type of a tensor."""
-    moments: Moments | None = None
+    pixel_sums: PixelSums | None = None
     digest: bytes | None = None
     """Of the pixels; None if they could not be read."""
     pixels: dict[int, int] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Any
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.inspection.inventory import Inventory
 from syncbn.training.data.inspection.parts import locate
-from syncbn.training.data.inspection.records import Finding, Moments, Record
+from syncbn.training.data.inspection.records import Finding, PixelSums, Record
 
 _MOST_SIZES = 10  # sizes that are listed
 
@@ -25,7 +25,7 @@ class SplitTally:
     pixels: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
-    moments: Moments | None = None
+    pixel_sums: PixelSums | None = None
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Tally:
         if record.size is not None:
             tally.sizes[record.size] += 1
             tally.kinds[record.kind] += 1
-        _add_moments(tally, record.moments)
+        _add_pixel_sums(tally, record.pixel_sums)
         self.problems += [(position, *problem) for problem in record.problems]
         if record.digest is not None:
             self.digests.setdefault(record.digest, []).append((position, record.label))
@@ -62,17 +62,17 @@ class Tally:
             mine.samples += theirs.samples
             for name in ("labels", "pixels", "sizes", "kinds"):
                 getattr(mine, name).update(getattr(theirs, name))
-            _add_moments(mine, theirs.moments)
+            _add_pixel_sums(mine, theirs.pixel_sums)
         self.problems += other.problems
         for digest, found in other.digests.items():
             self.digests.setdefault(digest, []).extend(found)
 
 
-def _add_moments(tally: SplitTally, moments: Moments | None) -> None:
-    if moments is not None and tally.moments is None:
-        tally.moments = Moments([0] * len(moments.sums), [0] * len(moments.squares), 0)
-    if moments is not None and tally.moments is not None:
-        tally.moments.add(moments)
+def _add_pixel_sums(tally: SplitTally, pixel_sums: PixelSums | None) -> None:
+    if pixel_sums is not None and tally.pixel_sums is None:
+        tally.pixel_sums = PixelSums([0] * len(pixel_sums.sums), [0] * len(pixel_sums.squares), 0)
+    if pixel_sums is not None and tally.pixel_sums is not None:
+        tally.pixel_sums.add(pixel_sums)
 
 
 def summarize(inventory: Inventory, tally: Tally) -> dict[str, Any]:
@@ -157,9 +157,9 @@ def _describe(tally: SplitTally, class_names: Iterable[str]) -> dict[str, Any]:
         sizes = [size for size, _ in most]
         described["sizes"] |= {"smallest": min(sizes, key=_area), "largest": max(sizes, key=_area)}
     described["kinds"] = dict(sorted(tally.kinds.items()))
-    if tally.moments is not None and tally.moments.count:
+    if tally.pixel_sums is not None and tally.pixel_sums.count:
         scale = 255 if not any(kind.startswith(("float", "int")) for kind in tally.kinds) else 1
-        mean, std = tally.moments.mean_and_std(scale)
+        mean, std = tally.pixel_sums.mean_and_std(scale)
         described |= {"channels": len(mean), "mean": mean, "std": std}
     return described
 
