@@ -18,7 +18,7 @@ from syncbn.kernels.step import Statistics
 from syncbn.nn.call_stack import folding_function, foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
-from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_held
+from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_not_reset
 from syncbn.nn.functional import (
     Call,
     NormalizeByBatch,
@@ -185,7 +185,7 @@ class SyncBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Sets running statistics and counter to those of a new layer; frozen ones stay, with a warning."""
         if self._stats_frozen:
-            warn_held(self)
+            warn_not_reset(self)
         else:
             super().reset_running_stats()
 
@@ -203,7 +203,7 @@ class SyncBatchNorm(_BatchNorm):
             super()._load_from_state_dict(*args, **keywords)
         finally:
             if is_frozen:
-                self._hold_stats()
+                self._freeze_stats()
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -461,7 +461,7 @@ class SyncBatchNorm(_BatchNorm):
                 raise ValueError(
                     "cannot freeze the statistics of a layer without running statistics (track_running_stats=False)"
                 )
-            self._hold_stats()
+            self._freeze_stats()
         if affine:
             freeze_parameters([self])
         return self
@@ -475,7 +475,7 @@ class SyncBatchNorm(_BatchNorm):
             unfreeze_parameters([self])
         return self
 
-    def _hold_stats(self) -> None:
+    def _freeze_stats(self) -> None:
         remember_counter(self)
         self._stats_frozen = True
 
@@ -534,5 +534,5 @@ class SyncBatchNorm(_BatchNorm):
         return ", ".join(parts)
 
     def _frozen_text(self) -> str:
-        frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
+        frozen = [name for name, is_on in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if is_on]
         return f"frozen={'+'.join(frozen)}" if frozen else ""

@@ -23,7 +23,7 @@ from syncbn.stats.calls import input_of
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
 DEAD_VARIANCE = 1e-8  # running variance below this: the channel hardly varies
 
-_HELD = ("running_mean", "running_var", "weight", "bias")
+_STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LayerSnapshot:
 
     def vectors(self) -> dict[str, Tensor]:
         """The per-channel vectors that the layer has, by name, for histograms."""
-        names = (*_HELD, "batch_mean", "batch_var", "drift", "between_rank_share")
+        names = (*_STATE, "batch_mean", "batch_var", "drift", "between_rank_share")
         return {name: vector for name in names if (vector := getattr(self, name)) is not None}
 
 
@@ -159,9 +159,9 @@ class Monitor:
         """Snapshots by layer name, in model order: the state now, and the batch statistics of the last watched step."""
         parts: list[tuple[_BatchNorm, str, Tensor]] = []
         for layer in self._layers:
-            held = {kind: getattr(layer, kind, None) for kind in _HELD} if _has_width(layer) else {}
+            state = {kind: getattr(layer, kind, None) for kind in _STATE} if _has_width(layer) else {}
             seen = self._seen[layer].parts() if layer in self._seen else {}
-            parts += [(layer, kind, part.detach()) for kind, part in {**held, **seen}.items() if part is not None]
+            parts += [(layer, kind, part.detach()) for kind, part in {**state, **seen}.items() if part is not None]
         values: dict[_BatchNorm, dict[str, Tensor]] = {layer: {} for layer in self._layers}
         for (layer, kind, _), value in zip(parts, _to_host([part for _, _, part in parts]), strict=True):
             values[layer][kind] = value
@@ -208,23 +208,23 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
-    held: dict[str, Any] = {kind: values.get(kind) for kind in _HELD}
-    held |= {
+    state: dict[str, Any] = {kind: values.get(kind) for kind in _STATE}
+    state |= {
         "stats_frozen": isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
         "affine_frozen": _is_affine_frozen(layer),
     }
     if "record" not in values:
-        return LayerSnapshot(**held)
+        return LayerSnapshot(**state)
     packed, between, total, calls = split_record(values["record"])
     moments = Moments(packed)
     count, mean, drift = moments.count, moments.mean, None
     if count == 0:
-        return LayerSnapshot(**held)
+        return LayerSnapshot(**state)
     if "mean_before" in values:
         drift = (mean - values["mean_before"]).abs() / (values["var_before"] + layer.eps).sqrt()
     by_batch = bool(calls > 0)
     return LayerSnapshot(
-        **held,
+        **state,
         batch_mean=mean,
         batch_var=moments.var,
         drift=drift,
