@@ -20,7 +20,7 @@ from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
 from syncbn.training.evaluation.mistakes import EvaluatedBatch, Mistakes
 from syncbn.training.evaluation.tallies import Accuracy, Tally, Total, add_over_ranks
-from syncbn.training.losses.losses import Loss, are_classes, metric_targets
+from syncbn.training.losses.losses import Loss, are_classes, ignored_label, metric_targets
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -100,4 +100,4 @@ def _accuracy(data: Data, loss: Loss) -> dict[str, Metric | Tally]:
     """The built-in accuracy over all labels that the loss does not ignore; empty if the targets are no classes."""
     if data.num_classes is None or not are_classes(loss):
         return {}
-    return {ACCURACY: Accuracy(getattr(loss, "ignore_index", None))}
+    return {ACCURACY: Accuracy(ignored_label(loss))}

@@ -19,7 +19,7 @@ from syncbn.training.data.dataset import Data
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.distributed import world
 from syncbn.training.evaluation.thumbnails import colors_of, draw_image, draw_mask
-from syncbn.training.losses.losses import Loss, are_classes, metric_targets
+from syncbn.training.losses.losses import Loss, are_classes, ignored_label, metric_targets
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Mistakes:
 
     def __init__(self, data: Data, loss: Loss, num_examples: int) -> None:
         self._data, self._loss, self._num_examples = data, loss, num_examples
-        self._ignored: int | None = getattr(loss, "ignore_index", None)
+        self._ignored = ignored_label(loss)
         self._applies = data.num_classes is not None and are_classes(loss)
         self._worst: list[Scored] = []
         self._num_samples = self._num_wrong = 0

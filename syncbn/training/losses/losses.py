@@ -144,6 +144,12 @@ def are_classes(loss: Loss) -> bool:
     return bool(getattr(loss, "targets_are_classes", True))
 
 
+def ignored_label(loss: Loss) -> int | None:
+    """The label that the loss excludes from sum and count; None if it has none, as a user's loss need not have."""
+    ignored: int | None = getattr(loss, "ignore_index", None)
+    return ignored
+
+
 def metric_targets(loss: Loss, targets: Tensor) -> Tensor:
     """The targets as metrics take them: those of the loss, or in whole numbers where torchmetrics asks for that."""
     convert = getattr(loss, "metric_targets", None)

@@ -23,6 +23,7 @@ from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.mistakes import Mistakes
 from syncbn.training.evaluation.tallies import ClassBalance, Tally
+from syncbn.training.losses.losses import ignored_label
 from syncbn.training.trainer.build import RunComponents, build_model
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.population import NoRunningStatisticsError, NotFiniteError, recalibrate
@@ -57,8 +58,7 @@ class Validation:
         self._renewed: dict[str, float] = {}  # metrics of the best weights with the statistics of the population
         if components.config.best == "auto" and components.best.by == ACCURACY:
             assert components.data.num_classes is not None
-            ignore = getattr(components.loss, "ignore_index", None)
-            self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignore)
+            self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignored_label(components.loss))
 
     def validate(self) -> dict[str, float]:
         """`val/*` and `drift/*` after the present step; weights that beat all before are saved as the best."""
