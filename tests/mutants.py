@@ -58,7 +58,7 @@ MUTATIONS = [
     M("nn/groups.py", "dist.new_group(timeout=timeout_of(dist.group.WORLD))", "dist.new_group()",
       "nn/test_groups.py::test_a_group_of_all_ranks_for_batch_normalization_alone"),
     M("nn/frozen.py", "remembered.get(id(p), p.requires_grad)", "p.requires_grad", "surgery/test_freeze.py"),
-    M("nn/stale_ddp.py", "elif before != frozen_names:", "elif len(before) != len(held):",
+    M("nn/stale_ddp.py", "elif before != frozen_names:", "elif len(before) != len(frozen_names):",
       "nn/test_stale_ddp.py::test_a_swap_of_as_many_parameters_is_noticed"),
     M("nn/checkpointing.py", "fresh = [memory for memory in alive if memory.used_in != self.backward_pass]",
       "fresh = alive",
