@@ -76,7 +76,7 @@ def misshapen(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 
 def _as_numbers(tensor: Tensor | None) -> Tensor | None:
-    """In float64, because torch has few operators for the 8 bit types."""
+    """The values in float64, because torch has few operators for the 8 bit types."""
     return None if tensor is None or tensor.is_meta else tensor.to(torch.float64)
 
 

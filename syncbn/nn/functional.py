@@ -225,7 +225,7 @@ def _from_output(
     index: Tensor | None,
     part: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For a lean layer: xhat in place of the input, with the mean (0), invstd (1) and weight that go with it."""
+    """What the backward pass of a lean layer takes: xhat in place of the input, its mean 0 and invstd 1, the weight."""
     if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transforms_active()):
         raise RuntimeError(
             'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated or'

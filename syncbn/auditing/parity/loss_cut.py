@@ -25,9 +25,9 @@ class LossCut:
     """What the cut of the batch over ranks does to a loss."""
 
     weights: tuple[float, ...] | None
-    """By rank, those with which the ranks' losses add up to the loss of the whole batch; None: there are none."""
+    """Weights by rank with which the ranks' losses add up to the loss of the whole batch; None: there are none."""
     difference: float
-    """Of the gradient that DDP makes of the ranks' losses from that of the whole batch, relative."""
+    """Relative difference of the gradient that DDP makes of the ranks' losses from that of the whole batch."""
     is_known: bool = True
     """False where the outputs cannot be cut, and the weights are those of the samples, on trial."""
 
@@ -39,7 +39,7 @@ class _Batch(NamedTuple):
     dims: list[int | None]
     """The dimension of the samples; None for a tensor without one."""
     gradients: list[Tensor | None]
-    """Of the loss; None where the loss does not use the tensor."""
+    """Gradients of the loss; None where the loss does not use the tensor."""
 
 
 def cut_loss(subject: Subject, facts: Facts, cuts: Sequence[tuple[int, ...]]) -> list[LossCut]:

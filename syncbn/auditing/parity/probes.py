@@ -104,7 +104,7 @@ class Probe:
 
 
 def _sample_dims(subject: Subject, dtype: torch.dtype) -> dict[Place, int]:
-    """For each tensor between modules the dimension that grows with the number of samples, found with fewer of them."""
+    """The dimension of each tensor between modules that grows with the number of samples, found with fewer of them."""
     num, fewer = subject.num, subject.num // 2 + 1
     probe = Probe(subject, dtype)
     probe.forward(subject.shard(0, num, dtype)[0])

@@ -116,7 +116,7 @@ class Decoded:
     values: MaskValues | None = None
     """The classes of the values that masks hold; None: the rows are images."""
     of: Source | None = None
-    """For masks: their images, whose height and width have to be the same."""
+    """The images of masks, whose height and width have to be those of the masks; None for images."""
     cache: Cache | None = field(default=None, repr=False)
 
     @property

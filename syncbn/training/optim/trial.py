@@ -139,7 +139,7 @@ class _Probe:
         )
 
     def _seed(self, seed: int) -> None:
-        """As `torch.manual_seed`, which takes far longer; the caller has forked the generators."""
+        """Seeds as `torch.manual_seed`, which takes far longer; the caller has forked the generators."""
         torch.default_generator.manual_seed(seed)
         if self._idle.is_cuda:
             torch.cuda.manual_seed(seed)

@@ -90,7 +90,7 @@ class LoadedRun:
         return metrics
 
     def mistakes(self) -> Mistakes | None:
-        """For `evaluate`; None if the run was to have no report. Every rank has to call it."""
+        """A collector of mistakes for `evaluate`; None if the run was to have no report. Every rank has to call it."""
         with configured_by(self.path):
             loss = self.loss()
         return Mistakes(self.data, loss, self.config.tracker.examples) if self.config.tracker.report else None

@@ -41,7 +41,7 @@ class ImageFile:
     """A file to predict for."""
 
     name: str
-    """In the table: relative to `predict.path` where that is one directory."""
+    """Name in the table of predictions: relative to `predict.path` where that is one directory."""
     path: str
     mask: Path
     """Where its mask is written, below the directory of masks."""
@@ -60,9 +60,9 @@ class Read:
     """Some files, read."""
 
     positions: list[int]
-    """Of those that could be read."""
+    """Positions of the files that could be read."""
     pixels: list[Pixels]
-    """For each preparation (N, C, H, W) uint8, in the order of `positions`; empty if there are none."""
+    """Images, for each preparation (N, C, H, W) uint8, in the order of `positions`; empty if there are none."""
     sizes: list[tuple[int, int]]
     """Heights and widths of the images, upright."""
     errors: dict[int, str]
@@ -149,7 +149,7 @@ class Predictor:
     settings: PredictConfig
     members: Sequence[Member]
     names: Sequence[str]
-    """Of the classes, labels or numbers."""
+    """Names of the classes, labels or numbers."""
     files: Sequence[ImageFile]
     masks: Path | None
     """Where masks are written; None: images have classes, labels or numbers."""

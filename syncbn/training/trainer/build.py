@@ -88,7 +88,7 @@ class RunComponents:
     drift: Drift
     built: BuiltOptimizer
     schedule: Callable[[int], float]
-    """From a step to its learning rate as a fraction of the peak."""
+    """Function from a step to its learning rate as a fraction of the peak."""
     early_stop: EarlyStop
     average_from: int | None
     """See `Update`."""

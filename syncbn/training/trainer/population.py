@@ -60,7 +60,7 @@ class Population:
     num_batches: int
     num_samples: int
     layers: dict[str, Moved]
-    """By layer name, in the order of the model."""
+    """How the statistics moved, by layer name, in the order of the model."""
 
     def describe(self) -> str:
         """The numbers of batches and samples, in words."""

@@ -232,7 +232,7 @@ def _pixel_sums(image: Tensor) -> PixelSums:
 
 
 def _digest_of_image(image: Image.Image) -> bytes:
-    """Of the pixels that training sees before it resizes them: colours, without transparency."""
+    """Digest of the pixels that training sees before it resizes them: colours, without transparency."""
     if not image.mode.startswith(("I", "F")):  # 16 bits and more are taken as they are
         image = image.convert("RGB")
     head = f"{image.mode} {image.size}".encode()

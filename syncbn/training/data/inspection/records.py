@@ -42,11 +42,11 @@ class Finding:
     text: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For check.json."""
+        """The finding as an entry of check.json."""
         return asdict(self)
 
     def line(self) -> str:
-        """For the console."""
+        """The finding as a line of the console."""
         return ": ".join(part for part in (self.item or self.split, self.text) if part)
 
 
@@ -91,8 +91,8 @@ class Record:
     """Pillow's mode of an image file; the type of a tensor."""
     pixel_sums: PixelSums | None = None
     digest: bytes | None = None
-    """Of the pixels; None if they could not be read."""
+    """Digest of the pixels; None if they could not be read."""
     pixels: dict[int, int] = field(default_factory=dict)
-    """Of a mask: the number of pixels of each class."""
+    """The number of pixels of each class in a mask."""
     problems: Sequence[tuple[str, str, str]] = ()
     """Rule, item and text of what is wrong with it."""

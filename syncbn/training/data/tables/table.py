@@ -23,7 +23,7 @@ class Mistake:
     key: str
     """The configuration key that it concerns."""
     row: int
-    """As people see it; see `Table.rows`."""
+    """The number of the line as people see it; see `Table.rows`."""
     column: str
     text: str
 
