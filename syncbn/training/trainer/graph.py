@@ -36,9 +36,8 @@ class GraphedSteps:
     def __init__(self, capture: Capture, regular: Sequence[int], device: torch.device) -> None:
         self._capture, self._regular, self._device = capture, list(regular), device
         self._captured: Captured | None = None
-        self._inputs: list[
-            tuple[Tensor, Tensor]
-        ] = []  # the memory from which the captured step reads its micro-batches
+        # The memory from which the captured step reads its micro-batches.
+        self._inputs: list[tuple[Tensor, Tensor]] = []
         self._is_warm = False
         self._contexts = ExitStack()
         self.num_warm_up_passes = capture.num_warm_up_passes
