@@ -25,7 +25,7 @@ from syncbn.auditing.parity.comparison import LIMITS, Comparison, SizeResult, re
 from syncbn.auditing.parity.errors import ParityError
 from syncbn.auditing.parity.findings import Findings, ranks_in_words
 from syncbn.auditing.parity.loss_cut import LossCut
-from syncbn.auditing.parity.processes import JobError, Ranks
+from syncbn.auditing.parity.processes import JobError, RankProcesses
 from syncbn.auditing.parity.recorder import LOSS
 from syncbn.auditing.parity.remainder import explain_rest
 from syncbn.auditing.parity.steps import Trial
@@ -45,7 +45,7 @@ class Diagnosis:
     """
 
     def __init__(
-        self, ranks: Ranks, num: int, world_sizes: Sequence[int], steps: int, report: Callable[[str], None]
+        self, ranks: RankProcesses, num: int, world_sizes: Sequence[int], steps: int, report: Callable[[str], None]
     ) -> None:
         self.ranks, self.num, self.steps, self.report = ranks, num, steps, report
         self.world_sizes = sorted({*world_sizes} - {1})

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
 from syncbn.report import file_names
-from syncbn.training.checkpoint.files import Stored, newest
+from syncbn.training.checkpoint.files import StoredCheckpoint, newest
 from syncbn.training.checkpoint.paths import by_step, is_directory
 from syncbn.training.config.errors import ConfigError, configured_by, listed
 from syncbn.training.config.output import OF_COMMAND
@@ -43,7 +43,7 @@ _GROUPS = (*SCHEMAS, "freeze", "tracker")
 _ANYTHING = ("experiment", "debug")  # config groups that may set any key
 
 
-def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
+def checkpoint_to_resume(config: Config, run_dir: Path) -> StoredCheckpoint | None:
     """Reads the checkpoint that this run resumes from; None for a new run.
 
     With `resume=PATH` a run starts from that path. Once it has checkpoints of its own, it resumes from the newest of
@@ -72,7 +72,7 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
         if found is None:
             raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
         return found
-    stored = Stored.read(path, "resume")
+    stored = StoredCheckpoint.read(path, "resume")
     stored.require_run("resume")
     return stored
 
@@ -82,7 +82,7 @@ def is_below(path: Path, directory: Path) -> bool:
     return Path(os.path.realpath(directory)) in Path(os.path.realpath(path)).parents
 
 
-def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[str]) -> Config:
+def merge_with_stored(config: Config, checkpoint: StoredCheckpoint, overrides: Sequence[str]) -> Config:
     """The configuration stored in the checkpoint, with the MAY_CHANGE keys that the command line sets.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
 from syncbn.report import file_names
-from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
+from syncbn.training.checkpoint.files import StoredCheckpoint, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
 from syncbn.training.checkpoint.paths import by_step, step_of
 from syncbn.training.config.errors import ConfigError, RankError, one_line, printable
@@ -129,7 +129,7 @@ class Checkpoints:
             f" {begins}"
         ) from None
 
-    def load(self, stored: Stored, key: str) -> int:
+    def load(self, stored: StoredCheckpoint, key: str) -> int:
         """Loads the state of a checkpoint into the parts; returns the number of steps done.
 
         Args:

@@ -17,7 +17,7 @@ from syncbn.training.data import workers as processes
 from syncbn.training.data.inspection.inventory import Inventory, take_inventory
 from syncbn.training.data.inspection.parts import locate, look_at
 from syncbn.training.data.inspection.records import RULES, Finding, Record
-from syncbn.training.data.inspection.summary import Tally, summarize
+from syncbn.training.data.inspection.summary import DatasetTally, summarize
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
@@ -42,10 +42,10 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         if files.newest(run_dir) is not None:
             raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name")
         inventory = take_inventory(config.data)
-    mine = Tally()
+    mine = DatasetTally()
     for position, record in _records(inventory, config.data.workers, context):
         mine.add(position, locate(inventory.parts, position)[0].split, record)
-    tally = Tally()
+    tally = DatasetTally()
     for part in world.on_all_ranks(mine):
         tally.merge(part)
     content = {"data": config.data.name, **summarize(inventory, tally)}

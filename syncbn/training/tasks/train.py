@@ -83,7 +83,7 @@ def _train(
     config: Config,
     run_dir: Path,
     context: RankContext,
-    checkpoint: files.Stored | None,
+    checkpoint: files.StoredCheckpoint | None,
     overrides: Sequence[str],
     tracking: ExitStack,
     stop: StopRequest,
@@ -144,7 +144,7 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
     return summary["metrics"] if would_stop_again or trainer.counters.step == trainer.num_steps else None
 
 
-def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
+def _require_shared(run_dir: Path, checkpoint: files.StoredCheckpoint | None) -> None:
     """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
     mark = run_dir / ".shared"
     if world.rank() == 0:

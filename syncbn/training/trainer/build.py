@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.checkpoint.files import Stored
+from syncbn.training.checkpoint.files import StoredCheckpoint
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
@@ -94,7 +94,7 @@ class RunComponents:
     """See `Update`."""
 
 
-def build_components(config: Config, context: RankContext, checkpoint: Stored | None) -> RunComponents:
+def build_components(config: Config, context: RankContext, checkpoint: StoredCheckpoint | None) -> RunComponents:
     """Builds everything that a run trains with; every rank has to call it.
 
     Args:

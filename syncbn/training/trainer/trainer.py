@@ -36,7 +36,7 @@ from syncbn.nn.accumulate import accumulate_stats
 from syncbn.report import file_names
 from syncbn.report.metric_names import ACCURACY, EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
 from syncbn.stats.monitor import Monitor
-from syncbn.training.checkpoint.files import Stored
+from syncbn.training.checkpoint.files import StoredCheckpoint
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
@@ -262,7 +262,7 @@ class Trainer:
             if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
 
-    def resume(self, stored: Stored) -> None:
+    def resume(self, stored: StoredCheckpoint) -> None:
         """Restores the state of a checkpoint, which may be of another run or an earlier one of this run.
 
         Raises:
@@ -280,7 +280,7 @@ class Trainer:
         if self.context.is_first:
             self.checkpoints.begin(self.counters.step, best)
 
-    def _load(self, stored: Stored) -> None:
+    def _load(self, stored: StoredCheckpoint) -> None:
         try:
             if "parameter_groups" in stored.content:  # version 0.1.0 had one group, and did not name it
                 require_same_groups(self.built.groups, stored.content["parameter_groups"])

@@ -29,7 +29,7 @@ class SplitTally:
 
 
 @dataclass
-class Tally:
+class DatasetTally:
     """What some samples show, added up; which rank has looked at which makes no difference to the sum."""
 
     splits: dict[str, SplitTally] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Tally:
         if record.digest is not None:
             self.digests.setdefault(record.digest, []).append((position, record.label))
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: DatasetTally) -> None:
         """Adds the samples of another tally."""
         for split, theirs in other.splits.items():
             mine = self.splits.setdefault(split, SplitTally())
@@ -75,7 +75,7 @@ def _add_pixel_sums(tally: SplitTally, pixel_sums: PixelSums | None) -> None:
         tally.pixel_sums.add(pixel_sums)
 
 
-def summarize(inventory: Inventory, tally: Tally) -> dict[str, Any]:
+def summarize(inventory: Inventory, tally: DatasetTally) -> dict[str, Any]:
     """The content of check.json: counts by split, findings in the order of the samples, notes."""
     findings = [*inventory.findings, *_of_samples(inventory, tally), *_of_copies(inventory, tally)]
     findings += _of_classes(inventory, tally)
@@ -90,12 +90,12 @@ def summarize(inventory: Inventory, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _of_samples(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_samples(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     for position, rule, item, text in sorted(tally.problems):
         yield Finding(rule, locate(inventory.parts, position)[0].split, item, text)
 
 
-def _of_copies(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_copies(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     """Images that are in two splits, or in one with two labels; the later one is named."""
     for copies in _copies(tally):
         first, label = copies[0]
@@ -109,12 +109,12 @@ def _of_copies(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
                 yield Finding("two labels", other.split, name, f"the same image as {original}, with another label")
 
 
-def _copies(tally: Tally) -> Iterable[list[tuple[int, int | None]]]:
+def _copies(tally: DatasetTally) -> Iterable[list[tuple[int, int | None]]]:
     """Positions and labels of images that occur several times, in the order of their first occurrence."""
     return sorted(sorted(found, key=lambda one: one[0]) for found in tally.digests.values() if len(found) > 1)
 
 
-def _of_classes(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_classes(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     train = tally.splits.get("train")
     if train is not None and train.samples:
         for name in _absent(inventory, train):
@@ -127,7 +127,7 @@ def _absent(inventory: Inventory, tally: SplitTally) -> list[str]:
     return [name for number, name in enumerate(inventory.class_names) if name in expected and not tally.labels[number]]
 
 
-def _notes(inventory: Inventory, tally: Tally) -> Iterator[str]:
+def _notes(inventory: Inventory, tally: DatasetTally) -> Iterator[str]:
     for split, found in sorted(tally.splits.items()):
         if split != "train" and (absent := _absent(inventory, found)):
             yield f"{split} has no {', '.join(absent)}"
