@@ -102,12 +102,6 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.remember()
 
-    def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
-        """`apply`, then `advance`."""
-        outcome = self.apply(loss, factor, halt=halt)
-        self.advance()
-        return outcome
-
     def write_numbers(self, *, asked_to_stop: bool) -> None:
         """Writes the numbers of the next step to the device; only if capturable."""
         assert self.numbers is not None

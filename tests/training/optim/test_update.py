@@ -33,7 +33,9 @@ def step(model, update, seed, *, loss_factor=1.0, gradient_factor=1.0, halt=Fals
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(gradient_factor)
-    return update.finish(loss.detach().double() * loss_factor, torch.tensor(1.0, dtype=torch.float64), halt=halt)
+    outcome = update.apply(loss.detach().double() * loss_factor, torch.tensor(1.0, dtype=torch.float64), halt=halt)
+    update.advance()
+    return outcome
 
 
 def state_of(model, update):
@@ -137,7 +139,8 @@ def test_an_update_never_reads_a_value_on_the_host():
     update.begin()
     loss.backward()
     with Reads():
-        outcome = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
+        outcome = update.apply(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
+        update.advance()
         reports.post(0, torch.stack(outcome))
         update.begin()
 
