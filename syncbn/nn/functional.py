@@ -28,6 +28,8 @@ from syncbn.nn.tracing import (
 )
 from syncbn.torch_compat import hidden_from_modes, transforms_active
 
+_RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
+
 
 class Call(NamedTuple):
     """The arguments of `normalize_by_batch` that need no gradient."""
@@ -234,9 +236,6 @@ def _from_output(
     xhat = lean.restore(output, mean, invstd, weight, bias, ctx.activation, index, part)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
-
-
-_RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
 
 
 def _activation_backward(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:

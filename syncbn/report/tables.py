@@ -55,6 +55,7 @@ def _go_on(run: Run) -> str:
 
 
 def overview(runs: Sequence[Run]) -> str:
+    """A table of the runs with their state and their final metrics."""
     finals = [_finals(run) for run in runs]
     names = sorted({name for final in finals for name in final}, key=lambda name: (_order(name), name))
     rows = []
@@ -126,6 +127,7 @@ def _last(series: Series | None) -> str:
 
 
 def audit(run: Run) -> str:
+    """A table of the findings that the audit of a run recorded, the most severe first."""
     if run.audit is None:
         return '<p class="absent">No audit was recorded (audit.json).</p>'
     if not run.audit:
@@ -140,6 +142,7 @@ def audit(run: Run) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
+    """A table of the configuration keys in which runs differ; empty for a single run."""
     configs = [run.flat_config() for run in runs]
     keys = sorted({key for config in configs for key in config})
     differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
@@ -152,12 +155,14 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def config(run: Run) -> str:
+    """The configuration of a run as it stands in its file."""
     if not run.config:
         return '<p class="absent">No configuration was recorded (config.yaml).</p>'
     return f"<pre>{safe(run.config)}</pre>"
 
 
 def environment(run: Run) -> str:
+    """A table of the software and hardware that a run recorded."""
     if not run.environment:
         return '<p class="absent">No environment was recorded (environment.json).</p>'
     return table(("what", "value"), [[safe(key), safe(value)] for key, value in run.environment.items()])
