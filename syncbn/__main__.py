@@ -104,7 +104,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _require_judgeable(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raises a ConfigError if there is nothing to audit, or anything of it that cannot be read."""
     from syncbn.auditing.state_dicts import misshapen, statistics_of
-    from syncbn.training.checkpoint.contents import MalformedError, require_usable, shown
+    from syncbn.training.checkpoint.contents import MalformedError, clipped, require_usable
     from syncbn.training.config.errors import ConfigError
 
     if not layers:
@@ -115,7 +115,7 @@ def _require_judgeable(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -
     except MalformedError as error:
         raise ConfigError(f"PATH: {str(path)!r} {error}; nothing was judged") from None
     if (problem := misshapen(layers)) is not None:
-        raise ConfigError(f"PATH: {str(path)!r} cannot be judged: {shown(problem)}")
+        raise ConfigError(f"PATH: {str(path)!r} cannot be judged: {clipped(problem)}")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _HAS_BIAS_ARGUMENT = "bias" in inspect.signature(_BatchNorm.__init__).parameters
 _HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 
+# Trees of tuples, lists, dictionaries and registered nodes, and base class of dispatch modes (imported above): both are
+# what torch's documentation names, without a public module.
+pytree = _pytree
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -116,6 +121,16 @@ def ddp_without_buffer_sync(module: nn.Module, **options: Any) -> DistributedDat
     wrapped = DistributedDataParallel(module, **options)
     wrapped.broadcast_buffers = False
     return wrapped
+
+
+def argument_names(operator: Any) -> list[str]:
+    """Names of the arguments of an operator, as a dispatch mode gets it; its schema has no public form."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Whether an operator has written to a tensor since it was made; torch counts that without telling in public."""
+    return tensor._version > 0
 
 
 def hidden_from_modes() -> AbstractContextManager[object]:
@@ -273,6 +288,11 @@ def has_non_finite(tensors: list[Tensor]) -> Tensor:
 def scaler_state(scaler: torch.amp.GradScaler) -> list[Tensor]:
     """Scale and growth tracker of a loss scaler, on its device; the public `state_dict` would wait for the device."""
     return [scaler._scale, scaler._growth_tracker]  # type: ignore[list-item]
+
+
+def takes_grad_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss scaler leaves scale and skipping to an optimizer: the flag that it asks, which is private."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -140,6 +140,19 @@ def test_modes_do_not_see_what_is_hidden_from_them():
         assert (before > 0, mode.num_seen) == (True, before)
 
 
+def test_the_arguments_of_an_operator_have_names_and_a_tensor_knows_that_it_was_written_to():
+    assert torch_compat.argument_names(torch.ops.aten.dropout.default) == ["input", "p", "train"]
+    tensor = torch.ones(2)
+    assert not torch_compat.is_written(tensor)
+    assert torch_compat.is_written(tensor.add_(1))
+
+
+def test_an_optimizer_says_whether_it_takes_the_scale_of_gradients():
+    parameters = [nn.Parameter(torch.ones(1))]
+    assert torch_compat.takes_grad_scale(torch.optim.Adam(parameters, fused=True))
+    assert not torch_compat.takes_grad_scale(torch.optim.Adam(parameters))
+
+
 def test_a_backward_pass_has_a_number_and_outside_there_is_none():
     numbers = []
     x = torch.ones(2, requires_grad=True)

@@ -6,20 +6,21 @@ lists all of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncbn.auditing.dropout import MIN_DROPOUT, after_dropout
-from syncbn.auditing.probe import Seen, probe
+from syncbn.auditing.dropout import after_dropout
+from syncbn.auditing.inputs import of_input
+from syncbn.auditing.probe import LayerInput, probe
 from syncbn.auditing.ranks import is_frozen, is_synchronized, members_of, on_all_ranks, world_size
-from syncbn.auditing.rules import Finding, found, ordered
+from syncbn.auditing.rules import Finding, new_finding, ordered
+from syncbn.auditing.statistics import of_running_statistics
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.patterns import select
 
@@ -27,17 +28,6 @@ from syncbn.nn.patterns import select
 # per device: 24.8 % at 8, 27.3 % at 4, 34.7 % at 2, compared to 23.6 % with large batches. The values of one sample are
 # similar to each other, so many pixels do not make up for few samples.
 FEW_SAMPLES = 4
-# Divergence in nats above which train-eval-gap is reported. For a batch of n independent values it is about 1/n by
-# chance alone; 0.5 is that of a mean that is off by one standard deviation, or of a variance that is 3.1 times too
-# large, on the median channel. Measured on healthy runs: at most 0.14 after the first 20 steps (docs/audit.md).
-GAP = 0.5
-GAP_SAMPLES = 8  # samples the rule needs; with fewer, the divergence by chance would not be small against GAP
-# |mean| / sqrt(var + eps) above which activation-range is reported, by dtype of the input. float32: F.batch_norm is off
-# by 5e-4 to 1e-3 from here on (measured at mean/std of 1e4; `SyncBatchNorm` by less than 1e-6). Half types: rounding
-# the input, with unit roundoff u, is an error of u times this ratio in standard deviations; the limit stands for 0.1
-# standard deviations in float16 (u = 2^-11) and bfloat16 (u = 2^-8).
-RANGE = {torch.float32: 1e4, torch.float16: 0.1 * 2**11, torch.bfloat16: 0.1 * 2**8}
-HALF_OVERFLOW = torch.finfo(torch.float16).max / 2  # half of the largest float16: a factor of two below overflow
 
 
 def audit(
@@ -98,7 +88,7 @@ def audit(
         findings += _of_statistics(name, layer, is_evaluated=evaluated, runs=runs)
         findings += _of_world(name, layer)
         findings += _of_size(name, layer, seen.get(name), batch_size)
-        findings += _of_data(name, layer, seen[name]) if name in seen else ()
+        findings += of_input(name, layer, seen[name]) if name in seen else ()
         findings += _of_checkpointing(name, layer, modules, seen.get(name))
         findings += _of_optimizer(name, layer, optimizer) if optimizer is not None else ()
     return ordered(on_all_ranks(findings, layers))
@@ -107,37 +97,6 @@ def audit(
 def is_moving(layer: _BatchNorm) -> bool:
     """Whether a forward in the present mode updates the running statistics."""
     return _normalizes_by_batch(layer) and layer.running_mean is not None and layer.track_running_stats
-
-
-def of_values(
-    name: str, mean: Tensor | None, var: Tensor | None, counter: Tensor | None, *, rule_if_initial: str | None
-) -> Iterator[Finding]:
-    """Findings from the values of running statistics alone, of a layer or of a checkpoint.
-
-    Args:
-        rule_if_initial: the rule to report for statistics with initial values; None if those are fine.
-    """
-    if mean is None or var is None or mean.is_meta:
-        return
-    faults = {
-        "a mean that is not finite": not bool(mean.isfinite().all()),
-        "a variance that is not finite": not bool(var.isfinite().all()),
-        "a negative variance": bool((var < 0).any()),
-    }
-    if any(faults.values()):
-        yield found(
-            "invalid-statistics", name, what=" and ".join(fault for fault, present in faults.items() if present)
-        )
-    elif rule_if_initial is not None and are_initial(mean, var, counter):
-        yield found(rule_if_initial, name)
-
-
-def are_initial(mean: Tensor, var: Tensor, counter: Tensor | None) -> bool:
-    """Whether mean, variance and batch counter have their initial values 0, 1 and 0.
-
-    False without a counter: a model with folded normalization may have mean 0 and variance 1 on purpose.
-    """
-    return counter is not None and not counter.any() and not mean.any() and bool((var == 1).all())
 
 
 def _normalizes_by_batch(layer: _BatchNorm) -> bool:
@@ -168,9 +127,9 @@ def _of_settings(
         parent: the module that contains the layer; None for the model itself.
     """
     if layer.running_mean is None:
-        yield found("no-running-statistics", name)
+        yield new_finding("no-running-statistics", name)
     elif not layer.track_running_stats:
-        yield found("statistics-switched-off", name)
+        yield new_finding("statistics-switched-off", name)
     if not is_moving(layer):
         return
     own = list(layer.parameters(recurse=False))
@@ -178,13 +137,13 @@ def _of_settings(
         # If the layer before it trains, the statistics have to follow: then this may be intended.
         is_fed_by_frozen = feeding is None or not any(p.requires_grad for p in feeding.parameters(recurse=False))
         severity = "error" if is_fed_by_frozen else "warning"
-        yield found("parameters-frozen-statistics-moving", name, severity=severity)
+        yield new_finding("parameters-frozen-statistics-moving", name, severity=severity)
     elif not own and parent is not None and _is_all_frozen(parent):  # a linear probe's parent has trainable parameters
-        yield found("parameters-frozen-statistics-moving", name)
+        yield new_finding("parameters-frozen-statistics-moving", name)
     if layer.momentum is None:
-        yield found("momentum-cumulative", name)
+        yield new_finding("momentum-cumulative", name)
     elif layer.momentum == 0:
-        yield found("momentum-zero", name)
+        yield new_finding("momentum-zero", name)
 
 
 def _is_all_frozen(module: nn.Module) -> bool:
@@ -200,7 +159,9 @@ def _of_statistics(name: str, layer: _BatchNorm, *, is_evaluated: bool, runs: bo
         rule = "frozen-at-initial-values"
     elif is_evaluated:
         rule = "never-updated"
-    yield from of_values(name, layer.running_mean, layer.running_var, layer.num_batches_tracked, rule_if_initial=rule)
+    yield from of_running_statistics(
+        name, layer.running_mean, layer.running_var, layer.num_batches_tracked, rule_if_initial=rule
+    )
 
 
 def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
@@ -211,12 +172,12 @@ def _of_world(name: str, layer: _BatchNorm) -> Iterator[Finding]:
         detail = (
             "; its training forward raises on the CPU" if raises else ", which freezes nothing and fails on the CPU"
         )
-        yield found("torch-syncbn", name, severity="error" if raises else None, detail=detail)
+        yield new_finding("torch-syncbn", name, severity="error" if raises else None, detail=detail)
     elif world_size() > 1 and not isinstance(layer, SyncBatchNorm) and _normalizes_by_batch(layer):
-        yield found("plain-bn-in-distributed-job", name)
+        yield new_finding("plain-bn-in-distributed-job", name)
 
 
-def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | None) -> Iterator[Finding]:
+def _of_size(name: str, layer: _BatchNorm, seen: LayerInput | None, batch_size: int | None) -> Iterator[Finding]:
     """Findings about statistics of a training forward that are computed from few samples, or from a single value."""
     if not _normalizes_by_batch(layer) or (seen is None and batch_size is None):
         return
@@ -231,57 +192,13 @@ def _of_size(name: str, layer: _BatchNorm, seen: Seen | None, batch_size: int | 
     if samples == 0:  # this rank has no samples of the batch
         return
     if values is not None and round(values) <= 1:
-        yield found("few-values-per-channel", name, severity="error", found="a single value per channel")
+        yield new_finding("few-values-per-channel", name, severity="error", observed="a single value per channel")
     elif samples <= FEW_SAMPLES:
-        yield found("few-values-per-channel", name, found=f"{samples:.3g} samples")
-
-
-def _of_data(name: str, layer: _BatchNorm, seen: Seen) -> Iterator[Finding]:
-    """Findings from the inputs that the layer receives for a batch."""
-    if seen.dropout >= MIN_DROPOUT and not is_frozen(layer):
-        yield found("dropout-before-bn", name)
-    if not seen.is_finite:
-        yield found("activation-range", name, severity="error", found="values that are not finite",
-                    cure="look for the first layer with this finding, and at what feeds it")  # fmt: skip
-        return
-    mean, var = layer.running_mean, layer.running_var
-    if mean is not None and var is not None and not is_frozen(layer) and seen.rows >= GAP_SAMPLES:
-        gap = _divergence(seen, mean, var, layer.eps)
-        # After n batches the initial 0 and 1 still have the weight (1 - momentum)^n. They are taken out: early in a
-        # run, they alone are no finding.
-        batches = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
-        left = (1 - (layer.momentum or 1.0)) ** batches
-        if 0 < left < 1:
-            settled = ((var - left) / (1 - left)).clamp(min=0)
-            gap = min(gap, _divergence(seen, mean / (1 - left), settled, layer.eps))
-        if gap > GAP and not are_initial(mean, var, layer.num_batches_tracked):
-            yield found("train-eval-gap", name, gap=gap)
-    # A tenth of the channels has to exceed the limit: single dead ones (constant, almost no variance) are common.
-    ratios = seen.mean.abs() / (seen.var + layer.eps).sqrt()
-    ratio = float(ratios.kthvalue(math.ceil(0.9 * ratios.numel())).values)
-    exact = isinstance(layer, SyncBatchNorm) and seen.dtype == torch.float32
-    if not exact and ratio > RANGE.get(seen.dtype, float("inf")):
-        yield found("activation-range", name, found=f"a mean of {ratio:.2g} standard deviations in {seen.dtype}: the"
-                    " digits that carry the signal are lost", cure="centre the input in front of it, or compute there"
-                    " in float32 with syncbn.SyncBatchNorm")  # fmt: skip
-    elif seen.dtype == torch.float16 and seen.max_abs > HALF_OVERFLOW:
-        yield found("activation-range", name, found=f"values up to {seen.max_abs:.3g}, near the largest of float16",
-                    cure="use bfloat16 or float32, or normalize earlier")  # fmt: skip
-
-
-def _divergence(seen: Seen, mean: Tensor, var: Tensor, eps: float) -> float:
-    """Kullback-Leibler divergence KL(batch || running statistics) in nats, the median over channels.
-
-    Both are taken as normal distributions: ((m - mean)^2 / var + ratio - 1 - log(ratio)) / 2, with ratio = v / var, for
-    mean m and variance v of the batch; eps is added to both variances.
-    """
-    mean, var = mean.detach().to(torch.float64), var.detach().to(torch.float64) + eps
-    ratio = (seen.var + eps) / var
-    return float((((seen.mean - mean) ** 2 / var + ratio - 1 - ratio.log()) / 2).median())
+        yield new_finding("few-values-per-channel", name, observed=f"{samples:.3g} samples")
 
 
 def _of_checkpointing(
-    name: str, layer: _BatchNorm, modules: dict[str, nn.Module], seen: Seen | None
+    name: str, layer: _BatchNorm, modules: dict[str, nn.Module], seen: LayerInput | None
 ) -> Iterator[Finding]:
     if isinstance(layer, SyncBatchNorm) or not is_moving(layer):
         return
@@ -289,7 +206,7 @@ def _of_checkpointing(
     above = (modules.get(".".join(parts[:end])) for end in range(len(parts)))
     # torch's wrapper is recognized by name: importing its class would import torch.distributed.algorithms.
     if (seen is not None and seen.under_checkpoint) or any(type(m).__name__ == "CheckpointWrapper" for m in above):
-        yield found("updated-twice", name)
+        yield new_finding("updated-twice", name)
 
 
 def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
@@ -297,6 +214,6 @@ def _of_optimizer(name: str, layer: _BatchNorm, optimizer: torch.optim.Optimizer
     own = list(layer.parameters(recurse=False))
     # torch's optimizers skip a parameter whose gradient is None; freezing by hand keeps the gradient that it had.
     if any(id(p) in optimized and not p.requires_grad and p.grad is not None for p in own):
-        yield found("frozen-parameter-updated", name)
+        yield new_finding("frozen-parameter-updated", name)
     if any(id(p) not in optimized and p.requires_grad for p in own):
-        yield found("affine-not-optimized", name)
+        yield new_finding("affine-not-optimized", name)

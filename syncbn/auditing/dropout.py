@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from syncbn.auditing.rules import Finding, found
+from syncbn.auditing.rules import Finding, new_finding
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.torch_compat import pytree
 
 MIN_DROPOUT = 0.1  # lower rates are not reported: the second moment grows by less than 1/9
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # not AlphaDropout: it keeps the variance
@@ -42,7 +42,7 @@ def after_dropout(modules: dict[str, nn.Module]) -> Iterator[Finding]:
                 if isinstance(child, _DROPOUT_MODULES):
                     is_dropped |= child.p >= MIN_DROPOUT
                 elif isinstance(child, _BatchNorm) and is_dropped and not _is_at_rest(child, modules):
-                    yield found("dropout-before-bn", names[id(child)])
+                    yield new_finding("dropout-before-bn", names[id(child)])
                 if not isinstance(child, (*_TRANSPARENT, *_DROPOUT_MODULES)):
                     is_dropped = False
 
@@ -89,9 +89,9 @@ class DropoutTrace(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func not in _NORMALIZATION_CALLS:
-            inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             rate = max([_rate_of_call(func, args, kwargs), *(self.rate(tensor) for tensor in inputs)])
-            for leaf in tree_leaves(output) if rate > 0 else ():
+            for leaf in pytree.tree_leaves(output) if rate > 0 else ():
                 if isinstance(leaf, Tensor):
                     self._rates[leaf] = rate
         return output

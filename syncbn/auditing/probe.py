@@ -24,7 +24,7 @@ from syncbn.stats.calls import counted, has_lazy_layers, input_of
 
 
 @dataclass
-class Seen:
+class LayerInput:
     """Summary of the inputs of one layer in one forward pass of the model over the batch of all ranks."""
 
     moments: Moments
@@ -64,7 +64,7 @@ class Seen:
         return bool(self.mean.isfinite().all() and self.var.isfinite().all())
 
 
-def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[str, Seen]:
+def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[str, LayerInput]:
     """Runs the model once in its present mode and records the inputs of its batch normalization layers.
 
     Gradients are enabled in training mode, but there is no backward pass. Buffers, modes and the state of torch's
@@ -86,7 +86,7 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
         raise ValueError(
             "batch: the model has lazy layers that have not seen their width; run it once before the audit"
         )
-    seen: dict[str, Seen] = {}
+    seen: dict[str, LayerInput] = {}
     trace = DropoutTrace()
     with ExitStack() as stack:
         stack.enter_context(_guarded(model))
@@ -110,7 +110,7 @@ def probe(model: nn.Module, layers: dict[str, _BatchNorm], batch: Any) -> dict[s
 
 
 @contextmanager
-def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: DropoutTrace) -> Iterator[None]:
+def _watched(name: str, layer: _BatchNorm, seen: dict[str, LayerInput], trace: DropoutTrace) -> Iterator[None]:
     @torch.no_grad()
     def before(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = input_of(arguments, keywords)
@@ -119,7 +119,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
         input, mask = counted(layer, arguments, keywords)
         moments, rows = Moments.of(input, mask), float(len(input))
         last = seen.get(name)
-        seen[name] = Seen(
+        seen[name] = LayerInput(
             moments if last is None else last.moments + moments,
             rows if last is None else last.rows_here,
             rows if last is None else last.rows,
@@ -142,7 +142,7 @@ def _watched(name: str, layer: _BatchNorm, seen: dict[str, Seen], trace: Dropout
             handle.remove()
 
 
-def _pool(layers: dict[str, _BatchNorm], seen: dict[str, Seen]) -> None:
+def _pool(layers: dict[str, _BatchNorm], seen: dict[str, LayerInput]) -> None:
     """Sums the moments and rows of all layers over all ranks, by one all-reduce for all layers together."""
     if not layers or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.auditing.rules import Finding, found
+from syncbn.auditing.rules import Finding, new_finding
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.groups import LostGroup, as_group
 
@@ -64,10 +64,12 @@ def on_all_ranks(findings: list[Finding], layers: Mapping[str, _BatchNorm]) -> l
         for members, settings, values in per_rank:
             peers = [per_rank[other] for other in (range(len(per_rank)) if members is None else members)]
             if any(settings != other[1] for other in peers):
-                result.append(found("ranks-differ-in-mode", name))
+                result.append(new_finding("ranks-differ-in-mode", name))
             elif any(values != other[2] for other in peers):
                 # Local statistics differ after each step: a warning, as DDP or evaluation may still make them equal.
-                result.append(found("ranks-differ-in-statistics", name, severity="error" if members else "warning"))
+                result.append(
+                    new_finding("ranks-differ-in-statistics", name, severity="error" if members else "warning")
+                )
     return result
 
 

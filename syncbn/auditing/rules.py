@@ -90,7 +90,7 @@ RULES = {
         "use a number such as 0.1, or gather the statistics anew at the end with syncbn.precise_bn(model, batches)",
     ),
     "few-values-per-channel": Rule.warning(
-        "its statistics are those of {found}: they are noisy, and differ from those of evaluation",
+        "its statistics are those of {observed}: they are noisy, and differ from those of evaluation",
         "raise the batch size, synchronize over more ranks (syncbn.convert_sync_batchnorm), or freeze the statistics",
     ),
     "dropout-before-bn": Rule.warning(
@@ -123,7 +123,7 @@ RULES = {
         "the batch is far from the running statistics: {gap:.2g} nats (divergence of normals, median over channels)",
         "gather them anew with syncbn.precise_bn(model, batches); compare the preprocessing with that of training",
     ),
-    "activation-range": Rule.warning("its input has {found}", "{cure}"),
+    "activation-range": Rule.warning("its input has {observed}", "{remedy}"),
     "frozen-parameter-updated": Rule.error(
         "a frozen parameter still has a gradient and is in the optimizer: momentum and weight decay move it",
         "freeze with syncbn.freeze, or set the gradient of what is frozen to None",
@@ -135,7 +135,7 @@ RULES = {
 }
 
 
-def found(rule: str, layer: str, *, severity: str | None = None, **details: object) -> Finding:
+def new_finding(rule: str, layer: str, *, severity: str | None = None, **details: object) -> Finding:
     """A finding of `rule` with its severity, unless another is given; `details` fill the format fields of its texts."""
     entry = RULES[rule]
     return Finding(layer, rule, severity or entry.severity, entry.remedy.format(**details), entry.why.format(**details))

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from syncbn.auditing.audit import of_values
-from syncbn.auditing.rules import Finding, found, ordered
+from syncbn.auditing.rules import Finding, new_finding, ordered
+from syncbn.auditing.statistics import of_running_statistics
 
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
@@ -44,11 +44,11 @@ def audit_state_dict(state: Mapping[str, Tensor]) -> list[Finding]:
     for name, own in bn_layers(state).items():
         missing = [kind for kind in _STATISTICS if kind not in own]
         if _is_stripped(name, own):
-            findings.append(found("no-running-statistics", name))
+            findings.append(new_finding("no-running-statistics", name))
         elif missing:
-            findings.append(found("missing-statistics", name, missing=" and ".join(missing)))
+            findings.append(new_finding("missing-statistics", name, missing=" and ".join(missing)))
         mean, var, counter = (_as_numbers(own.get(kind)) for kind in (*_STATISTICS, _COUNTER))
-        findings += of_values(name, mean, var, counter, rule_if_initial="never-updated")
+        findings += of_running_statistics(name, mean, var, counter, rule_if_initial="never-updated")
     return ordered(findings)
 
 
@@ -76,7 +76,7 @@ def misshapen(layers: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 
 def _as_numbers(tensor: Tensor | None) -> Tensor | None:
-    """In float64, because torch has few operators for the 8 bit types."""
+    """The values in float64, because torch has few operators for the 8 bit types."""
     return None if tensor is None or tensor.is_meta else tensor.to(torch.float64)
 
 

@@ -183,11 +183,11 @@ def activated_reduce(
         # Recompute z exactly as the forward pass did, so that its signs are the same. z can stand for the output: every
         # activation's gradient can be computed from its input.
         kept, is_output = normalize(input, mean, invstd, weight, bias, kept), True
-    through = torch.empty_like(input)
+    grad_z = torch.empty_like(input)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     shift = scale if is_output else shift_of(mean, scale, bias)
     blocks = Blocks(input)
-    tensors = (blocks.cut(tensor) for tensor in (_like(grad, input), input, through))
+    tensors = (blocks.cut(tensor) for tensor in (_like(grad, input), input, grad_z))
     kept_parts = None if kept is None else blocks.cut(_like(kept, input))
     vectors = (blocks.spread(vector) for vector in (mean[0], scale, shift))
     parts = []
@@ -202,7 +202,7 @@ def activated_reduce(
         parts.append(blocks.sums(out, x, mean_part))
     sums = blocks.total(parts)
     sums[1].addcmul_(mean[1], sums[0], value=-1).mul_(invstd)
-    return sums.view(-1), sums.to(dtype, copy=True), through
+    return sums.view(-1), sums.to(dtype, copy=True), grad_z
 
 
 def backward_local(

@@ -13,7 +13,7 @@ from torch import Tensor
 from syncbn.kernels import cpu, reference
 from syncbn.kernels.cpu_blocks import pair_sums
 from syncbn.kernels.cpu_statistics import are_near, move, pack_sums, rounded
-from syncbn.kernels.cuda_step import PLAIN, Statistics
+from syncbn.kernels.step import PLAIN, Statistics
 from syncbn.torch_compat import INTERCEPTORS
 
 
@@ -30,6 +30,7 @@ def forward(
     Returns:
         output, mean, invstd and count; or None, with nothing done: the operators have to do the work.
     """
+    # `operators.are_observed`, without its frame.
     if any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, (input, weight, bias, residual))):
         return None
     if not cpu.is_regular(input):

@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import reference
-from syncbn.kernels.triton.launch_plan import WARPS, Blocks, Layout, ceil_div, plan_passes, plan_sums
+from syncbn.kernels.triton.launch_plan import WARPS, LaunchOptions, Layout, ceil_div, plan_passes, plan_sums
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FINISH_BLOCK = 256
 # Of `finish`, by whether the statistics are a cumulative average.
 FINISH = [
-    Blocks({"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False})
+    LaunchOptions(
+        {"CUMULATIVE": cumulative, "BLOCK_CHANNELS": _FINISH_BLOCK, "num_warps": WARPS, "enable_fp_fusion": False}
+    )
     for cumulative in (False, True)
 ]
 
@@ -172,10 +174,10 @@ def _reduce(
     affine = dense.new_empty((2, num_channels), dtype=dtype)
     splits = plan.grid[1]
     partial = dense.new_empty((splits, 2, num_channels), dtype=torch.float64) if splits > 1 else sums
-    through = grad if activation is None else torch.empty_like(dense)
+    grad_z = grad if activation is None else torch.empty_like(dense)
     vectors = (mean.contiguous(), invstd.contiguous(), _dense_vector(weight), _dense_vector(bias))
     kept = None if kept is None else _like(kept, dense)
-    written = None if activation is None else through
+    written = None if activation is None else grad_z
     tensors: tuple[Tensor | None, ...] = (grad, dense, *vectors, kept, written, partial, sums, affine)
     programs.launch(programs.backward_sums, plan.grid, tensors, plan.sizes, plan.backward_sums[activation])
     if splits > 1:
@@ -188,8 +190,8 @@ def _reduce(
             plan.combine_backward_sums,
         )
     if activation is not None and dense is not input:
-        through = torch.empty_like(input).copy_(through)
-    return sums, affine, through
+        grad_z = torch.empty_like(input).copy_(grad_z)
+    return sums, affine, grad_z
 
 
 def backward_elementwise(

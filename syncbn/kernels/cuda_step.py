@@ -13,26 +13,16 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import cuda, reference
-from syncbn.kernels.triton.launch_plan import Passes, Sums, plan_passes, plan_sums
+from syncbn.kernels.step import PLAIN, Statistics
+from syncbn.kernels.triton.launch_plan import ElementwisePlan, ReductionPlan, plan_passes, plan_sums
 from syncbn.torch_compat import INTERCEPTORS
 
 SumOverRanks = Callable[[Tensor], object]  # in place
-PLAIN = frozenset([Tensor, nn.Parameter, type(None)])  # types whose operators nobody overrides
-_MOST_KINDS = 4096
-
-
-class Statistics(NamedTuple):
-    """The running statistics that a forward pass moves, and how."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    eps: float
+_MOST_KINDS = 4096  # of inputs whose plans are kept
 
 
 class _Kind(NamedTuple):
@@ -42,8 +32,8 @@ class _Kind(NamedTuple):
     num_channels: int
     values: int  # of a channel
     compute_dtype: torch.dtype
-    sums: Sums
-    passes: Passes
+    sums: ReductionPlan
+    passes: ElementwisePlan
     partial: tuple[int, int, int]  # shape of partial sums: splits, 2, num_channels
     moments: tuple[int, ...]  # scalars of the kernel `moments`
     combine: tuple[int, ...]  # scalars of `combine_moments`
@@ -70,6 +60,7 @@ def forward(
     Returns:
         output, mean, invstd and count; or None, with nothing done.
     """
+    # `operators.are_observed`, without its frame.
     if any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, (input, weight, bias, residual))):
         return None
     key = (input.shape, input.stride(), input.dtype, input.device)
@@ -95,10 +86,10 @@ def forward(
     output = torch.empty_like(input)
     read = (weight, bias, residual)
     is_normalized = False
-    if sum_over_ranks is None and not is_cumulative and sums.channels is not None:
-        scalars = (rate, float(eps), kind.values, *sums.channels.sizes)
-        written = (input, output, *results, *read)
-        launch(programs.forward_channel, sums.channels.grid, written, scalars, sums.channels.forward[activation])
+    if sum_over_ranks is None and not is_cumulative and sums.whole_channels is not None:
+        plan = sums.whole_channels
+        scalars = (rate, float(eps), kind.values, *plan.sizes)
+        launch(programs.forward_channel, plan.grid, (input, output, *results, *read), scalars, plan.forward[activation])
         is_normalized = True
     elif sum_over_ranks is None and not is_cumulative:
         partial = input.new_empty(kind.partial, dtype=torch.float64)
@@ -159,6 +150,7 @@ def backward(
         that gradient; those of bias and weight, (2, C) in `dtype`; that of the activation's input. Or None, with
         nothing done.
     """
+    # `operators.are_observed`, without its frame.
     if any(map(call, INTERCEPTORS)) or not PLAIN.issuperset(map(type, (grad, input, weight, bias, kept))):
         return None
     key = (input.shape, input.stride(), input.dtype, input.device)
@@ -176,16 +168,16 @@ def backward(
     programs, num_channels, _, _, plan, passes, *_ = kind
     launch = programs.launch
     affine = input.new_empty((2, num_channels), dtype=dtype)
-    through = grad if activation is None else torch.empty_like(input)
-    written = None if activation is None else through
+    grad_z = grad if activation is None else torch.empty_like(input)
+    written = None if activation is None else grad_z
     grad_input = None
-    if plan.channels is not None and sum_over_ranks is None and needs_input:
-        grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
+    if plan.whole_channels is not None and sum_over_ranks is None and needs_input:
+        grad_input = torch.empty_like(input) if keeps_grad or activation is None else grad_z
         vectors = (mean, invstd, weight, bias)
         tensors: tuple[Tensor | None, ...] = (grad, input, grad_input, *vectors, kept, written, affine, count)
-        channels = plan.channels
+        channels = plan.whole_channels
         launch(programs.backward_channel, channels.grid, tensors, channels.sizes, channels.backward[activation])
-        return grad_input, affine, through
+        return grad_input, affine, grad_z
     sums = input.new_empty(2 * num_channels, dtype=torch.float64)
     partial = sums if plan.grid[1] == 1 else input.new_empty(kind.partial, dtype=torch.float64)
     vectors = (mean, invstd, weight, bias) if activation is not None else (mean, invstd, None, None)
@@ -198,10 +190,10 @@ def backward(
     if needs_input:
         if sum_over_ranks is not None:
             sum_over_ranks(sums)
-        grad_input = torch.empty_like(input) if keeps_grad or activation is None else through
-        tensors = (through, input, grad_input, mean, invstd, weight, sums, count)
+        grad_input = torch.empty_like(input) if keeps_grad or activation is None else grad_z
+        tensors = (grad_z, input, grad_input, mean, invstd, weight, sums, count)
         launch(programs.backward_elementwise, passes.grid, tensors, passes.sizes, passes.backward_elementwise)
-    return grad_input, affine, through
+    return grad_input, affine, grad_z
 
 
 def _plan(key: tuple[Any, ...], input: Tensor) -> _Kind | None:

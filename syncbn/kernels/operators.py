@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import cpu, cuda, reference
-from syncbn.kernels.cuda_step import PLAIN
+from syncbn.kernels.step import PLAIN
 from syncbn.torch_compat import INTERCEPTORS
 
 # Arguments that an operator mutates, by operator; operators not listed return new tensors only.

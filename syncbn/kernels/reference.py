@@ -236,7 +236,7 @@ def _(grad: Tensor, input: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input), input.new_empty((2, input.size(1)), dtype=others[-1])
 
 
-def _through_activation(
+def _activation_backward(
     grad: Tensor,
     input: Tensor,
     mean: Tensor,
@@ -272,12 +272,12 @@ def activated_reduce(
 
     Returns:
         sums, affine: see `backward_reduce`.
-        through: the gradient of the activation's input, which `backward_elementwise` takes as `grad`; it is also the
+        grad_z: the gradient of the activation's input, which `backward_elementwise` takes as `grad`; it is also the
             gradient of the residual.
     """
-    through = _through_activation(grad, input, mean, invstd, weight, bias, kept, activation)
-    sums, affine = backward_reduce(through, input, mean, invstd, dtype)
-    return sums, affine, torch.empty_like(input).copy_(through)
+    grad_z = _activation_backward(grad, input, mean, invstd, weight, bias, kept, activation)
+    sums, affine = backward_reduce(grad_z, input, mean, invstd, dtype)
+    return sums, affine, torch.empty_like(input).copy_(grad_z)
 
 
 @_fake_of(activated_reduce)
@@ -296,7 +296,7 @@ def differentiable_backward(
     eps: float,
     all_reduce: Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
-    through: Callable[[Tensor, Tensor], Tensor] | None = None,
+    activation_backward: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of input, weight, bias and residual as differentiable functions of `grad`, `input` and `weight`, in
     float64.
@@ -308,7 +308,7 @@ def differentiable_backward(
         all_reduce: sums a tensor over the ranks; must be differentiable.
         mask: (N, 1, ...) bool. Where it is False, `grad` must be 0, and the returned gradient of the input is
             meaningless.
-        through: backward pass of the activation: maps (gradient of its output, xhat) to the gradient of its input.
+        activation_backward: from the gradient of the activation's output, and xhat, to that of its input.
     """
     dims = reduced_dims(input)
     n = count.clamp(min=1.0)
@@ -321,8 +321,8 @@ def differentiable_backward(
     xhat = (offset - per_channel(first, input)) * per_channel(invstd, input)
 
     wide_grad = grad.to(torch.float64)
-    if through is not None:
-        wide_grad = through(wide_grad, xhat)
+    if activation_backward is not None:
+        wide_grad = activation_backward(wide_grad, xhat)
     grad_bias, grad_weight = wide_grad.sum(dims), (wide_grad * xhat).sum(dims)
     grad_mean, projection = (all_reduce(torch.cat([grad_bias, grad_weight])) / n).chunk(2)
     scale = invstd if weight is None else invstd * weight.to(torch.float64)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.kernels.activations import ACTIVATIONS
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.nn.call_stack import folding_function, foreign_converter
 from syncbn.nn.conversion import convert
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
-from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_held
+from syncbn.nn.frozen_stats import forget_counter, is_reset, remember_counter, warn_not_reset
 from syncbn.nn.functional import (
     Call,
     NormalizeByBatch,
@@ -185,7 +185,7 @@ class SyncBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Sets running statistics and counter to those of a new layer; frozen ones stay, with a warning."""
         if self._stats_frozen:
-            warn_held(self)
+            warn_not_reset(self)
         else:
             super().reset_running_stats()
 
@@ -203,7 +203,7 @@ class SyncBatchNorm(_BatchNorm):
             super()._load_from_state_dict(*args, **keywords)
         finally:
             if is_frozen:
-                self._hold_stats()
+                self._freeze_stats()
 
     def forward(self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalizes (N, C, ...), adds `residual` (same shape) if given, applies the activation if there is one.
@@ -321,45 +321,37 @@ class SyncBatchNorm(_BatchNorm):
         # Evaluation uses running statistics, if there are any, even where training ignores them
         # (track_running_stats=False).
         tracked = self.track_running_stats or not self.training
-        return self._normalize_with(
-            input,
+        statistics = Statistics(
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
             self._counter(),
-            self.weight,
-            self.bias,
-            self.training,
             self.momentum,
             self.__dict__["eps"],
-            mask,
-            residual,
-            activation,
+        )
+        return self._normalize_with(
+            input, statistics, self.weight, self.bias, self.training, mask, residual, activation
         )
 
     def _normalize_with(
         self,
         input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        statistics: Statistics,
         weight: Tensor | None,
         bias: Tensor | None,
         training: bool,
-        momentum: float | None,
-        eps: float,
         mask: Tensor | None = None,
         residual: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """Normalizes according to the mode: a row of the table in the class docstring. (Long by its argument lists.)"""
+        """Normalizes according to the mode: a row of the table in the class docstring."""
+        running_mean, running_var, counter, momentum, eps = statistics
         if torch.compiler.is_compiling() or jit_trace() is None:  # which would warn of every size that is compared
-            num_features = width_of(self)
-            if num_features is not None and input.dim() >= 2 and input.size(1) != num_features:
+            if input.dim() >= 2 and input.size(1) != width_of(self):
                 raise RuntimeError(
-                    f"expected {num_features} channels in dimension 1 of the input, got {input.size(1)}"
+                    f"expected {width_of(self)} channels in dimension 1 of the input, got {input.size(1)}"
                     f" (input shape {tuple(input.shape)})"
                 )
-            check_arguments(input, running_mean, running_var, weight, bias, eps, training)
+            check_arguments(input, statistics, weight, bias, training)
         check_wrapper()
         if self._stats_frozen:
             if running_mean is None or running_var is None:
@@ -373,33 +365,19 @@ class SyncBatchNorm(_BatchNorm):
                     record_local(input, mask, self._record)
                 return normalize_by_running(input, running_mean, running_var, weight, bias, eps, residual, activation)
             return normalize_by_batch(
-                input, weight, bias, None, None, None, 0.0, eps, None, mask, None, None, self._record,
-                residual, activation, self._is_lean(),
+                input, weight, bias, Statistics(None, None, None, 0.0, eps), None,
+                mask=mask, residual=residual, activation=activation, record=self._record, is_lean=self._is_lean(),
             )  # fmt: skip
         group = collective_group(self.process_group)
         if self._stats_disabled:
             running_mean = running_var = None
-        counter = num_batches_tracked if running_mean is not None else None
+        counter = counter if running_mean is not None else None
         pool = self._pool.packed if self._pool is not None and running_mean is self._pool.running_mean else None
         return normalize_by_batch(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            counter,
-            momentum,
-            eps,
-            group,
-            mask,
-            pool,
-            self,
-            self._record,
-            residual,
-            activation,
-            self._is_lean(),
-            self.skip_nonfinite,
-        )
+            input, weight, bias, Statistics(running_mean, running_var, counter, momentum, eps), group,
+            mask=mask, residual=residual, activation=activation, owner=self, pool=pool, record=self._record,
+            is_lean=self._is_lean(), skip_nonfinite=self.skip_nonfinite,
+        )  # fmt: skip
 
     @property
     def num_features(self) -> int:
@@ -483,7 +461,7 @@ class SyncBatchNorm(_BatchNorm):
                 raise ValueError(
                     "cannot freeze the statistics of a layer without running statistics (track_running_stats=False)"
                 )
-            self._hold_stats()
+            self._freeze_stats()
         if affine:
             freeze_parameters([self])
         return self
@@ -497,7 +475,7 @@ class SyncBatchNorm(_BatchNorm):
             unfreeze_parameters([self])
         return self
 
-    def _hold_stats(self) -> None:
+    def _freeze_stats(self) -> None:
         remember_counter(self)
         self._stats_frozen = True
 
@@ -556,5 +534,5 @@ class SyncBatchNorm(_BatchNorm):
         return ", ".join(parts)
 
     def _frozen_text(self) -> str:
-        frozen = [name for name, held in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if held]
+        frozen = [name for name, is_on in (("stats", self.stats_frozen), ("affine", self.affine_frozen)) if is_on]
         return f"frozen={'+'.join(frozen)}" if frozen else ""

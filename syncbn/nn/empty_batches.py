@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
+
+from syncbn.torch_compat import pytree
 
 # Values without rows, which an empty batch has as they are.
 _VALUES = (

@@ -115,10 +115,10 @@ def freeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = Non
     global _num_changes
     modules = list(modules)
     remembered: dict[int, bool] = {}
-    for held in {id(one): one for one in (*modules, *(root.modules() if root is not None else ()))}.values():
-        if has_frozen_parameters(held):
-            for name, parameter in own_parameters(held).items():
-                needed = _before(held).of(name, parameter)
+    for holder in {id(one): one for one in (*modules, *(root.modules() if root is not None else ()))}.values():
+        if has_frozen_parameters(holder):
+            for name, parameter in own_parameters(holder).items():
+                needed = _before(holder).of(name, parameter)
                 if needed is not None:
                     remembered.setdefault(id(parameter), needed)
     # Record all before freezing any: of two tied parameters, the second must not record that the first is frozen.
@@ -168,9 +168,9 @@ def unfreeze_parameters(modules: Iterable[nn.Module], root: nn.Module | None = N
             if needed:
                 parameter.requires_grad_(True)
                 thawed.add(id(parameter))
-    for held in root.modules() if root is not None else ():
-        if has_frozen_parameters(held):
-            for parameter in own_parameters(held).values():
+    for holder in root.modules() if root is not None else ():
+        if has_frozen_parameters(holder):
+            for parameter in own_parameters(holder).values():
                 if id(parameter) in thawed:
                     parameter.requires_grad_(False)
     if unknown:

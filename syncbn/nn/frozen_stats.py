@@ -32,27 +32,27 @@ def forget_counter(layer: nn.Module) -> None:
 
 
 def is_reset(layer: nn.Module, name: str, value: object) -> bool:
-    """Whether assigning `value` to a buffer of frozen statistics would reset it; if so, it warns and holds the buffer.
+    """Whether assigning `value` to a buffer of frozen statistics would reset it; warns if so.
 
-    A tensor of another shape, type or on another device is not a reset but a move, and replicas of `DataParallel` are
-    given their buffers.
+    A counter that was written in place is restored then. A tensor of another shape, type or on another device is not a
+    reset but a move, and replicas of `DataParallel` are given their buffers.
     """
-    held = layer._buffers.get(name)
-    if not (isinstance(held, Tensor) and isinstance(value, Tensor)) or is_replica(layer):
+    buffer = layer._buffers.get(name)
+    if not (isinstance(buffer, Tensor) and isinstance(value, Tensor)) or is_replica(layer):
         return False
-    if (held.shape, held.dtype, held.device) != (value.shape, value.dtype, value.device):
+    if (buffer.shape, buffer.dtype, buffer.device) != (value.shape, value.dtype, value.device):
         return False
-    if value is held:
+    if value is buffer:
         counter = layer.__dict__.get(_COUNTER)
-        if name != "num_batches_tracked" or counter is None or counter.is_meta != held.is_meta:
+        if name != "num_batches_tracked" or counter is None or counter.is_meta != buffer.is_meta:
             return False
         with torch.no_grad():
-            held.copy_(counter)
-    warn_held(layer)
+            buffer.copy_(counter)
+    warn_not_reset(layer)
     return True
 
 
-def warn_held(layer: nn.Module) -> None:
+def warn_not_reset(layer: nn.Module) -> None:
     """Warns that statistics have not been reset."""
     warnings.warn(
         f"the running statistics of {name_of(layer)} are frozen and have not been reset; call unfreeze before, if they"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.kernels import activations, cpu, cpu_step, cuda, cuda_step, operators, reference
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.nn import lean
 from syncbn.nn.checkpointing import Recomputation, refuse_checkpoint_around_compiled
 from syncbn.nn.groups import collective_group, is_distributed
@@ -27,6 +27,8 @@ from syncbn.nn.tracing import (
     refuse_group,
 )
 from syncbn.torch_compat import hidden_from_modes, transforms_active
+
+_RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
 
 
 class Call(NamedTuple):
@@ -107,7 +109,7 @@ class NormalizeByBatch(torch.autograd.Function):
                 ctx.eps,
                 lambda tensor: reduce(tensor, ctx.group, ctx.owner, "backward"),
                 mask,
-                _through_activation(ctx) if ctx.activation is not None else None,
+                _activation_backward(ctx) if ctx.activation is not None else None,
             )
         else:
             done = None
@@ -225,7 +227,7 @@ def _from_output(
     index: Tensor | None,
     part: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For a lean layer: xhat in place of the input, with the mean (0), invstd (1) and weight that go with it."""
+    """What the backward pass of a lean layer takes: xhat in place of the input, its mean 0 and invstd 1, the weight."""
     if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and transforms_active()):
         raise RuntimeError(
             'a SyncBatchNorm with memory="lean" keeps no input by which its backward pass could be differentiated or'
@@ -236,14 +238,11 @@ def _from_output(
     return xhat, torch.zeros_like(mean), torch.ones_like(invstd), scale
 
 
-_RESIDUAL = 3  # index of `residual` among the arguments of `NormalizeByBatch`
-
-
-def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """The activation's backward pass, as `reference.differentiable_backward` takes it (`through`)."""
+def _activation_backward(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The activation's backward pass, as `reference.differentiable_backward` takes it (`activation_backward`)."""
     input, weight, mean, invstd, _, _, bias, kept = ctx.saved_tensors
 
-    def through(grad: Tensor, xhat: Tensor) -> Tensor:
+    def backward(grad: Tensor, xhat: Tensor) -> Tensor:
         if not activations.output_tells(ctx.activation):
             z = xhat if weight is None else xhat * reference.per_channel(weight.to(xhat.dtype), xhat)
             z = z if bias is None else z + reference.per_channel(bias.to(xhat.dtype), xhat)
@@ -254,25 +253,22 @@ def _through_activation(ctx: Any) -> Callable[[Tensor, Tensor], Tensor]:
             z = z.detach().to(xhat.dtype)
         return activations.backward(grad, z, ctx.activation)
 
-    return through
+    return backward
 
 
 def normalize_by_batch(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    statistics: Statistics,
     group: dist.ProcessGroup | None,
+    *,
     mask: Tensor | None = None,
-    pool: Tensor | None = None,
-    owner: nn.Module | None = None,
-    record: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    owner: nn.Module | None = None,
+    pool: Tensor | None = None,
+    record: Tensor | None = None,
     is_lean: bool = False,
     skip_nonfinite: bool = False,
 ) -> Tensor:
@@ -285,12 +281,12 @@ def normalize_by_batch(
         group: the ranks whose samples form the batch; None for this process alone.
         mask: (N, 1, ...) bool; positions where it is False are ignored. The input has to be finite there; output and
             input gradient there are meaningless.
-        pool: (4C+1,) float64 accumulator, to which the batch's packed moments are added instead of updating the running
-            statistics.
-        owner: the layer, named in errors, and by which a recomputation finds its first run.
-        record: accumulator of the batch's statistics (see `recorder`); must be given on all ranks or on none.
         residual: same shape and type as the input, added to the normalized values; not with a mask.
         activation: applied last; not with a mask.
+        owner: the layer, named in errors, and by which a recomputation finds its first run.
+        pool: (4C+1,) float64 accumulator, to which the batch's packed moments are added instead of updating the running
+            statistics.
+        record: accumulator of the batch's statistics (see `recorder`); must be given on all ranks or on none.
         is_lean: saves the output for backward instead of the input (see `nn.lean`).
         skip_nonfinite: moves nothing, pool included, if the batch's statistics are not finite in some channel.
 
@@ -299,12 +295,12 @@ def normalize_by_batch(
             job, even of one rank, the output is then the bias, as the last batch of an epoch may be a single sample.)
         RuntimeError: `torch.export`, `torch.jit.trace` or a transform of `torch.func` around a sum over ranks.
     """
+    running_mean = statistics.running_mean
     if is_traced(input, weight, bias, residual):
         if group is not None:
             refuse_group(group.size())
         if pool is not None or record is not None:
             refuse_context()
-        statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
         return normalize_by_local_batch(
             input, weight, bias, statistics, mask, residual, activation, skip_nonfinite and running_mean is not None
         )
@@ -320,11 +316,10 @@ def normalize_by_batch(
     is_second = recomputation is not None and recomputation.is_second
     finite_type = running_mean.dtype if skip_nonfinite and running_mean is not None and not is_second else None
     if pool is not None or is_second:
-        running_mean = running_var = num_batches_tracked = None
+        statistics = Statistics(None, None, None, statistics.momentum, statistics.eps)
     if is_second:
         pool = None
     is_lean = is_lean and torch.is_grad_enabled()  # else nothing is saved, and weights need no check
-    statistics = Statistics(running_mean, running_var, num_batches_tracked, momentum, eps)
     is_plain = not torch.compiler.is_compiling() and mask is pool is recomputation is record is finite_type is None
     call = Call(statistics, group, mask, pool, owner, recomputation, record, activation, is_lean, finite_type, is_plain)
     return NormalizeByBatch.apply(input, weight, bias, residual, call)
@@ -403,10 +398,10 @@ def sync_batch_norm(
         >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(3), atol=1e-6)
         True
     """
-    check_arguments(input, running_mean, running_var, weight, bias, eps, training)
+    statistics = Statistics(running_mean, running_var, None, momentum, eps)
+    check_arguments(input, statistics, weight, bias, training)
     if training:
-        group = collective_group(process_group)
-        return normalize_by_batch(input, weight, bias, running_mean, running_var, None, momentum, eps, group)
+        return normalize_by_batch(input, weight, bias, statistics, collective_group(process_group))
     if running_mean is None or running_var is None:
         raise ValueError("Expected running_mean and running_var when training=False, got None")
     return normalize_by_running(input, running_mean, running_var, weight, bias, eps)
@@ -430,13 +425,7 @@ def as_mask(mask: Tensor, input: Tensor) -> Tensor:
 
 
 def check_arguments(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    training: bool,
+    input: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None, training: bool
 ) -> None:
     """Validates the arguments before any rank communicates.
 
@@ -444,6 +433,7 @@ def check_arguments(
         ValueError: a bad eps; fewer than two dimensions; one of the running statistics without the other.
         RuntimeError: an input that is not of floating type; a per-channel vector that is not of length C.
     """
+    running_mean, running_var, _, _, eps = statistics
     if eps < 0 or (training and eps == 0):
         kind = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {kind}, but got {eps}")

@@ -19,7 +19,7 @@ from syncbn.torch_compat import assume_constant_result, ddp_around, num_paramete
 
 # Attributes of the wrapper: `frozen.num_changes()` at the last check, and the names of the parameters that were frozen
 # at its first forward.
-_SEEN, _HELD = "_syncbn_seen", "_syncbn_held"
+_SEEN, _FROZEN = "_syncbn_seen", "_syncbn_held"
 
 
 def check_wrapper() -> None:
@@ -51,18 +51,18 @@ def _check() -> None:
     # Reentrant checkpointing disables gradients in a training forward, so that alone does not end the check.
     if not torch.is_grad_enabled() and not wrapper.training:
         return
-    held = _held_names(wrapper.module)
-    before = wrapper.__dict__.get(_HELD)
+    frozen_names = _frozen_names(wrapper.module)
+    before = wrapper.__dict__.get(_FROZEN)
     if before is None:
-        _check_count(wrapper, held)
-        wrapper.__dict__[_HELD] = held
-    elif before != held:
-        name = min(before ^ held)
-        _refuse(f"{name} has been {'frozen' if name in held else 'unfrozen'} since it wrapped the model")
+        _check_count(wrapper, frozen_names)
+        wrapper.__dict__[_FROZEN] = frozen_names
+    elif before != frozen_names:
+        name = min(before ^ frozen_names)
+        _refuse(f"{name} has been {'frozen' if name in frozen_names else 'unfrozen'} since it wrapped the model")
     wrapper.__dict__[_SEEN] = frozen.num_changes()
 
 
-def _held_names(model: nn.Module) -> set[str]:
+def _frozen_names(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -71,7 +71,7 @@ def _held_names(model: nn.Module) -> set[str]:
     }
 
 
-def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
+def _check_count(wrapper: DistributedDataParallel, frozen_names: set[str]) -> None:
     """Check at the first forward, by number: DDP reports how many parameters it reduces, not which."""
     reduced = num_parameters_reduced_by(wrapper)
     if reduced is None or frozen.num_changes() == 0:
@@ -82,7 +82,8 @@ def _check_count(wrapper: DistributedDataParallel, held: set[str]) -> None:
         if name not in wrapper.parameters_to_ignore
     }
     trained = sum(parameter.requires_grad for parameter in candidates.values())
-    if reduced not in (trained, len(candidates.keys() - held)):  # the latter: requires_grad was cleared by hand since
+    not_frozen = len(candidates.keys() - frozen_names)  # reduced, if requires_grad was cleared by hand since
+    if reduced not in (trained, not_frozen):
         _refuse(f"{reduced} parameters were trained when it wrapped the model, {trained} are now")
 
 

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from syncbn.kernels.step import Statistics
 from syncbn.nn.bytecode import names_in
 from syncbn.nn.injected import own_class
 from syncbn.nn.tracing import PROXIES, record_call
@@ -151,9 +152,8 @@ class SyncSubclass(_Base):
         counter = self._counter()
         rate = None if self._is_cumulative(momentum) and counter is not None else momentum
         activation = self._activation_name()
-        return self._normalize_with(
-            input, running_mean, running_var, counter, weight, bias, training, rate, eps, None, None, activation
-        )
+        statistics = Statistics(running_mean, running_var, counter, rate, eps)
+        return self._normalize_with(input, statistics, weight, bias, training, None, None, activation)
 
     def _is_cumulative(self, momentum: float) -> bool:
         """Whether the original forward uses the cumulative average: its momentum is then 1 / num_batches_tracked."""

@@ -27,7 +27,7 @@ from syncbn.torch_compat import (
 )
 
 if TYPE_CHECKING:
-    from syncbn.kernels.cuda_step import Statistics
+    from syncbn.kernels.step import Statistics
 
 PROXIES: tuple[type[Any], ...] = (fx.Proxy,)  # types of the arguments that `torch.fx` traces with
 _WHO = "torch.export, make_fx, torch.jit.trace and the transforms of torch.func"

@@ -21,6 +21,7 @@ from bokeh.plotting import figure
 from numpy.typing import NDArray
 
 from syncbn.report.drawing import WIDTH, Panel, color, finite_mean, hover_names, name_rows, plain, plot, steps_axis
+from syncbn.report.metric_names import WEIGHT_ABS
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
@@ -53,7 +54,7 @@ def heatmap(
     if not len(values):
         return Panel(title, f"No {title.lower()} was recorded (bn/LAYER/{key}). {absent_text}".rstrip())
     notes = [text]
-    low, high = _colors_from_to(values, is_size=key != "weight_abs")
+    low, high = _colors_from_to(values, is_size=key != WEIGHT_ABS)
     if high < values.max():
         notes.append(f"Above {high:.3g} all colours are the same; the largest value is {values.max():.3g}.")
     if without:

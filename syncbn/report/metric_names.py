@@ -8,20 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+STEP = "step"  # every record has it
 EPOCH = "epoch"
-TRAIN_LOSS = "train/loss"
+LOSS, ACCURACY = "loss", "accuracy"  # of one split, without its prefix
+TRAIN_LOSS = f"train/{LOSS}"
 LEARNING_RATE = "train/lr"
 THROUGHPUT = "train/samples_per_second"
 WAITED = "train/waited_for_data"
 GRADIENT_NORM = "train/grad_norm"
 STEPS_LEFT_OUT = "train/steps_left_out"
-VAL_LOSS = "val/loss"
-VAL_ACCURACY = "val/accuracy"
+VAL_LOSS = f"val/{LOSS}"
+VAL_ACCURACY = f"val/{ACCURACY}"
+LOADER_THROUGHPUT = "data/samples_per_second"  # without training, task=data
 LAYER_TABLE = "bn/layers"
 
 # Prefixes of groups of names, without the `/`.
 TRAIN, VAL, TEST, EVAL, PRECISE = "train", "val", "test", "eval", "precise"
-DRIFT, BN, FREEZE = "drift", "bn", "freeze"
+DRIFT, BN, FREEZE, EXPORT = "drift", "bn", "freeze", "export"
+
+# Kinds of metrics of a layer that code chooses by name; `LayerSnapshot.scalars` has all of them.
+LAYER_DRIFT = "drift"
+BETWEEN_RANK_SHARE = "between_rank_share"
+WEIGHT_ABS = "weight_abs"
+DEAD_CHANNELS = "dead_channels"
+VALUES_PER_CHANNEL = "values_per_channel"
 
 
 def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

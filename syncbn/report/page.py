@@ -15,7 +15,20 @@ from syncbn.report.drawing import curves as draw_curves
 from syncbn.report.gallery import gallery
 from syncbn.report.heatmaps import heatmap as draw_heatmap
 from syncbn.report.heatmaps import histograms as draw_histograms
-from syncbn.report.metric_names import DRIFT, LEARNING_RATE, THROUGHPUT, TRAIN_LOSS, VAL, VAL_ACCURACY, VAL_LOSS, below
+from syncbn.report.metric_names import (
+    BETWEEN_RANK_SHARE,
+    DEAD_CHANNELS,
+    DRIFT,
+    LAYER_DRIFT,
+    LEARNING_RATE,
+    THROUGHPUT,
+    TRAIN_LOSS,
+    VAL,
+    VAL_ACCURACY,
+    VAL_LOSS,
+    WEIGHT_ABS,
+    below,
+)
 from syncbn.report.runs import Run
 from syncbn.report.synchronization import synchronization
 from syncbn.report.tables import audit, config, differences, each, environment, failures, layer_tables, overview, safe
@@ -42,10 +55,10 @@ _TEXTS = {
 }
 
 _ABSENT = {
-    "drift": "It needs a logging step (log_every) and layers with running statistics.",
-    "between_rank_share": "It needs several ranks and layers that synchronize (bn.sync=true).",
-    "weight_abs": "It needs layers with gamma.",
-    "dead_channels": "It needs layers with gamma or running statistics.",
+    LAYER_DRIFT: "It needs a logging step (log_every) and layers with running statistics.",
+    BETWEEN_RANK_SHARE: "It needs several ranks and layers that synchronize (bn.sync=true).",
+    WEIGHT_ABS: "It needs layers with gamma.",
+    DEAD_CHANNELS: "It needs layers with gamma or running statistics.",
 }
 
 _STYLE = """
@@ -121,10 +134,10 @@ def _sections(runs: Sequence[Run], figures: _Figures) -> list[tuple[str, str]]:
         curves("Throughput", _TEXTS["speed"], "samples / s over all ranks", THROUGHPUT),
     ]
     heat_panels = [
-        heatmap("drift", "Drift", _TEXTS["drift"], "running std"),
-        heatmap("between_rank_share", "Between-rank share", _TEXTS["share"], "share of variance"),
-        heatmap("weight_abs", "Gamma", _TEXTS["gamma"], "mean |gamma|"),
-        heatmap("dead_channels", "Dead channels", _TEXTS["dead"], "share of channels"),
+        heatmap(LAYER_DRIFT, "Drift", _TEXTS["drift"], "running std"),
+        heatmap(BETWEEN_RANK_SHARE, "Between-rank share", _TEXTS["share"], "share of variance"),
+        heatmap(WEIGHT_ABS, "Gamma", _TEXTS["gamma"], "mean |gamma|"),
+        heatmap(DEAD_CHANNELS, "Dead channels", _TEXTS["dead"], "share of channels"),
     ]
     histogram_panels = [
         histogram("weight", "gamma", "Healthy: around one hump; a spike at 0 is dead channels."),

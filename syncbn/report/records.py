@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from syncbn.report.metric_names import BN, FREEZE
+from syncbn.report.metric_names import BN, FREEZE, STEP
 
 MOST = 1000  # maximum number of points per metric; a longer record is kept as means over steps of equal number
 # Of longer records the numbers of layers are read from fewer lines, of the n-th DENSE lines from every n-th: reading
@@ -92,7 +92,7 @@ def _step(record: dict[str, Any]) -> int:
     Raises:
         TypeError, LookupError, AttributeError: there is none that is a position on an axis.
     """
-    step = record.pop("step")
+    step = record.pop(STEP)
     if not isinstance(step, int) or not 0 <= step <= _MAX_STEP:
         raise TypeError
     return step

@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
+from syncbn.report import file_names
 from syncbn.report.metric_names import layer_and_kind
 from syncbn.report.records import Series, number_of, read_records
 
-_MARKS = ("metrics.jsonl", "config.yaml", "summary.json")  # a directory with any of these files is a run directory
+# A directory with any of these files is a run directory.
+_MARKS = (file_names.METRICS, file_names.CONFIG, file_names.SUMMARY)
 _MIDDLE = "..."
 
 
@@ -154,10 +156,10 @@ def _is_run(path: Path) -> bool:
 
 def _read_run(path: Path, label: str) -> Run:
     remarks: list[str] = []
-    metrics, by_layer = _read_metrics(path / "metrics.jsonl", remarks)
-    held = _read_json(path / "layers.json", remarks) or {}
+    metrics, by_layer = _read_metrics(path / file_names.METRICS, remarks)
+    held = _read_json(path / file_names.LAYERS, remarks) or {}
     vectors = _vectors(held.get("layers"))
-    findings = _read_json(path / "audit.json", remarks)
+    findings = _read_json(path / file_names.AUDIT, remarks)
     audit = None if findings is None else _findings(findings.get("findings"))
     step = held.get("step")
     return Run(
@@ -169,13 +171,13 @@ def _read_run(path: Path, label: str) -> Run:
         by_layer=by_layer,
         vectors=vectors,
         vectors_step=step if isinstance(step, int) else None,
-        config=_read_text(path / "config.yaml", remarks),
+        config=_read_text(path / file_names.CONFIG, remarks),
         audit=audit,
-        environment=_flat(_read_json(path / "environment.json", remarks) or {}),
-        summary=_read_json(path / "summary.json", remarks),
-        operators=_read_text(path / "profile" / "operators.txt", remarks),
-        mistakes=_read_json(path / "mistakes.json", remarks),
-        has_checkpoint=any((path / "checkpoints").glob("step_*.pt")),
+        environment=_flat(_read_json(path / file_names.ENVIRONMENT, remarks) or {}),
+        summary=_read_json(path / file_names.SUMMARY, remarks),
+        operators=_read_text(path / file_names.PROFILE / file_names.OPERATORS, remarks),
+        mistakes=_read_json(path / file_names.MISTAKES, remarks),
+        has_checkpoint=any((path / file_names.CHECKPOINTS).glob("step_*.pt")),
         remarks=remarks,
     )
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from syncbn.report.metric_names import BETWEEN_RANK_SHARE
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 from syncbn.report.tables import safe, table
 
-SHARE = "between_rank_share"
 # Samples up to which statistics of one rank alone are too few, whatever the share: those of the audit's rule
 # few-values-per-channel, with its source.
 FEW_SAMPLES = 4
@@ -20,7 +20,7 @@ _STEP, _LAYERS = "ProfilerStep*", ("NormalizeByBatch", "NormalizeByBatchBackward
 
 
 @dataclass(frozen=True)
-class Ranks:
+class SampleSpread:
     """How the samples of one forward pass are spread over the ranks that sum their statistics.
 
     Attributes:
@@ -45,13 +45,13 @@ class Ranks:
 
 def synchronization(run: Run) -> str:
     """The section about one run, as HTML."""
-    shares = {layer: keys[SHARE] for layer, keys in run.by_layer.items() if SHARE in keys}
+    shares = {layer: keys[BETWEEN_RANK_SHARE] for layer, keys in run.by_layer.items() if BETWEEN_RANK_SHARE in keys}
     means = {layer: _finite(series) for layer, series in shares.items()}
     means = {layer: values for layer, values in means.items() if values}
     if not means:
         return (
-            f'<p class="absent">No share of variance between ranks was recorded (bn/LAYER/{SHARE}). It needs several'
-            " ranks, layers that synchronize (bn.sync=true) and a logging step (log_every).</p>"
+            f'<p class="absent">No share of variance between ranks was recorded (bn/LAYER/{BETWEEN_RANK_SHARE}).'
+            " It needs several ranks, layers that synchronize (bn.sync=true) and a logging step (log_every).</p>"
         )
     ranks = _ranks(run)
     parts = [f"<p>{safe(_verdict(means, ranks))}</p>", _rows(means, ranks)]
@@ -62,7 +62,7 @@ def synchronization(run: Run) -> str:
     return "".join(parts)
 
 
-def _verdict(means: dict[str, list[float]], ranks: Ranks | None) -> str:
+def _verdict(means: dict[str, list[float]], ranks: SampleSpread | None) -> str:
     if ranks is None:
         return (
             "How many ranks and samples were summed over is not on record (ranks in environment.json; batch_size,"
@@ -87,12 +87,12 @@ def _verdict(means: dict[str, list[float]], ranks: Ranks | None) -> str:
     )
 
 
-def needs_none(values: Sequence[float], ranks: Ranks) -> bool:
+def needs_none(values: Sequence[float], ranks: SampleSpread) -> bool:
     """Whether the mean of the recorded shares is not above what chance gives."""
     return sum(values) / len(values) <= ranks.by_chance
 
 
-def _rows(means: dict[str, list[float]], ranks: Ranks | None) -> str:
+def _rows(means: dict[str, list[float]], ranks: SampleSpread | None) -> str:
     judged = ranks is not None and ranks.num_samples > FEW_SAMPLES * ranks.num_ranks
     rows = []
     for layer, values in sorted(means.items(), key=lambda item: -sum(item[1]) / len(item[1])):
@@ -106,7 +106,7 @@ def _rows(means: dict[str, list[float]], ranks: Ranks | None) -> str:
     return f"{shown}<details><summary>{rest}</summary>{table(headers, rows[_SHOWN:])}</details>"
 
 
-def _ranks(run: Run) -> Ranks | None:
+def _ranks(run: Run) -> SampleSpread | None:
     """None where the run does not say, or has too few samples for a share."""
     config = run.flat_config()
     group = config.get("bn.group", "world")
@@ -116,7 +116,7 @@ def _ranks(run: Run) -> Ranks | None:
         samples = int(config["batch_size"]) * num_ranks // (world * passes)
     except (KeyError, ValueError, ZeroDivisionError):
         return None
-    return Ranks(num_ranks, samples, passes) if num_ranks > 1 and samples > num_ranks and passes > 0 else None
+    return SampleSpread(num_ranks, samples, passes) if num_ranks > 1 and samples > num_ranks and passes > 0 else None
 
 
 def _profile(operators: str) -> str:

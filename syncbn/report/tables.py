@@ -8,7 +8,20 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from syncbn.report.drawing import color
-from syncbn.report.metric_names import DRIFT, EPOCH, TEST, THROUGHPUT, TRAIN, TRAIN_LOSS, VAL
+from syncbn.report.metric_names import (
+    BETWEEN_RANK_SHARE,
+    DEAD_CHANNELS,
+    DRIFT,
+    EPOCH,
+    LAYER_DRIFT,
+    TEST,
+    THROUGHPUT,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL,
+    VALUES_PER_CHANNEL,
+    WEIGHT_ABS,
+)
 from syncbn.report.records import Series
 from syncbn.report.runs import Run
 
@@ -42,6 +55,7 @@ def _go_on(run: Run) -> str:
 
 
 def overview(runs: Sequence[Run]) -> str:
+    """A table of the runs with their state and their final metrics."""
     finals = [_finals(run) for run in runs]
     names = sorted({name for final in finals for name in final}, key=lambda name: (_order(name), name))
     rows = []
@@ -88,9 +102,9 @@ def _state(run: Run) -> str:
 def layer_tables(runs: Sequence[Run]) -> str:
     """A table for each run of the last recorded metrics of every layer."""
     columns = {
-        "values_per_channel": "values per channel", "drift": "drift", "between_rank_share": "between-rank share",
-        "weight_abs": "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
-        "running_var": "mean running variance", "dead_channels": "dead channels", "stats_frozen": "stats frozen",
+        VALUES_PER_CHANNEL: "values per channel", LAYER_DRIFT: "drift", BETWEEN_RANK_SHARE: "between-rank share",
+        WEIGHT_ABS: "mean |gamma|", "bias": "mean beta", "running_mean_abs": "mean |running mean|",
+        "running_var": "mean running variance", DEAD_CHANNELS: "dead channels", "stats_frozen": "stats frozen",
         "affine_frozen": "affine frozen",
     }  # fmt: skip
 
@@ -113,6 +127,7 @@ def _last(series: Series | None) -> str:
 
 
 def audit(run: Run) -> str:
+    """A table of the findings that the audit of a run recorded, the most severe first."""
     if run.audit is None:
         return '<p class="absent">No audit was recorded (audit.json).</p>'
     if not run.audit:
@@ -127,6 +142,7 @@ def audit(run: Run) -> str:
 
 
 def differences(runs: Sequence[Run]) -> str:
+    """A table of the configuration keys in which runs differ; empty for a single run."""
     configs = [run.flat_config() for run in runs]
     keys = sorted({key for config in configs for key in config})
     differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
@@ -139,12 +155,14 @@ def differences(runs: Sequence[Run]) -> str:
 
 
 def config(run: Run) -> str:
+    """The configuration of a run as it stands in its file."""
     if not run.config:
         return '<p class="absent">No configuration was recorded (config.yaml).</p>'
     return f"<pre>{safe(run.config)}</pre>"
 
 
 def environment(run: Run) -> str:
+    """A table of the software and hardware that a run recorded."""
     if not run.environment:
         return '<p class="absent">No environment was recorded (environment.json).</p>'
     return table(("what", "value"), [[safe(key), safe(value)] for key, value in run.environment.items()])

@@ -64,7 +64,7 @@ def freeze_timeline(runs: Sequence[Run], steps: Range1d) -> Panel:
 
 
 def _bars(run: Run) -> dict[str, dict[str, _Bars]]:
-    """By module and switch, the spans in which it was frozen; without unfreezing, a span ends with the run."""
+    """The spans in which each module was frozen, by switch; without unfreezing, a span ends with the run."""
     found: dict[str, dict[str, _Bars]] = {}
     for key, series in run.metrics.items():
         parts = module_and_switch(key)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Writes the report and prints its path; returns exit code 0, or 2 if it cannot be written."""
-    output = args.output or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
+    output = args.output or (args.runs[0] / file_names.REPORT if len(args.runs) == 1 else Path(file_names.REPORT))
     try:
         write_report(args.runs, output)
     except (ValueError, ImportError) as error:

@@ -17,12 +17,13 @@ from syncbn.nn.groups import LostGroup, collective_group
 from syncbn.nn.moments import Moments
 from syncbn.nn.patterns import named_modules
 from syncbn.nn.recorder import new_record, split_record
+from syncbn.report.metric_names import BETWEEN_RANK_SHARE, DEAD_CHANNELS, LAYER_DRIFT, VALUES_PER_CHANNEL, WEIGHT_ABS
 from syncbn.stats.calls import input_of
 
 DEAD_WEIGHT = 1e-3  # |gamma| below this: the channel's output hardly depends on its input
 DEAD_VARIANCE = 1e-8  # running variance below this: the channel hardly varies
 
-_HELD = ("running_mean", "running_var", "weight", "bias")
+_STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,25 @@ class LayerSnapshot:
             "running_var": self.running_var,
             "batch_mean_abs": None if self.batch_mean is None else self.batch_mean.abs(),
             "batch_var": self.batch_var,
-            "drift": self.drift,
-            "between_rank_share": _defined(self.between_rank_share),
-            "weight_abs": None if self.weight is None else self.weight.abs(),
+            LAYER_DRIFT: self.drift,
+            BETWEEN_RANK_SHARE: _defined(self.between_rank_share),
+            WEIGHT_ABS: None if self.weight is None else self.weight.abs(),
             "bias": self.bias,
         }
         numbers = {name: vector.mean().item() for name, vector in means.items() if vector is not None}
         if self.values_per_channel is not None:
-            numbers["values_per_channel"] = self.values_per_channel
+            numbers[VALUES_PER_CHANNEL] = self.values_per_channel
         dead = [self.weight.abs() < DEAD_WEIGHT] if self.weight is not None else []
         dead += [self.running_var < DEAD_VARIANCE] if self.running_var is not None else []
         if dead:
-            numbers["dead_channels"] = torch.stack(dead).any(dim=0).to(torch.float64).mean().item()
+            numbers[DEAD_CHANNELS] = torch.stack(dead).any(dim=0).to(torch.float64).mean().item()
         numbers["stats_frozen"] = float(self.stats_frozen)
         numbers["affine_frozen"] = float(self.affine_frozen)
         return numbers
 
     def vectors(self) -> dict[str, Tensor]:
         """The per-channel vectors that the layer has, by name, for histograms."""
-        names = (*_HELD, "batch_mean", "batch_var", "drift", "between_rank_share")
+        names = (*_STATE, "batch_mean", "batch_var", "drift", "between_rank_share")
         return {name: vector for name in names if (vector := getattr(self, name)) is not None}
 
 
@@ -118,7 +119,7 @@ class Monitor:
         for name, layer in named_modules(model):
             if isinstance(layer, _BatchNorm):
                 self._layers.setdefault(layer, name)  # a layer in two places: once, by its first name
-        self._seen: dict[_BatchNorm, _Seen] = {}
+        self._seen: dict[_BatchNorm, _LayerRecord] = {}
 
     @contextmanager
     def watch(self, enabled: bool = True) -> Iterator[None]:
@@ -139,7 +140,7 @@ class Monitor:
         if any(layer.__dict__.get("_record") is not None for layer in self._layers):
             raise RuntimeError("Monitor.watch: a monitor watches this model already; leave its context first")
         device = next((tensor.device for tensor in self._model.parameters()), torch.get_default_device())
-        self._seen = {layer: _Seen.by(layer, device) for layer in self._layers if _has_width(layer)}
+        self._seen = {layer: _LayerRecord.by(layer, device) for layer in self._layers if _has_width(layer)}
         hooks = []
         for layer, seen in self._seen.items():
             if isinstance(layer, SyncBatchNorm):
@@ -158,9 +159,9 @@ class Monitor:
         """Snapshots by layer name, in model order: the state now, and the batch statistics of the last watched step."""
         parts: list[tuple[_BatchNorm, str, Tensor]] = []
         for layer in self._layers:
-            held = {kind: getattr(layer, kind, None) for kind in _HELD} if _has_width(layer) else {}
+            state = {kind: getattr(layer, kind, None) for kind in _STATE} if _has_width(layer) else {}
             seen = self._seen[layer].parts() if layer in self._seen else {}
-            parts += [(layer, kind, part.detach()) for kind, part in {**held, **seen}.items() if part is not None]
+            parts += [(layer, kind, part.detach()) for kind, part in {**state, **seen}.items() if part is not None]
         values: dict[_BatchNorm, dict[str, Tensor]] = {layer: {} for layer in self._layers}
         for (layer, kind, _), value in zip(parts, _to_host([part for _, _, part in parts]), strict=True):
             values[layer][kind] = value
@@ -168,7 +169,7 @@ class Monitor:
 
 
 @dataclass
-class _Seen:
+class _LayerRecord:
     """The record of one layer's watched forward passes, on the layer's device."""
 
     record: Tensor  # see `nn.recorder`
@@ -176,7 +177,7 @@ class _Seen:
     running_var: Tensor | None
 
     @classmethod
-    def by(cls, layer: _BatchNorm, device: torch.device) -> _Seen:
+    def by(cls, layer: _BatchNorm, device: torch.device) -> _LayerRecord:
         """An empty record of `layer`; `device` is used for a layer that has no tensor of its own."""
         device = next((tensor.device for tensor in layer.state_dict().values()), device)
         mean, var = (None if buffer is None else buffer.clone() for buffer in (layer.running_mean, layer.running_var))
@@ -207,23 +208,23 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _snapshot(layer: _BatchNorm, values: dict[str, Tensor]) -> LayerSnapshot:
-    held: dict[str, Any] = {kind: values.get(kind) for kind in _HELD}
-    held |= {
+    state: dict[str, Any] = {kind: values.get(kind) for kind in _STATE}
+    state |= {
         "stats_frozen": isinstance(layer, SyncBatchNorm) and layer.stats_frozen,
         "affine_frozen": _is_affine_frozen(layer),
     }
     if "record" not in values:
-        return LayerSnapshot(**held)
+        return LayerSnapshot(**state)
     packed, between, total, calls = split_record(values["record"])
     moments = Moments(packed)
     count, mean, drift = moments.count, moments.mean, None
     if count == 0:
-        return LayerSnapshot(**held)
+        return LayerSnapshot(**state)
     if "mean_before" in values:
         drift = (mean - values["mean_before"]).abs() / (values["var_before"] + layer.eps).sqrt()
     by_batch = bool(calls > 0)
     return LayerSnapshot(
-        **held,
+        **state,
         batch_mean=mean,
         batch_var=moments.var,
         drift=drift,

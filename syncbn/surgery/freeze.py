@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncbn.nn.batchnorm import SyncBatchNorm
 from syncbn.nn.frozen import freeze_parameters, has_frozen_parameters, own_parameters, unfreeze_parameters
 from syncbn.nn.patterns import Patterns, select
-from syncbn.surgery.freeze_checks import check_can_freeze_stats, check_can_hold, check_sharers
+from syncbn.surgery.freeze_checks import check_can_freeze_stats, check_sharers, check_stays_frozen
 
 
 def freeze(
@@ -71,7 +71,7 @@ def unfreeze(
     Warns:
         UserWarning: parameters that need no gradient, and were not there at `freeze`.
     """
-    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights, holds=False)
+    targets = freezable(module, match, exclude, stats=stats, affine=affine, weights=weights, to_freeze=False)
     apply_switches(module, [(target, switch, False) for target, switches in targets.values() for switch in switches])
     return list(targets)
 
@@ -120,13 +120,13 @@ def freezable(
     stats: bool,
     affine: bool,
     weights: bool,
-    holds: bool = True,
+    to_freeze: bool = True,
 ) -> dict[str, tuple[nn.Module, list[str]]]:
     """The selected modules by name, each with those of the requested switches that it has; modules without any are
     left out.
 
     Args:
-        holds: whether modules are rejected that would not stay as they are.
+        to_freeze: False to unfreeze, where a module that could not stay frozen is no error.
 
     Raises: the errors of `freeze`, except those of layers that share statistics.
     """
@@ -145,9 +145,9 @@ def freezable(
                 switches.append("affine")
         elif weights and has_parameters:
             switches.append("weights")
-        if holds:
+        if to_freeze:
             own = affine if isinstance(candidate, _BatchNorm) else weights
-            check_can_hold(name, candidate, stats=stats, weights=own)
+            check_stays_frozen(name, candidate, stats=stats, weights=own)
         if switches:
             found[name] = (candidate, switches)
     if not found:

@@ -33,7 +33,7 @@ def check_can_freeze_stats(name: str, layer: _BatchNorm) -> None:
         )
 
 
-def check_can_hold(name: str, module: nn.Module, *, stats: bool, weights: bool) -> None:
+def check_stays_frozen(name: str, module: nn.Module, *, stats: bool, weights: bool) -> None:
     """Rejects a module of which a forward writes statistics or parameters although they would be frozen.
 
     Args:

@@ -105,7 +105,7 @@ class FreezePlan:
         return warnings
 
     def frozen_at(self, model: nn.Module, step: int) -> dict[str, set[str]]:
-        """For every module that some rule selects, by name: which of its switches are frozen at this step."""
+        """Which switches are frozen at this step, by name, of every module that some rule selects."""
         frozen: dict[str, set[str]] = {}
         for rule in self.rules.values():
             for name, (_, switches) in rule.targets(model).items():

@@ -19,6 +19,7 @@ from syncbn.nn.bytecode import names_in
 from syncbn.nn.subclasses import SyncSubclass
 from syncbn.surgery.fusion_sites import has_hooks, kind_of
 from syncbn.surgery.fusion_tracing import UNSTEADY
+from syncbn.torch_compat import is_written
 
 # An input's further dimensions, one of which the layer's class accepts.
 _SIZES = ((2, 2), (2,), (2, 2, 2), ())
@@ -91,7 +92,7 @@ def _check_forward(layer: SyncSubclass, name: str, training: bool, reason: str) 
     if output is None:
         raise ValueError(f"{reason}, which could not be run")
     is_straight = len(steps) == 3 and steps[0] is steps[1] and steps[2] is output
-    if not is_straight or any(step._version for step in steps):
+    if not is_straight or any(map(is_written, steps)):
         raise ValueError(f"{reason}, which does more than to normalize and apply {name}")
 
 

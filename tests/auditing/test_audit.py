@@ -21,7 +21,7 @@ from syncbn import (
     new_bn_groups,
     unfreeze,
 )
-from syncbn.auditing.audit import GAP
+from syncbn.auditing.inputs import GAP
 from syncbn.auditing.rules import RULES, SEVERITIES, ordered, table
 from syncbn.auditing.state_dicts import audit_state_dict, bn_layers
 from tests.counting import collectives
@@ -337,7 +337,7 @@ def test_the_order_of_modules_counts_only_where_it_is_the_order_of_calls():
 
 def test_the_gap_of_a_healthy_model_is_far_below_what_counts():
     """Measured on the digits too: at most 0.14 from step 20 on, 0.04 at the end, with batches of 8 to 64 samples."""
-    from syncbn.auditing.audit import _divergence
+    from syncbn.auditing.inputs import _divergence
     from syncbn.auditing.probe import probe
 
     layer = trained(nn.BatchNorm2d(3))

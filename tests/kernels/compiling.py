@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
 from syncbn.kernels import cuda, cuda_step
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.kernels.triton import programs
 
 SHAPES = [(64, 64, 56, 56), (64, 2048, 7, 7), (2, 256, 14, 14), (256, 128), (1, 1, 2**31 + 8)]

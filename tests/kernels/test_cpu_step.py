@@ -5,7 +5,7 @@ import torch
 
 from syncbn import SyncBatchNorm
 from syncbn.kernels import cpu, cpu_step, operators
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from tests.kernels.test_cpu import as_layout, operators_of
 
 

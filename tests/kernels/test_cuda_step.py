@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.kernels import cuda, cuda_step
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.kernels.triton import launch_plan
 from tests.kernels.test_cuda import DEVICE, _tiles, clear_plans, make
 

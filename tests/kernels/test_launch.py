@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from syncbn.kernels.triton import launch as launching
-from syncbn.kernels.triton.launch_plan import Blocks
+from syncbn.kernels.triton.launch_plan import LaunchOptions
 
 
 class Program:
@@ -38,7 +38,7 @@ def program(monkeypatch):
 
 
 def test_the_second_launch_calls_what_the_first_compiled(program):
-    a, b, blocks = torch.ones(4), torch.ones(4), Blocks({"BLOCK": 8, "num_warps": 4})
+    a, b, blocks = torch.ones(4), torch.ones(4), LaunchOptions({"BLOCK": 8, "num_warps": 4})
     launching.launch(program, (2, 3, 1), (a, b), (4,), blocks)
     launching.launch(program, (5, 1, 1), (b, a), (9,), blocks)
     assert program.compiled == [((2, 3, 1), (a, b, 4), {"BLOCK": 8, "num_warps": 4})]
@@ -59,7 +59,7 @@ def test_the_second_launch_calls_what_the_first_compiled(program):
     ids=["type", "none", "first not aligned", "second not aligned"],
 )
 def test_what_a_kernel_was_not_compiled_for_is_compiled(program, change):
-    a, b, blocks = torch.ones(4), torch.ones(4), Blocks({"BLOCK": 8})
+    a, b, blocks = torch.ones(4), torch.ones(4), LaunchOptions({"BLOCK": 8})
     launching.launch(program, (1, 1, 1), (a, b), (4,), blocks)
     changed = change(a, b)
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_what_a_kernel_was_not_compiled_for_is_compiled(program, change):
 
 
 def test_launches_that_a_hook_observes_take_the_public_way(program, monkeypatch):
-    a, b, blocks = torch.ones(4), torch.ones(4), Blocks({"BLOCK": 8})
+    a, b, blocks = torch.ones(4), torch.ones(4), LaunchOptions({"BLOCK": 8})
     launching.launch(program, (1, 1, 1), (a, b), (4,), blocks)
     monkeypatch.setattr(launching._knobs.launch_enter_hook, "calls", [print])
     launching.launch(program, (1, 1, 1), (a, b), (4,), blocks)
@@ -80,7 +80,7 @@ def test_launches_that_a_hook_observes_take_the_public_way(program, monkeypatch)
 
 
 def test_a_tensor_on_another_device_is_left_to_triton_which_says_so(program):
-    a, b, blocks = torch.ones(4), torch.ones(4), Blocks({"BLOCK": 8})
+    a, b, blocks = torch.ones(4), torch.ones(4), LaunchOptions({"BLOCK": 8})
     launching.launch(program, (1, 1, 1), (a, b), (4,), blocks)
     elsewhere = SimpleNamespace(dtype=b.dtype, data_ptr=b.data_ptr, get_device=lambda: 0)
     launching.launch(program, (1, 1, 1), (a, elsewhere), (4,), blocks)
@@ -90,5 +90,5 @@ def test_a_tensor_on_another_device_is_left_to_triton_which_says_so(program):
 def test_versions_of_triton_that_were_not_tried_take_the_public_way(program, monkeypatch):
     monkeypatch.setattr(launching, "_is_direct", False)
     for _ in range(2):
-        launching.launch(program, (1, 1, 1), (torch.ones(4), None), (4,), Blocks({"BLOCK": 8}))
+        launching.launch(program, (1, 1, 1), (torch.ones(4), None), (4,), LaunchOptions({"BLOCK": 8}))
     assert (len(program.compiled), program.started) == (2, [])

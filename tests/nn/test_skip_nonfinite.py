@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from syncbn import SyncBatchNorm, accumulate_stats, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.kernels import cuda, reference
-from syncbn.kernels.cuda_step import Statistics
+from syncbn.kernels.step import Statistics
 from syncbn.nn.functional import _move_if_finite
 from syncbn.stats.precise_bn import precise_bn
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from syncbn.torch_compat import pytree
 
 
 def num_samples(inputs: Any) -> int:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from syncbn.auditing.parity.errors import ParityError, one_line
+from syncbn.auditing.parity.errors import ParityError, type_and_message
 from syncbn.auditing.parity.parity import compare
 from syncbn.auditing.parity.rules import is_fault
 from syncbn.auditing.rules import table
@@ -56,7 +56,7 @@ def imported(argument: str, name: str) -> Any:
     try:
         found = importlib.import_module(module)
     except Exception as error:
-        raise ParityError(f"{argument}: {module} cannot be imported ({one_line(error)})") from None
+        raise ParityError(f"{argument}: {module} cannot be imported ({type_and_message(error)})") from None
     if not hasattr(found, attribute):
         raise ParityError(f"{argument}: {module} has nothing of the name {attribute!r}")
     return getattr(found, attribute)

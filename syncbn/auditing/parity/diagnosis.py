@@ -17,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import isfinite
 from typing import Any
 
-from syncbn.auditing.parity import cures
+from syncbn.auditing.parity import remedies
 from syncbn.auditing.parity.batches import other_cuts, uneven
-from syncbn.auditing.parity.comparison import LIMITS, Comparison, Difference, SizeResult, in_words, result_of
+from syncbn.auditing.parity.comparison import LIMITS, Comparison, SizeResult, result_of
 from syncbn.auditing.parity.errors import ParityError
-from syncbn.auditing.parity.probes import LossCut
-from syncbn.auditing.parity.processes import JobError, Ranks
+from syncbn.auditing.parity.findings import Findings, ranks_in_words
+from syncbn.auditing.parity.loss_cut import LossCut
+from syncbn.auditing.parity.processes import JobError, RankProcesses
 from syncbn.auditing.parity.recorder import LOSS
-from syncbn.auditing.parity.rules import found
+from syncbn.auditing.parity.remainder import explain_rest
 from syncbn.auditing.parity.steps import Trial
 from syncbn.auditing.parity.subject import Facts, owner_of
 from syncbn.auditing.parity.worker import Failure
@@ -45,12 +45,11 @@ class Diagnosis:
     """
 
     def __init__(
-        self, ranks: Ranks, num: int, world_sizes: Sequence[int], steps: int, report: Callable[[str], None]
+        self, ranks: RankProcesses, num: int, world_sizes: Sequence[int], steps: int, report: Callable[[str], None]
     ) -> None:
         self.ranks, self.num, self.steps, self.report = ranks, num, steps, report
         self.world_sizes = sorted({*world_sizes} - {1})
         self.sizes: list[SizeResult] = []
-        self._findings: dict[tuple[str, str], tuple[float, Finding]] = {}
         self._references: set[bool] = set()
         self._losses: dict[tuple[int, ...], LossCut] = {}
 
@@ -59,18 +58,22 @@ class Diagnosis:
         facts = self.facts
         self.report(f"one process, {self.num} samples, {self.steps} steps, {str(facts.dtype).removeprefix('torch.')}")
         if facts.refusal is not None:
-            self._add("float64-refused", "", error=facts.refusal, limit=LIMITS[facts.dtype])
+            self._findings.add("float64-refused", "", error=facts.refusal, limit=LIMITS[facts.dtype])
         for cut in self._cuts:
             self._judge(cut)
         if facts.empty_shard is not None:
-            self._add("empty-shard", facts.empty_shard[0], error=facts.empty_shard[1])
-        return [finding for _, finding in sorted(self._findings.values(), key=lambda one: one[0])]
+            self._findings.add("empty-shard", facts.empty_shard[0], error=facts.empty_shard[1])
+        return self._findings.in_order()
 
     @cached_property
     def facts(self) -> Facts:
         """What one process has told."""
         facts: Facts = self._alone("describe")
         return facts
+
+    @cached_property
+    def _findings(self) -> Findings:
+        return Findings(self.facts.order)
 
     def _alone(self, name: str, *arguments: Any) -> Any:
         """A job of one process; a ParityError if it fails."""
@@ -114,7 +117,7 @@ class Diagnosis:
             if current is None or not current.is_clean:
                 trial, current = stage(trial, current)
         if current is not None and not current.is_clean:
-            self._explain_rest(current)
+            explain_rest(current, self.facts, self._mixing, self._findings)
 
     def _confirm(self, trial: Trial) -> None:
         """Trains the same under DDP too."""
@@ -123,9 +126,9 @@ class Diagnosis:
             return
         wrapped = self._train(replace(trial, under_ddp=True))
         if isinstance(wrapped, Failure):
-            self._add("ddp-refused", wrapped.where, error=wrapped.text)
+            self._findings.add("ddp-refused", wrapped.where, error=wrapped.text)
         elif wrapped.first is not None:
-            self._add("ddp-refused", wrapped.first.place.name, wrapped.first.size, error="they differ")
+            self._findings.add("ddp-refused", wrapped.first.place.name, wrapped.first.size, error="they differ")
 
     def _train_synchronized(self, trial: Trial) -> bool:
         return isinstance(self._train(replace(trial, synchronized=True)), Comparison)
@@ -147,17 +150,19 @@ class Diagnosis:
             difference, whole = (sum(parts) for parts in zip(*squares, strict=True))
             size = (difference / whole) ** 0.5 if whole else 0.0
             if size > limit:
-                self._add(
+                self._findings.add(
                     "local-batch-norm",
                     name,
                     size,
                     detail="",
-                    cure=cures.CONVERT if self._is_layer(name) else cures.CALL,
+                    remedy=remedies.CONVERT if self._is_layer(name) else remedies.CALL,
                 )
         for name in after.outcomes[0].sub_groups:
             size = before.size_at("output", name) if before is not None else 0.0
             if size > limit:
-                self._add("local-batch-norm", name, size, detail=" and those of its sub-group", cure=cures.GROUP)
+                self._findings.add(
+                    "local-batch-norm", name, size, detail=" and those of its sub-group", remedy=remedies.GROUP
+                )
         return remedied, after
 
     def _is_layer(self, name: str) -> bool:
@@ -173,7 +178,7 @@ class Diagnosis:
         if isinstance(after, Failure):
             return trial, before
         for name, size in self._random.items():
-            self._add("random-per-rank", name, size)
+            self._findings.add("random-per-rank", name, size)
         return remedied, after
 
     @cached_property
@@ -212,7 +217,7 @@ class Diagnosis:
             self._look_at_loss(self._cuts)
         cut, world_size = self._losses[trial.sizes], len(trial.sizes)
         if cut.weights is None:
-            self._add("mixes-samples", LOSS, cut.difference, detail="", cure=cures.GATHER)
+            self._findings.add("mixes-samples", LOSS, cut.difference, detail="", remedy=remedies.GATHER)
             return trial, before
         if self.facts.has_count or self._is_even(cut):
             return trial, before
@@ -224,63 +229,12 @@ class Diagnosis:
         size = cut.difference if cut.is_known or before is None else before.size_at("loss", LOSS)
         weights = ", ".join(f"{weight:.3g}" for weight in cut.weights)
         if all(abs(weight - 1) < LIMITS[self.facts.dtype] for weight in cut.weights):
-            what, cure = f"it is a sum, and DDP takes the average of {world_size} ranks", cures.SCALE
+            what, remedy = f"it is a sum, and DDP takes the average of {world_size} ranks", remedies.SCALE
         else:
             what = f"it is a mean over what each rank has ({weights} of the whole), and DDP weighs all ranks equally"
-            cure = cures.COUNT
-        self._add("loss-per-rank", LOSS, size, found=what, cure=cure)
+            remedy = remedies.COUNT
+        self._findings.add("loss-per-rank", LOSS, size, observed=what, remedy=remedy)
         return remedied, after
-
-    def _explain_rest(self, current: Comparison) -> None:
-        first = current.first
-        assert first is not None
-        some, local = self._find_buffers(current)
-        for name in self._mixing:
-            size = current.size_at("output", name)
-            size = size if 0 < size < float("inf") else self._mixing[name]
-            state = [buffer for buffer in local if self._is_state_of(name, owner_of(buffer))]
-            detail = f"; state fed by local samples: {', '.join(state)}" if state else ""
-            self._add("mixes-samples", name, size, detail=detail, cure=cures.FEED if state else cures.GATHER)
-        is_mixed = bool(self._mixing) or (LOSS, "mixes-samples") in self._findings
-        if not is_mixed and first.place.kind == "buffer":
-            for name in local:
-                size = current.size_at("buffer", name)
-                self._add("buffer-of-local-samples", owner_of(name), size, buffer=name)
-        if not (self._has_unused() or self._explains(first, some, local, is_mixed)):
-            self._add("unexplained", first.place.name, first.size, what=in_words(first))
-
-    def _is_state_of(self, name: str, owner: str) -> bool:
-        """Whether a buffer's module belongs to the one of this name, and is no batch normalization."""
-        return owner not in self.facts.layers and (name in ("", owner) or owner.startswith(f"{name}."))
-
-    def _explains(self, first: Difference, some: list[str], local: list[str], is_mixed: bool) -> bool:
-        if first.place.kind == "buffer" and (some or local):
-            return True
-        if some and (first.step > 0 or first.place.name in map(owner_of, some)):
-            return True
-        if not is_mixed:
-            return False
-        if first.step > 0 or first.place.kind != "output":
-            return True
-        return any(
-            self._position(first.place.name) >= self._position(name) or name == "" or
-            first.place.name.startswith(f"{name}.")
-            for name in self._mixing
-        )  # fmt: skip
-
-    def _find_buffers(self, current: Comparison) -> tuple[list[str], list[str]]:
-        """Buffers that differ: those that some of the ranks move, which are findings, and all others."""
-        names = dict.fromkeys(one.place.name for one in current.differences if one.place.kind == "buffer")
-        some, local = [], []
-        for name in names:
-            ranks = [rank for rank, outcome in enumerate(current.outcomes) if name in outcome.buffers_moved]
-            if 0 < len(ranks) < len(current.outcomes):
-                some.append(name)
-                size = current.size_at("buffer", name)
-                self._add("buffer-of-some-ranks", owner_of(name), size, buffer=name, ranks=_ranks(ranks))
-            else:
-                local.append(name)
-        return some, local
 
     def _find_unused(self, base: Comparison, cut: tuple[int, ...]) -> None:
         """Adds a finding for each module with parameters that had no gradient, on the ranks where that is so."""
@@ -289,33 +243,19 @@ class Diagnosis:
             for name in outcome.without_gradient:
                 modules.setdefault(owner_of(name), set()).add(rank)
         for name, ranks in modules.items():
-            self._add("no-gradient", name, ranks="all ranks" if len(ranks) == len(cut) else _ranks(sorted(ranks)))
+            self._findings.add(
+                "no-gradient", name, ranks="all ranks" if len(ranks) == len(cut) else ranks_in_words(sorted(ranks))
+            )
 
     def _has_unused(self) -> bool:
         """Whether some parameter had no gradient, which explains what differs, and which DDP would not take."""
-        return any(rule == "no-gradient" for _, rule in self._findings)
+        return self._findings.has("no-gradient")
 
     def _add_failure(self, failure: Failure, cut: tuple[int, ...]) -> None:
         if failure.is_waiting:
-            self._add("ranks-part-ways", failure.where, rank=failure.rank, error=failure.text)
+            self._findings.add("ranks-part-ways", failure.where, rank=failure.rank, error=failure.text)
         else:
-            self._add("shard-refused", failure.where, rank=failure.rank, samples=cut[failure.rank], whole=self.num,
-                      error=failure.text)  # fmt: skip
-
-    def _position(self, name: str) -> float:
-        if name in ("loss", LOSS):
-            return len(self.facts.order)
-        position = {module: index for index, module in enumerate(self.facts.order)}
-        while name and name not in position:  # a module that did not run in one process: its parent's place
-            name = owner_of(name)
-        return position.get(name, len(position))
-
-    def _add(self, rule: str, layer: str, difference: float | None = None, **details: object) -> None:
-        shown = "loss" if layer in (LOSS, "the loss") else "" if layer == "the backward pass" else layer
-        difference = difference if difference is not None and isfinite(difference) else None
-        if (layer, rule) not in self._findings:
-            self._findings[layer, rule] = (self._position(layer), found(rule, shown, difference, **details))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+            samples = cut[failure.rank]
+            self._findings.add(
+                "shard-refused", failure.where, rank=failure.rank, samples=samples, whole=self.num, error=failure.text
+            )

@@ -7,7 +7,7 @@ class ParityError(RuntimeError):
     """Nothing can be said about the model; one line that names the reason and the remedy."""
 
 
-def one_line(error: BaseException) -> str:
+def type_and_message(error: BaseException) -> str:
     """Type and message of an exception in one line of at most 300 characters."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     return text if len(text) <= 300 else text[:297] + "..."

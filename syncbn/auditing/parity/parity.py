@@ -11,7 +11,7 @@ from torch import nn
 from syncbn.auditing.parity.batches import num_samples, uneven
 from syncbn.auditing.parity.comparison import SizeResult
 from syncbn.auditing.parity.diagnosis import Diagnosis
-from syncbn.auditing.parity.processes import Ranks, refuse_recursion
+from syncbn.auditing.parity.processes import RankProcesses, refuse_recursion
 from syncbn.auditing.rules import Finding
 
 TIMEOUT = 600.0  # seconds
@@ -93,7 +93,7 @@ def compare(
     num = num_samples(batch[0])
     for size in world_sizes:
         uneven(num, size)
-    with Ranks(max(world_sizes)) as ranks:
+    with RankProcesses(max(world_sizes)) as ranks:
         ranks.load((build, loss, (batch[0], batch[1])), timeout)
         diagnosis = Diagnosis(ranks, num, world_sizes, steps, report or (lambda line: None))
         return Result(diagnosis.run(), diagnosis.sizes)

@@ -1,24 +1,22 @@
-"""Questions to one process on the whole batch: what has samples, what draws, what mixes, what a loss averages."""
+"""Questions to one process on the whole batch: what has samples, what draws random numbers, what mixes samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from syncbn.auditing.parity.batches import call, loss_of, tensors
-from syncbn.auditing.parity.errors import ParityError, one_line
+from syncbn.auditing.parity.errors import ParityError, type_and_message
 from syncbn.auditing.parity.normalization import Neutral, neutralize
 from syncbn.auditing.parity.randomness import Silenced
 from syncbn.auditing.parity.recorder import LOSS, Place, Recorder, first_names, seed_everything
 from syncbn.auditing.parity.sketches import by_sample, squares
 from syncbn.auditing.parity.subject import Facts, Subject, state_of
+from syncbn.torch_compat import pytree
 
 _MOVED = 1e-9  # relative difference above which something has moved; forwards on the same samples agree to the bit
 
@@ -37,7 +35,7 @@ def describe(subject: Subject) -> Facts:
         except ParityError:
             raise
         except Exception as error:
-            refusal = refusal or one_line(error)
+            refusal = refusal or type_and_message(error)
             (subject.directory / "initial.pt").unlink(missing_ok=True)  # in the other dtype
             if dtype == torch.float32:
                 raise
@@ -106,7 +104,7 @@ class Probe:
 
 
 def _sample_dims(subject: Subject, dtype: torch.dtype) -> dict[Place, int]:
-    """For each tensor between modules the dimension that grows with the number of samples, found with fewer of them."""
+    """The dimension of each tensor between modules that grows with the number of samples, found with fewer of them."""
     num, fewer = subject.num, subject.num // 2 + 1
     probe = Probe(subject, dtype)
     probe.forward(subject.shard(0, num, dtype)[0])
@@ -132,7 +130,7 @@ def _try_empty_shard(subject: Subject, dtype: torch.dtype) -> tuple[str, str] | 
     try:
         probe.forward(subject.shard(0, 0, dtype)[0])
     except Exception as error:
-        return probe.recorder.where, one_line(error)
+        return probe.recorder.where, type_and_message(error)
     return None
 
 
@@ -156,84 +154,6 @@ def find_random(subject: Subject, facts: Facts) -> dict[str, float]:
         if _difference(drawn[Place("output", LOSS)], still[Place("output", LOSS)]) > _MOVED:
             found[name] = max(own, default=0.0)
     return found
-
-
-@dataclass(frozen=True)
-class LossCut:
-    """What the cut of the batch over ranks does to a loss."""
-
-    weights: tuple[float, ...] | None
-    """By rank, those with which the ranks' losses add up to the loss of the whole batch; None: there are none."""
-    difference: float
-    """Of the gradient that DDP makes of the ranks' losses from that of the whole batch, relative."""
-    is_known: bool = True
-    """False where the outputs cannot be cut, and the weights are those of the samples, on trial."""
-
-
-def cut_loss(subject: Subject, facts: Facts, cuts: Sequence[tuple[int, ...]]) -> list[LossCut]:
-    """Compares, for every cut, the gradients of the loss on the ranks' outputs with that on all outputs."""
-    inputs, targets = subject.shard(0, subject.num, facts.dtype)
-    outputs = Probe(subject, facts.dtype, is_neutral=False).forward(inputs)
-    dims = [facts.dims.get(Place("output", "", 0, leaf)) for leaf in range(len(tensors(outputs)))]
-    whole = _loss_gradients(subject, outputs, targets)
-    fits = [dim is not None and one.shape[dim] == subject.num for one, dim in zip(tensors(outputs), dims, strict=True)]
-    if not all(ok or gradient is None for ok, gradient in zip(fits, whole, strict=True)) or not any(fits):
-        return [LossCut(tuple(size / subject.num for size in sizes), 0.0, is_known=False) for sizes in cuts]
-    return [_cut_loss(subject, facts, outputs, dims, whole, sizes) for sizes in cuts]
-
-
-def _cut_loss(
-    subject: Subject,
-    facts: Facts,
-    outputs: Any,
-    dims: list[int | None],
-    whole: list[Tensor | None],
-    sizes: tuple[int, ...],
-) -> LossCut:
-    weights, difference, left, total, start = [], 0.0, 0.0, 0.0, 0
-    for size in sizes:
-        positions = iter(dims)
-
-        def part(leaf: Tensor, start: int = start, size: int = size, positions: Any = positions) -> Tensor:
-            dim = next(positions)
-            return leaf if dim is None else leaf.narrow(dim, start, size)
-
-        _, targets = subject.shard(start, start + size, facts.dtype)
-        gradients = _loss_gradients(subject, pytree.tree_map_only(Tensor, part, outputs), targets)
-        theirs, mine = [], []
-        for one, other, dim in zip(whole, gradients, dims, strict=True):
-            if dim is not None and one is not None:
-                cut = one.narrow(dim, start, size)
-                theirs.append(cut.reshape(-1))
-                mine.append(torch.zeros_like(cut).reshape(-1) if other is None else other.reshape(-1))
-        expected, got = torch.cat(theirs).double(), torch.cat(mine).double()
-        is_empty = not bool(got.isfinite().all())  # the mean over nothing
-        got = torch.zeros_like(got) if is_empty else got
-        square = float(got.square().sum())
-        weight = float(got @ expected) / square if square else (0.0 if is_empty else size / subject.num)
-        weight = 1.0 if facts.has_count else weight
-        weights.append(weight)
-        left += float((expected - weight * got).square().sum())
-        averaged = got if facts.has_count else got / len(sizes)
-        difference += float("inf") if is_empty else float((expected - averaged).square().sum())
-        total += float(expected.square().sum())
-        start += size
-    limit = 1e-6 if facts.dtype == torch.float64 else 1e-2
-    size_of = (lambda value: (value / total) ** 0.5) if total else (lambda value: value**0.5)
-    return LossCut(tuple(weights) if size_of(left) <= limit else None, size_of(difference))
-
-
-def _loss_gradients(subject: Subject, outputs: Any, targets: Any) -> list[Tensor | None]:
-    """The gradient of the loss (its sum, if it has a count) for each output tensor; None for those it does not use."""
-    leaves = pytree.tree_map_only(Tensor, lambda one: one.detach().clone(), outputs)
-    wanted = [one.requires_grad_() for one in tensors(leaves) if one.is_floating_point()]
-    seed_everything(0)
-    with Silenced(lambda: LOSS):
-        total = loss_of(subject.loss, leaves, targets).total
-    if not total.requires_grad:
-        return [None for _ in tensors(leaves)]
-    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
-    return [next(found) if one.is_floating_point() else None for one in tensors(leaves)]
 
 
 def find_mixing(subject: Subject, facts: Facts, steps: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ class JobError(Exception):
         self.failure = failure
 
 
-class Ranks:
+class RankProcesses:
     """Processes that form groups of the first n of them, one job at a time; a context manager.
 
     After a failure all of them are ended, and the next job starts new ones.
@@ -185,7 +185,7 @@ class Ranks:
             process.join()
         self._ranks.clear()
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self) -> RankProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn.torch_compat import TorchDispatchMode, argument_names
 
 
 class Silenced(TorchDispatchMode):
@@ -33,7 +34,7 @@ class Silenced(TorchDispatchMode):
 
 def _silent(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """The result of a random operator with the mean in the place of each draw."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | keywords
+    given = dict(zip(argument_names(func), args, strict=False)) | keywords
     name = func.overloadpacket.__name__
     if "dropout_p" in given:  # attention
         return func(**{**given, "dropout_p": 0.0})

@@ -30,7 +30,7 @@ class Place:
     leaf: int = 0
 
 
-Seen = Callable[[Place, Tensor], None]
+OnTensor = Callable[[Place, Tensor], None]
 
 
 def first_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -56,7 +56,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        seen: Seen | None = None,
+        seen: OnTensor | None = None,
         *,
         shows: Callable[[str], None] = lambda name: None,
         watches_randomness: bool = False,

@@ -8,7 +8,7 @@ from syncbn.auditing.rules import Finding, Rule
 RULES = {
     "local-batch-norm": Rule.error(
         "it normalizes with the samples of its rank alone{detail}",
-        "{cure}",
+        "{remedy}",
     ),
     "random-per-rank": Rule.error(
         "it draws random numbers, which are others on every rank and for every cut of the batch",
@@ -16,12 +16,12 @@ RULES = {
         " else it is noise that training may want, and no two world sizes give the same numbers",
     ),
     "loss-per-rank": Rule.error(
-        "{found}",
-        "{cure}",
+        "{observed}",
+        "{remedy}",
     ),
     "mixes-samples": Rule.error(
         "one sample changes the outputs of others, and a rank has its own samples alone{detail}",
-        "{cure}",
+        "{remedy}",
     ),
     "no-gradient": Rule.error(
         "its parameters have no gradient on {ranks}: DDP waits for it, or raises",
@@ -66,7 +66,7 @@ RULES = {
 }
 
 
-def found(rule: str, layer: str, difference: float | None = None, **details: object) -> Finding:
+def new_finding(rule: str, layer: str, difference: float | None = None, **details: object) -> Finding:
     """A finding of `rule`; `details` fill the format fields of its texts."""
     entry = RULES[rule]
     return Finding(layer, rule, entry.severity, entry.remedy.format(**details), entry.why.format(**details), difference)

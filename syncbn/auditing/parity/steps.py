@@ -60,11 +60,11 @@ class Outcome:
     """What one rank has met."""
 
     measures: list[Measure] = field(default_factory=list)
-    """In the order of the network; none for the reference."""
+    """Differences from the reference, in the order of the network; none for the reference itself."""
     normalizations: Counter[str] = field(default_factory=Counter)
     """Calls of `F.batch_norm` that normalized with the batch, by module."""
     moved: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By module: what synchronizing changed, and the output, as sums of squares."""
+    """What synchronizing changed, and the output, as sums of squares by module."""
     sub_groups: list[str] = field(default_factory=list)
     """Layers that summed over some of the ranks, before they were synchronized."""
     without_gradient: list[str] = field(default_factory=list)

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from syncbn.auditing.parity.errors import ParityError, one_line
+from syncbn.auditing.parity.errors import ParityError, type_and_message
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=100)  # how long a rank waits for another one
 
@@ -80,7 +80,7 @@ def serve(rank: int, num_threads: int, connection: Connection, shown: Any) -> No
             build, loss, batch = torch.load(io.BytesIO(given[0]), weights_only=False)
             subject = Subject(build, loss, batch, Path(given[1]), show)
         except BaseException as error:
-            connection.send(Failure(rank, "import", one_line(error)))
+            connection.send(Failure(rank, "import", type_and_message(error)))
         else:
             connection.send(None)
 
@@ -103,21 +103,21 @@ def _outcome(rank: int, subject: Any, job: Job, where: Callable[[], str]) -> Any
         finally:
             dist.destroy_process_group()
     except BaseException as error:
-        text = one_line(error)
+        text = type_and_message(error)
         waiting = any(word in text for word in ("imed out", "imeout", "CollectiveError", "Connection closed by peer"))
         return Failure(rank, where(), str(error) if isinstance(error, ParityError) else text,
                        isinstance(error, ParityError), waiting)  # fmt: skip
 
 
 def _jobs() -> dict[str, Callable[..., Any]]:
-    from syncbn.auditing.parity import probes
+    from syncbn.auditing.parity import loss_cut, probes
     from syncbn.auditing.parity.steps import Steps
 
     return {
         "describe": probes.describe,
         "train": lambda subject, *arguments: Steps(subject, *arguments).run(),
         "random": probes.find_random,
-        "loss": probes.cut_loss,
+        "loss": loss_cut.cut_loss,
         "mixing": probes.find_mixing,
     }
 

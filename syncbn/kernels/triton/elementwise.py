@@ -48,7 +48,7 @@ def activated(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def through_activation(g, z, ACTIVATION: tl.constexpr):
+def activation_backward(g, z, ACTIVATION: tl.constexpr):
     """The gradient of an activation's input z, by that of its output; in the type of z."""
     wide = g.to(z.dtype)
     if ACTIVATION == "relu":

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from syncbn.kernels.triton.launch_plan import Blocks
+from syncbn.kernels.triton.launch_plan import LaunchOptions
 from syncbn.torch_compat import current_cuda_device, current_cuda_stream
 
 _TRIED = ("3.6.",)
@@ -38,7 +38,7 @@ def launch(
     grid: Sequence[int],
     tensors: Sequence[Tensor | None],
     scalars: Sequence[float],
-    blocks: Blocks,
+    options: LaunchOptions,
 ) -> None:
     """Starts a kernel on the current stream of the tensors' device.
 
@@ -47,17 +47,17 @@ def launch(
         grid: three sizes.
         tensors: the first one is not None.
         scalars: integers that the program does not specialize on, and floats of annotated types.
-        blocks: its constexprs and compile options.
+        options: its constexprs and compile options.
     """
     device = tensors[0].get_device()  # type: ignore[union-attr]
     if device >= 0 and device != current_cuda_device():
         with torch.cuda.device(device):
-            launch(program, grid, tensors, scalars, blocks)
+            launch(program, grid, tensors, scalars, options)
         return
     if not _is_direct:
-        program[grid](*tensors, *scalars, **blocks)
+        program[grid](*tensors, *scalars, **options)
         return
-    # What Triton compiles for, besides `blocks` and the width of its sizes: device, types, which arguments are None,
+    # What Triton compiles for, besides `options` and the width of its sizes: device, types, which arguments are None,
     # and which pointers are aligned.
     kind: list[Any] = [device]
     pointers: list[int | None] = []
@@ -76,7 +76,7 @@ def launch(
         for address in pointers:
             kind.append(address is None or address % _ALIGNMENT == 0)
     key = tuple(kind)
-    kernel = blocks.kernels.get(key)
+    kernel = options.kernels.get(key)
     if (
         kernel is None
         or is_elsewhere  # Triton then says what is wrong; a wrong pointer would crash the process
@@ -84,9 +84,9 @@ def launch(
         or getattr(_knobs.launch_enter_hook, "calls", True)
         or getattr(_knobs.launch_exit_hook, "calls", True)
     ):
-        compiled = program[grid](*tensors, *scalars, **blocks)
-        constants = [blocks[name] for name in program.arg_names[len(tensors) + len(scalars) :]]
-        _keep(blocks.kernels, key, compiled, constants)
+        compiled = program[grid](*tensors, *scalars, **options)
+        constants = [options[name] for name in program.arg_names[len(tensors) + len(scalars) :]]
+        _keep(options.kernels, key, compiled, constants)
     else:
         kernel.start(*grid, current_cuda_stream(device), *kernel.options, *pointers, *scalars, *kernel.constants)
 

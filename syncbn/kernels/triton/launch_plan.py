@@ -8,34 +8,45 @@ from typing import Any, NamedTuple
 
 from syncbn.kernels.activations import ACTIVATIONS
 
-# Values of a tile: in a reduction, in an elementwise kernel, and in an elementwise kernel on a small activation (of
-# which there would be too few large tiles to keep all multiprocessors busy). Chosen by what fits into registers.
-_SUM_TILE, _TILE, _SMALL_TILE = 2048, 2048, 512
-# Values per thread of a small tile in a reduction.
-_THREAD_VALUES = 8
-# Of a reduction with many tiles per program (more than _FEW_TILES in planes): how many values are added up before they
-# are accumulated (see `tiles.folded`), and how many tiles are on their way from memory at a time.
-_FOLD, _STAGES, _FEW_TILES = 4, 3, 4
-# Warps per program: of reductions (where 4 would not do for their registers, 8), of the kernels that combine partial
-# sums, and of elementwise kernels.
-_SUM_WARPS, _MANY_SUM_WARPS, _COMBINE_WARPS, WARPS = 4, 8, 8, 4
-# Most columns of a tile: in planes, positions of a plane; in rows, channels (few, so that there are rows to sum; and
-# fewer in a small activation, of at most so many bytes, which has few rows).
-_WIDEST_PLANE, _WIDEST_ROW, _WIDEST_SMALL_ROW, _SMALL_ROWS = 1024, 32, 16, 2**23
+# Tiles are as large as fits into registers.
+_SUM_TILE = 2048  # values of a tile in a reduction
+_TILE = 2048  # values of a tile in an elementwise kernel
+_SMALL_TILE = 512  # the same on a small activation, of which larger tiles would be too few to keep the device busy
+_THREAD_VALUES = 8  # values per thread of a small tile in a reduction
+
+_FEW_TILES = 4  # in planes, a program of a reduction with no more tiles than these neither folds nor loads ahead
+_FOLD = 4  # values that are added up before they are accumulated (see `tiles.folded`)
+_STAGES = 3  # tiles that are on their way from memory at a time
+
+# Warps per program.
+_SUM_WARPS = 4  # of a reduction
+_MANY_SUM_WARPS = 8  # of a reduction that needs more registers than those of 4 warps
+_COMBINE_WARPS = 8  # of the kernels that combine partial sums
+WARPS = 4  # of an elementwise kernel
+
+# Most columns of a tile.
+_WIDEST_PLANE = 1024  # in planes: positions of a plane
+_WIDEST_ROW = 32  # in rows: channels, few of them, so that there are rows to sum
+_WIDEST_SMALL_ROW = 16  # in rows of a small activation, which has few
+_SMALL_ROWS = 2**23  # bytes up to which an activation in rows is small
 # Most rows of a tile in an elementwise kernel over small planes, unless the tile has at most _SMALL_TILE values: each
 # row has a channel of its own, whose per-channel values take registers.
 _MOST_PLANES = 16
-# Of reductions: programs to aim at per multiprocessor, and the fewest tiles that are worth a program, in planes and in
-# rows.
-_PROGRAMS_PER_PROCESSOR, _TILES_PER_PROGRAM, _TILES_PER_ROWS_PROGRAM = 4, 4, 2
-# Most tiles of a channel that a program of `whole_channels` reads twice, and the fewest channels that are not split
-# although there are as many (there should be a program for each multiprocessor, or nearly).
-_MOST_TILES_TWICE, _UNSPLIT_CHANNELS = 8, 128
-# Of the kernels that combine partial sums: channels per program, and values of a tile (splits times channels).
-_COMBINED_CHANNELS, _COMBINED_NUMBERS = 8, 4096
+
+# How a reduction is split.
+_PROGRAMS_PER_PROCESSOR = 4  # programs to aim at per multiprocessor
+_TILES_PER_PROGRAM = 4  # the fewest tiles that are worth a program, in planes
+_TILES_PER_ROWS_PROGRAM = 2  # the same in rows
+_MOST_TILES_TWICE = 8  # most tiles of a channel that a program of `whole_channels` reads twice
+# With this many channels, those of so few tiles are not split: there is a program for each multiprocessor, or nearly.
+_UNSPLIT_CHANNELS = 128
+
+# Of the kernels that combine partial sums.
+_COMBINED_CHANNELS = 8  # channels per program
+_COMBINED_NUMBERS = 4096  # values of a tile, splits times channels
 
 
-class Blocks(dict[str, Any]):
+class LaunchOptions(dict[str, Any]):
     """Constexprs and compile options of a kernel's launches, by name, for one layout (whose sizes never differ).
 
     Attributes:
@@ -60,41 +71,41 @@ class Layout(NamedTuple):
     last: bool
 
 
-class Sums(NamedTuple):
+class ReductionPlan(NamedTuple):
     """Launch plan of a reduction, and of the kernel that combines its partial sums (`combine`)."""
 
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across, tiles_per_split
-    moments: Blocks
-    partial_moments: Blocks  # stores partial sums even where there is one split
-    backward_sums: dict[str | None, Blocks]  # by activation
+    moments: LaunchOptions
+    partial_moments: LaunchOptions  # stores partial sums even where there is one split
+    backward_sums: dict[str | None, LaunchOptions]  # by activation
     combine_grid: tuple[int, int, int]
-    combine_moments: Blocks
-    combine_and_finish: Blocks
-    combine_backward_sums: Blocks
-    channels: Channels | None
+    combine_moments: LaunchOptions
+    combine_and_finish: LaunchOptions
+    combine_backward_sums: LaunchOptions
+    whole_channels: ChannelPlan | None
 
 
-class Channels(NamedTuple):
+class ChannelPlan(NamedTuple):
     """Launch plan of the kernels of `whole_channels`, for activations that they are made for."""
 
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, planes, units, tiles, tiles_across
-    forward: dict[str | None, Blocks]  # by activation
-    backward: dict[str | None, Blocks]
+    forward: dict[str | None, LaunchOptions]  # by activation
+    backward: dict[str | None, LaunchOptions]
 
 
-class Passes(NamedTuple):
+class ElementwisePlan(NamedTuple):
     """Launch plan of an elementwise kernel."""
 
     grid: tuple[int, int, int]
     sizes: tuple[int, ...]  # num_channels, rows, units, tiles_across
-    backward_elementwise: Blocks
-    normalize: dict[str | None, Blocks]  # by activation
+    backward_elementwise: LaunchOptions
+    normalize: dict[str | None, LaunchOptions]  # by activation
 
 
 @lru_cache(maxsize=4096)
-def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
+def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> ReductionPlan:
     """Plans a reduction: its tiles, and over how many programs (`grid[1]`) each channel is split."""
     width, height = _block(layout, _SUM_TILE, itemsize)
     height = min(height, _power_of_two(layout.planes))
@@ -111,7 +122,7 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     at_a_time = min(_power_of_two(splits), _COMBINED_NUMBERS // _COMBINED_CHANNELS)
     common = {
         **_common(layout, unit, height, width),
-        **_ways(layout, itemsize, unit, per_split, height if layout.last else width),
+        **_fold_and_stages(layout, itemsize, unit, per_split, height if layout.last else width),
         "enable_fp_fusion": False,
     }
     few = max(1, height * width // (32 * _THREAD_VALUES))
@@ -121,23 +132,23 @@ def plan_sums(layout: Layout, itemsize: int, multiprocessors: int) -> Sums:
     is_single = {"SINGLE_SPLIT": splits == 1}
     combine = {"BLOCK_SPLITS": at_a_time, "BLOCK_CHANNELS": _COMBINED_CHANNELS, "num_warps": _COMBINE_WARPS,
                "enable_fp_fusion": False}  # fmt: skip
-    return Sums(
+    return ReductionPlan(
         (programs, splits, 1),
         (layout.channels, layout.planes, layout.size // unit, tiles, tiles_across, per_split),
-        Blocks({**moments, **is_single}),
-        Blocks({**moments, "SINGLE_SPLIT": False}),
+        LaunchOptions({**moments, **is_single}),
+        LaunchOptions({**moments, "SINGLE_SPLIT": False}),
         _with_activations({**backward, **is_single}),
         (ceil_div(layout.channels, _COMBINED_CHANNELS), 1, 1),
-        Blocks(combine),
-        Blocks(combine),
-        Blocks(combine),
+        LaunchOptions(combine),
+        LaunchOptions(combine),
+        LaunchOptions(combine),
         _plan_channels(layout, unit, tiles, tiles_across, moments, backward) if splits == 1 else None,
     )
 
 
 def _plan_channels(
     layout: Layout, unit: int, tiles: int, tiles_across: int, moments: dict[str, Any], backward: dict[str, Any]
-) -> Channels | None:
+) -> ChannelPlan | None:
     """Plans the kernels of `whole_channels`, by the constants of those that they share their sums with."""
     if layout.last or tiles > _MOST_TILES_TWICE:
         return None
@@ -145,11 +156,11 @@ def _plan_channels(
     forward, backward = (
         {name: value for name, value in blocks.items() if name != "CHANNELS_LAST"} for blocks in (moments, backward)
     )
-    return Channels((layout.channels, 1, 1), sizes, _with_activations(forward), _with_activations(backward))
+    return ChannelPlan((layout.channels, 1, 1), sizes, _with_activations(forward), _with_activations(backward))
 
 
 @lru_cache(maxsize=4096)
-def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
+def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> ElementwisePlan:
     """Plans an elementwise kernel."""
     rows = layout.planes if layout.last else layout.planes * layout.channels
     is_small = rows * layout.size < 4 * _TILE * multiprocessors
@@ -159,15 +170,15 @@ def plan_passes(layout: Layout, itemsize: int, multiprocessors: int) -> Passes:
     tiles_across = ceil_div(layout.size, width)
     unit = _unit(layout.size, itemsize)
     blocks = {**_common(layout, unit, height, width), "num_warps": WARPS, "enable_fp_fusion": False}
-    return Passes(
+    return ElementwisePlan(
         (ceil_div(rows, height) * tiles_across, 1, 1),
         (layout.channels, rows, layout.size // unit, tiles_across),
-        Blocks(blocks),
+        LaunchOptions(blocks),
         _with_activations(blocks),
     )
 
 
-def _ways(layout: Layout, itemsize: int, unit: int, tiles: int, length: int) -> dict[str, int]:
+def _fold_and_stages(layout: Layout, itemsize: int, unit: int, tiles: int, length: int) -> dict[str, int]:
     """FOLD and STAGES of a reduction, whose programs take `tiles` tiles each, of `length` values in a sum's direction.
 
     As measured: tiles on their way take memory of the multiprocessor, too much of it in float64; they are copied there
@@ -190,8 +201,8 @@ def _is_small(layout: Layout, itemsize: int) -> bool:
     return layout.planes * layout.size * itemsize <= _SMALL_ROWS
 
 
-def _with_activations(blocks: dict[str, Any]) -> dict[str | None, Blocks]:
-    return {activation: Blocks({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
+def _with_activations(blocks: dict[str, Any]) -> dict[str | None, LaunchOptions]:
+    return {activation: LaunchOptions({"ACTIVATION": activation, **blocks}) for activation in (None, *ACTIVATIONS)}
 
 
 def _block(layout: Layout, tile: int, itemsize: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from syncbn.kernels.triton.double_double import (
     two_product,
     two_sum,
 )
-from syncbn.kernels.triton.elementwise import normalized, through_activation, with_residual
+from syncbn.kernels.triton.elementwise import activation_backward, normalized, with_residual
 from syncbn.kernels.triton.tiles import (
     SIZES,
     accumulator,
@@ -226,7 +226,7 @@ def _store_sums(sums, affine, invstd, channel, num_channels, first, second):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_sums(
-    grad, input, mean, invstd, weight, bias, kept, through, partial, sums, affine, num_channels, planes, units,
+    grad, input, mean, invstd, weight, bias, kept, grad_z, partial, sums, affine, num_channels, planes, units,
     tiles, tiles_across, tiles_per_split, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
     INT64_OFFSETS: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
@@ -234,8 +234,8 @@ def backward_sums(
     """Sums of g and g * (x - mean) over a part of a channel.
 
     The sums are stored to `partial` (splits, 2, C) or, if one program covers the whole channel (`SINGLE_SPLIT`), to
-    `sums` and `affine` (see `reference.backward_reduce`). With an `ACTIVATION`, g is first taken back through it and
-    stored to `through` (see `reference.activated_reduce`).
+    `sums` and `affine` (see `reference.backward_reduce`). With an `ACTIVATION`, g is first made that of its input and
+    stored to `grad_z` (see `reference.activated_reduce`).
     """
     block, split = tl.program_id(0), tl.program_id(1)
     if INT64_OFFSETS:
@@ -261,8 +261,8 @@ def backward_sums(
             else:
                 z = normalized(x, mean, invstd, weight, bias, num_channels, channel, inside, x.dtype)
                 z = with_residual(z, kept, offset, exists, x.dtype)
-            g = tl.where(exists, through_activation(g, z, ACTIVATION), 0.0).to(x.dtype)
-            tl.store(through + offset, g, mask=exists)
+            g = tl.where(exists, activation_backward(g, z, ACTIVATION), 0.0).to(x.dtype)
+            tl.store(grad_z + offset, g, mask=exists)
         g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - high) - low, 0.0)
         first += folded(g, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLS, FOLD)

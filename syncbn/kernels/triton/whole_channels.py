@@ -14,10 +14,10 @@ import triton.language as tl
 from syncbn.kernels.triton.double_double import pack, store_float64
 from syncbn.kernels.triton.elementwise import (
     activated,
+    activation_backward,
     gradient_terms,
     scale_and_shift,
     scaled,
-    through_activation,
     with_residual,
 )
 from syncbn.kernels.triton.reductions import finish_channels
@@ -75,7 +75,7 @@ def forward_channel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_channel(
-    grad, input, output, mean, invstd, weight, bias, kept, through, affine, count, num_channels, planes, units, tiles,
+    grad, input, output, mean, invstd, weight, bias, kept, grad_z, affine, count, num_channels, planes, units, tiles,
     tiles_across, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
     FOLD: tl.constexpr, STAGES: tl.constexpr, INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +104,8 @@ def backward_channel(
                 z = tl.load(kept + offset, mask=exists, other=0.0).to(mean.dtype.element_ty)
             else:
                 z = with_residual(scaled(x, high, scale, shift, x.dtype), kept, offset, exists, x.dtype)
-            g = tl.where(exists, through_activation(g, z, ACTIVATION), 0.0).to(x.dtype)
-            tl.store(through + offset, g, mask=exists)
+            g = tl.where(exists, activation_backward(g, z, ACTIVATION), 0.0).to(x.dtype)
+            tl.store(grad_z + offset, g, mask=exists)
         g, x = g.to(tl.float64), x.to(tl.float64)
         centred = tl.where(exists, (x - wide_high) - wide_low, 0.0)
         first += folded(g, False, BLOCK_ROWS, BLOCK_COLS, FOLD)
@@ -120,7 +120,7 @@ def backward_channel(
     )
     source = grad
     if ACTIVATION is not None:
-        source = through
+        source = grad_z
         tl.debug_barrier()  # other threads may read what this one has stored
     for step in tl.range(0, tiles, num_stages=STAGES):
         offset, exists = reduced_tile(

@@ -106,7 +106,7 @@ def require_usable(tensors: Mapping[str, Any], *, complex_too: bool = False) -> 
     for name, tensor in tensors.items():
         if (reason := why_unusable(tensor, complex_too=complex_too)) is not None:
             kind = "numbers" if complex_too else "real numbers"
-            raise MalformedError(f"cannot be used: {shown(name)} {reason}, expected a dense tensor of {kind}")
+            raise MalformedError(f"cannot be used: {clipped(name)} {reason}, expected a dense tensor of {kind}")
 
 
 def check_values(value: Any, name: str = "") -> None:
@@ -119,9 +119,9 @@ def check_values(value: Any, name: str = "") -> None:
             check_values(below, name)
     elif isinstance(value, Tensor):
         if (reason := why_unusable(value, complex_too=True)) is not None:
-            raise MalformedError(f"is malformed: {shown(name)} {reason}; expected a dense tensor on the CPU")
+            raise MalformedError(f"is malformed: {clipped(name)} {reason}; expected a dense tensor on the CPU")
     elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise MalformedError(f"is malformed: {shown(name)} is a whole number of more than 64 bits")
+        raise MalformedError(f"is malformed: {clipped(name)} is a whole number of more than 64 bits")
 
 
 # Types of the parts. A dict with names lists required entries, further ones may be there; a dict with one type as its
@@ -165,23 +165,23 @@ def check_parts(content: Mapping[Any, Any]) -> None:
     for name in ("model", "average"):
         for key, value in content.get(name, {}).items():
             if not isinstance(value, Tensor) and not key.endswith("_extra_state"):
-                raise MalformedError(f"is malformed: {shown(f'{name}.{key}')} is {_word(value)}, expected a tensor")
+                raise MalformedError(f"is malformed: {clipped(f'{name}.{key}')} is {_word(value)}, expected a tensor")
 
 
 def _check(kind: Any, value: Any, name: str) -> None:
     if not _is(kind, value):
-        raise MalformedError(f"is malformed: {shown(name)} is {_word(value)}, expected {_expected(kind)}")
+        raise MalformedError(f"is malformed: {clipped(name)} is {_word(value)}, expected {_expected(kind)}")
     if isinstance(kind, dict):
         for key, below in kind.items():
             if isinstance(key, str):
                 if key not in value:
-                    raise MalformedError(f"is malformed: {shown(name)} has no {key!r}")
+                    raise MalformedError(f"is malformed: {clipped(name)} has no {key!r}")
                 _check(below, value[key], f"{name}.{key}")
                 continue
             for own, item in value.items():
                 if not _is(key, own):
                     raise MalformedError(
-                        f"is malformed: {shown(name)} has the key {_word(own)}, expected {_expected(key)}"
+                        f"is malformed: {clipped(name)} has the key {_word(own)}, expected {_expected(key)}"
                     )
                 _check(below, item, f"{name}.{own}")
     elif isinstance(kind, list):
@@ -217,11 +217,11 @@ def _word(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool | int | float | str):
-        return shown(repr(value))
+        return clipped(repr(value))
     return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def shown(name: object) -> str:
+def clipped(name: object) -> str:
     """A name out of a file in an error: printable, and not longer than a line has room for."""
     text = printable(str(name))
     return text if len(text) <= 100 else f"{text[:97]}..."

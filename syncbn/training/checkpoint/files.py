@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from syncbn.atomic_write import replacing
+from syncbn.report import file_names
 from syncbn.training.checkpoint import contents
 from syncbn.training.checkpoint.contents import MalformedError
-from syncbn.training.checkpoint.paths import BEST, RECALIBRATED, by_step, is_directory, size_of_file
+from syncbn.training.checkpoint.paths import by_step, is_directory, size_of_file
 from syncbn.training.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -128,14 +129,14 @@ def _check_digest(content: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredCheckpoint:
     """A checkpoint file that has been read and whose digest has been checked, so that neither is done again."""
 
     path: Path
     content: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def read(cls, path: Path, key: str) -> Stored:
+    def read(cls, path: Path, key: str) -> StoredCheckpoint:
         """Reads the file; see the function `read`."""
         return cls(path, read(path, key))
 
@@ -151,17 +152,17 @@ class Stored:
         return int(self.content["step"])
 
 
-def newest(run_dir: Path, key: str = "resume") -> Stored | None:
+def newest(run_dir: Path, key: str = "resume") -> StoredCheckpoint | None:
     """Reads the newest intact training checkpoint of a run directory; warns of each newer one that is damaged."""
     with _permitted(key):
-        whole = (read_whole(path, key) for path in reversed(by_step(run_dir / "checkpoints")))
+        whole = (read_whole(path, key) for path in reversed(by_step(run_dir / file_names.CHECKPOINTS)))
         return next((stored for stored in whole if stored is not None), None)
 
 
-def read_whole(path: Path, key: str = "resume") -> Stored | None:
+def read_whole(path: Path, key: str = "resume") -> StoredCheckpoint | None:
     """Reads an intact checkpoint of a run; for any other file logs a warning, which names the key, and returns None."""
     try:
-        stored = Stored.read(path, key)
+        stored = StoredCheckpoint.read(path, key)
         stored.require_run(key)
     except ConfigError as error:
         log.warning("%s; it is passed over", error)
@@ -169,7 +170,7 @@ def read_whole(path: Path, key: str = "resume") -> Stored | None:
     return stored
 
 
-def read_best_or_newest(path: Path, key: str) -> Stored:
+def read_best_or_newest(path: Path, key: str) -> StoredCheckpoint:
     """Reads a file, or of a run directory its best checkpoint, else the newest, else the one of task=recalibrate.
 
     Args:
@@ -179,14 +180,14 @@ def read_best_or_newest(path: Path, key: str) -> Stored:
         ConfigError: see `read`; or the directory has no checkpoint.
     """
     if not is_directory(path):
-        return Stored.read(path, key)
-    best, recalibrated = path / "checkpoints" / BEST, path / RECALIBRATED
+        return StoredCheckpoint.read(path, key)
+    best, recalibrated = path / file_names.CHECKPOINTS / file_names.BEST, path / file_names.RECALIBRATED
     with _permitted(key):
         if best.is_file():
-            return Stored.read(best, key)
+            return StoredCheckpoint.read(best, key)
         stored = newest(path, key)
         if stored is None and recalibrated.is_file():
-            stored = Stored.read(recalibrated, key)
+            stored = StoredCheckpoint.read(recalibrated, key)
     if stored is None:
         raise ConfigError(f"{key}: {str(path)!r} has no checkpoint under checkpoints/")
     return stored

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.output import unwritable
 from syncbn.training.distributed import world
-
-LOCK = "run.lock"
 
 _PATIENCE = 60.0  # seconds that a job waits for ranks that are leaving
 _SECOND_LOOK = 0.3  # seconds in which a holder writes its name, or a process that only looks lets go
@@ -129,7 +128,7 @@ def _take(directory: Path, us: Holder) -> Holder | None:
     Raises:
         OSError: no file can be opened there, or the file system has no locks.
     """
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(directory / file_names.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         start = time.monotonic()
         while not _try_lock(descriptor, fcntl.LOCK_EX):
@@ -145,7 +144,7 @@ def _take(directory: Path, us: Holder) -> Holder | None:
         os.ftruncate(descriptor, len(content))
     except OSError as error:
         os.close(descriptor)
-        error.filename = str(directory / LOCK)
+        error.filename = str(directory / file_names.LOCK)
         raise
     _held[directory.resolve()] = descriptor
     return None
@@ -187,7 +186,7 @@ def _held_around(directory: Path, us: Holder) -> tuple[Path, Holder] | None:
     parent = directory.parent
     if parent.resolve() not in _held and (holder := _holder(parent)) is not None and holder.multirun:
         return parent, holder
-    for path in sorted(directory.glob(f"*/{LOCK}")) if us.multirun else ():
+    for path in sorted(directory.glob(f"*/{file_names.LOCK}")) if us.multirun else ():
         if (holder := _holder(path.parent)) is not None and not us.is_same_job(holder):
             return path.parent, holder
     return None
@@ -196,7 +195,7 @@ def _held_around(directory: Path, us: Holder) -> tuple[Path, Holder] | None:
 def _holder(directory: Path) -> Holder | None:
     """The job that holds the lock of a directory; None if nobody does, or if there is no lock file."""
     try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(directory / file_names.LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:

@@ -9,8 +9,6 @@ from pathlib import Path
 from syncbn.training.config.errors import ConfigError
 
 _NAME = re.compile(r"step_(\d+)\.pt")
-BEST = "best.pt"
-RECALIBRATED = "recalibrated.pt"
 
 
 def size_of_file(path: Path, key: str) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
-from syncbn.training.checkpoint.files import Stored, newest
+from syncbn.report import file_names
+from syncbn.training.checkpoint.files import StoredCheckpoint, newest
 from syncbn.training.checkpoint.paths import by_step, is_directory
 from syncbn.training.config.errors import ConfigError, configured_by, listed
 from syncbn.training.config.output import OF_COMMAND
@@ -42,7 +43,7 @@ _GROUPS = (*SCHEMAS, "freeze", "tracker")
 _ANYTHING = ("experiment", "debug")  # config groups that may set any key
 
 
-def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
+def checkpoint_to_resume(config: Config, run_dir: Path) -> StoredCheckpoint | None:
     """Reads the checkpoint that this run resumes from; None for a new run.
 
     With `resume=PATH` a run starts from that path. Once it has checkpoints of its own, it resumes from the newest of
@@ -52,10 +53,10 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
         ConfigError: `resume=none` in a directory that already holds a run, no checkpoint of a run at the given path, or
             a run none of whose checkpoints is intact: to begin it anew would overwrite its records.
     """
-    present = newest(run_dir)
-    if present is None and (damaged := by_step(run_dir / "checkpoints")):
-        raise ConfigError(f"run: none of the {len(damaged)} checkpoints in {run_dir / 'checkpoints'} is intact; choose"
-                          " another name with run=..., or remove them to begin anew")  # fmt: skip
+    present, directory = newest(run_dir), run_dir / file_names.CHECKPOINTS
+    if present is None and (damaged := by_step(directory)):
+        raise ConfigError(f"run: none of the {len(damaged)} checkpoints in {directory} is intact; choose another name"
+                          " with run=..., or remove them to begin anew")  # fmt: skip
     if config.resume == "auto" or (present is not None and world.attempt() != "0"):
         return present  # after a restart by torchrun, whatever `resume` says
     if present is not None and config.resume == "none":
@@ -71,7 +72,7 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Stored | None:
         if found is None:
             raise ConfigError(f"resume: {config.resume!r} has no checkpoint under checkpoints/")
         return found
-    stored = Stored.read(path, "resume")
+    stored = StoredCheckpoint.read(path, "resume")
     stored.require_run("resume")
     return stored
 
@@ -81,7 +82,7 @@ def is_below(path: Path, directory: Path) -> bool:
     return Path(os.path.realpath(directory)) in Path(os.path.realpath(path)).parents
 
 
-def merge_with_stored(config: Config, checkpoint: Stored, overrides: Sequence[str]) -> Config:
+def merge_with_stored(config: Config, checkpoint: StoredCheckpoint, overrides: Sequence[str]) -> Config:
     """The configuration stored in the checkpoint, with the MAY_CHANGE keys that the command line sets.
 
     Args:
@@ -155,7 +156,7 @@ def record_classes(run_dir: Path, names: Sequence[str], context: RankContext) ->
     Raises:
         ConfigError: on every rank, the file has other classes: the resumed run began with them; or it is damaged.
     """
-    path = run_dir / "classes.json"
+    path = run_dir / file_names.CLASSES
     with failing_together():
         here = _read_classes(path) if context.is_first else None
     stored = world.on_all_ranks(here)[0]

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing
-from syncbn.training.checkpoint.files import Stored, read_whole, write_atomically
+from syncbn.report import file_names
+from syncbn.training.checkpoint.files import StoredCheckpoint, read_whole, write_atomically
 from syncbn.training.checkpoint.fit import fitted, of_same_form
-from syncbn.training.checkpoint.paths import BEST, by_step, step_of
-from syncbn.training.config.errors import ConfigError, RankError, printable
+from syncbn.training.checkpoint.paths import by_step, step_of
+from syncbn.training.config.errors import ConfigError, RankError, one_line, printable
 from syncbn.training.config.output import short, unwritable
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Checkpoints:
 
         One that does not fit the model is passed over, like one that is damaged.
         """
-        candidates = dict.fromkeys([self.directory / BEST, resumed_from.with_name(BEST)])
+        candidates = dict.fromkeys([self.directory / file_names.BEST, resumed_from.with_name(file_names.BEST)])
         for path in candidates:
             stored = read_whole(path) if path.exists() else None
             if stored is None or stored.step != step:
@@ -81,7 +82,7 @@ class Checkpoints:
         for later in by_step(self.directory):
             if step_of(later) > step:
                 later.rename(later.with_name(f"{later.name}.abandoned"))
-        own = self.directory / BEST
+        own = self.directory / file_names.BEST
         if best is not None and best != own:
             self.directory.mkdir(parents=True, exist_ok=True)
             with replacing(own) as temporary:
@@ -102,7 +103,7 @@ class Checkpoints:
     def save_best(self, step: int, model: nn.Module) -> None:
         """Copies the model's state dict and hands it to the background thread, as the best model so far."""
         content = {"step": step, **self.facts, "model": model.state_dict()}
-        self._submit(self.directory / BEST, content)
+        self._submit(self.directory / file_names.BEST, content)
 
     def wait(self) -> None:
         """Blocks until the pending write is on disk or has failed; does not raise its error."""
@@ -128,7 +129,7 @@ class Checkpoints:
             f" {begins}"
         ) from None
 
-    def load(self, stored: Stored, key: str) -> int:
+    def load(self, stored: StoredCheckpoint, key: str) -> int:
         """Loads the state of a checkpoint into the parts; returns the number of steps done.
 
         Args:
@@ -179,5 +180,5 @@ def load_into(part: Stateful, content: dict[str, Any], path: Path, key: str) -> 
     try:
         part.load_state_dict(fitted(part, content))
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = printable(" ".join(str(error).split()))[:240] or type(error).__name__
+        reason = printable(one_line(error))[:240]
         raise ConfigError(f"{key}: {path} does not fit this configuration: {reason}") from None

@@ -36,17 +36,19 @@ def read_model_weights(path: Path, key: str, entry: str | None = None) -> dict[s
     named: dict[str, Tensor] = {}
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise ConfigError(f"{key}: {str(path)!r} is not a state dict, it has the key {contents.shown(repr(name))};"
-                              " expected names of tensors")  # fmt: skip
+            got = contents.clipped(repr(name))
+            raise ConfigError(
+                f"{key}: {str(path)!r} is not a state dict, it has the key {got}; expected names of tensors"
+            )
         if not isinstance(value, Tensor):
             if name.endswith("_extra_state"):
                 continue
-            takes = f"; {_key_of_entry(key)}={contents.shown(name)} takes that one" if isinstance(value, dict) else ""
-            raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors, {contents.shown(name)!r} is a"
+            takes = f"; {_key_of_entry(key)}={contents.clipped(name)} takes that one" if isinstance(value, dict) else ""
+            raise ConfigError(f"{key}: {str(path)!r} is not a state dict of tensors, {contents.clipped(name)!r} is a"
                               f" {type(value).__name__}{takes if key.endswith('.path') else ''}")  # fmt: skip
         short = _without_wrapper(name)
         if short in named:
-            raise ConfigError(f"{key}: {str(path)!r} has {contents.shown(short)!r} twice, with and without a prefix")
+            raise ConfigError(f"{key}: {str(path)!r} has {contents.clipped(short)!r} twice, with and without a prefix")
         named[short] = value
     if not named:
         raise ConfigError(f"{key}: {str(path)!r} is not a state dict, it holds no tensor")
@@ -59,7 +61,7 @@ def _entry(content: dict[Any, Any], entry: str, path: Path, key: str) -> dict[An
     for part in [entry] if entry in content else entry.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     if not isinstance(found, dict):
-        names = [contents.shown(name) for name, value in content.items() if isinstance(value, dict)]
+        names = [contents.clipped(name) for name, value in content.items() if isinstance(value, dict)]
         has = f"it has {listed(names)}" if names else "it is a state dict itself, leave the key out"
         raise ConfigError(f"{_key_of_entry(key)}: {str(path)!r} has no state dict {entry!r}; {has}")
     return found

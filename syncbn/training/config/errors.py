@@ -76,6 +76,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an exception without its line breaks; the name of its type if there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """The text with line breaks, terminal escapes and other unprintable characters written as backslash escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.targets import described, find_target
 
 
@@ -41,7 +41,7 @@ def build_target(key: str, node: Mapping[str, Any], kind: type | None = None, **
     except InstantiationException as error:
         raise ConfigError(f"{key}._target_={name}: {_reason(error.__cause__ or error, taken)}") from None
     except (AttributeError, ValueError, TypeError) as error:  # raised by inspect.signature
-        raise ConfigError(f"{key}._target_={name}: {_one_line(error)}") from None
+        raise ConfigError(f"{key}._target_={name}: {one_line(error)}") from None
     if kind is not None and not isinstance(built, kind):
         raise ConfigError(f"{key}._target_={name}: expected a {_shown(kind)}, got {type(built).__name__}")
     return built
@@ -74,11 +74,7 @@ def _reason(error: BaseException, taken: Collection[str]) -> str:
     """Of wrong arguments the message; of any other exception its type too, and where the user's code raised it."""
     if not isinstance(error, ValueError | TypeError):
         return described(error)
-    text = _one_line(error)
+    text = one_line(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     near = get_close_matches(unknown[1], taken, n=1) if unknown else []
     return f"{text}; did you mean {near[0]}?" if near else text
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

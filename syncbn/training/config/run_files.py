@@ -7,16 +7,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError
 
-NONFINITE = "nonfinite.jsonl"  # the samples of steps whose loss or gradient was not finite
-
 # What is written into a run directory, or a multirun's.
-_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "classes.json", "audit.json", "layers.json",
-          NONFINITE, "check.json", "predictions.csv", "summary.json", "mistakes.json", "report.html",
-          "recalibrated.pt", "run.lock", "multirun.yaml")  # fmt: skip
+_FILES = (
+    file_names.CONFIG, file_names.ENVIRONMENT, file_names.METRICS, file_names.CLASSES, file_names.AUDIT,
+    file_names.LAYERS, file_names.NONFINITE, file_names.CHECK, file_names.PARITY, file_names.PREDICTIONS,
+    file_names.SUMMARY, file_names.MISTAKES, file_names.REPORT, file_names.RECALIBRATED, file_names.LOCK,
+    file_names.MULTIRUN,
+)  # fmt: skip
 _LOGS = "train*.log"
-_DIRECTORIES = (".hydra", "checkpoints", "export", "masks", "wandb")
+_DIRECTORIES = (
+    file_names.HYDRA, file_names.CHECKPOINTS, file_names.EXPORT, file_names.MASKS, file_names.PROFILE,
+    file_names.TENSORBOARD, file_names.WANDB,
+)  # fmt: skip
 
 
 def require_regular_files(run_dir: Path) -> None:

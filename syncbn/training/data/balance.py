@@ -39,7 +39,7 @@ class ClassMembers:
 
 
 def repeats_of(order: Tensor) -> Tensor:
-    """For each entry of an order how often the same sample stands in front of it, (N,) int64."""
+    """How often the sample of each entry of an order stands in front of it, (N,) int64."""
     by_sample = order.argsort(stable=True)
     arranged, position = order[by_sample], torch.arange(len(order))
     is_first = torch.ones(len(order), dtype=torch.bool)

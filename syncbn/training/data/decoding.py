@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, SampleError
+from syncbn.training.config.errors import ConfigError, SampleError, one_line
 from syncbn.training.config.loading import DecodedConfig, parse_bytes
 from syncbn.training.data.dataset import Rows
 from syncbn.training.data.masks import MaskValues
@@ -116,7 +116,7 @@ class Decoded:
     values: MaskValues | None = None
     """The classes of the values that masks hold; None: the rows are images."""
     of: Source | None = None
-    """For masks: their images, whose height and width have to be the same."""
+    """The images of masks, whose height and width have to be those of the masks; None for images."""
     cache: Cache | None = field(default=None, repr=False)
 
     @property
@@ -186,8 +186,7 @@ class Decoded:
             raise
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
             raise SampleError(
-                f"data.path: cannot read the image {name!r} ({' '.join(str(error).split()) or type(error).__name__});"
-                " repair it, or remove it"
+                f"data.path: cannot read the image {name!r} ({one_line(error)}); repair it, or remove it"
             ) from None
 
     def _whole(self, image: Image.Image, position: int) -> Tensor:

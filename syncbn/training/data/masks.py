@@ -17,7 +17,7 @@ class MaskValues:
     """The class of each value that the masks of a data set may hold."""
 
     table: tuple[int, ...]
-    """For each of the values 0 to 255 its class, IGNORE if it does not count, negative if it must not occur."""
+    """The class of each of the values 0 to 255; IGNORE if it does not count, negative if it must not occur."""
     given: bool
     """Whether `data.values` lists them; otherwise values are classes, and `data.ignore` is one that does not count."""
 

@@ -88,7 +88,7 @@ class Sampler:
         return batch.tensor_split(min(self.accumulate, len(batch)))
 
     def _groups(self, order: Tensor, position: int) -> list[list[Tensor]]:
-        """For each micro-batch, the samples of each group (virtual rank) of this rank."""
+        """The samples of each micro-batch, by group (virtual rank) of this rank."""
         num_groups, first = self.world_size * self.groups_per_rank, self.rank * self.groups_per_rank
         return [
             list(part.tensor_split(num_groups)[first : first + self.groups_per_rank])

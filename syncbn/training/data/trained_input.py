@@ -26,7 +26,7 @@ class TrainedInput:
     class_names: tuple[str, ...]
     """Empty if the classes have none."""
     values: Mapping[int, int | None] | None
-    """For masks: the class of each value in the files (`data.values`); None if values are classes."""
+    """The class of each value in the files of masks (`data.values`); None if values are classes."""
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], key: str = "load") -> TrainedInput:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError, one_line
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ DIED = (
 )
 
 
-def start(held: object, num: int) -> tuple[ProcessPoolExecutor, Connection]:
+def start(shared: object, num: int) -> tuple[ProcessPoolExecutor, Connection]:
     """Starts a pool of `num` workers that hold an object; they exit when the connection is closed, be it by our exit.
 
     Close the connection before the pool is shut down: a broken pool waits for its workers, which ignore signals.
@@ -42,18 +42,18 @@ def start(held: object, num: int) -> tuple[ProcessPoolExecutor, Connection]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "syncbn.training.data.loader"])
     theirs, ours = context.Pipe(duplex=False)
-    return ProcessPoolExecutor(num, context, _begin, (held, theirs)), ours
+    return ProcessPoolExecutor(num, context, _begin, (shared, theirs)), ours
 
 
 def submit(workers: ProcessPoolExecutor, function: Callable[..., T], *arguments: Any) -> Future[T]:
-    """Calls `function(held, *arguments)` in a worker.
+    """Calls `function(shared, *arguments)` in a worker.
 
     Args:
         function: of a module.
         arguments: tensors among them are sent as NumPy arrays, which need no shared-memory file.
 
     Raises:
-        ConfigError: the held object cannot be pickled.
+        ConfigError: the shared object cannot be pickled.
         BrokenProcessPool: here or from the future: a worker has died (see `DIED`).
     """
     # `submit` may start a worker, which inherits the mask of blocked signals. Signals stay pending meanwhile.
@@ -62,7 +62,7 @@ def submit(workers: ProcessPoolExecutor, function: Callable[..., T], *arguments:
         return workers.submit(_work, function, *(_packed(part) for part in arguments))
     except (AttributeError, TypeError, PicklingError) as error:
         raise ConfigError(
-            f"data.workers: the data set cannot be sent to worker processes ({' '.join(str(error).split())}); let"
+            f"data.workers: the data set cannot be sent to worker processes ({one_line(error)}); let"
             " it hold what pickles (functions of a module instead of lambdas, paths instead of open files), or use"
             " data.workers=0"
         ) from None
@@ -70,22 +70,22 @@ def submit(workers: ProcessPoolExecutor, function: Callable[..., T], *arguments:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def each(held: object, function: Callable[[Any, Any], T], tasks: Iterable[Any], num: int) -> Iterator[T]:
-    """`function(held, task)` for each task, in order: in `num` workers, two tasks ahead each, or (0) in this process.
+def each(shared: object, function: Callable[[Any, Any], T], tasks: Iterable[Any], num: int) -> Iterator[T]:
+    """`function(shared, task)` for each task, in order: in `num` workers, two tasks ahead each, or (0) in this process.
 
     Raises:
         TrainingError: a worker has died; see also `submit`.
     """
     if num == 0:
-        yield from (function(held, task) for task in tasks)
+        yield from (function(shared, task) for task in tasks)
         return
-    workers, lifeline = start(held, num)
+    workers, lifeline = start(shared, num)
     try:
-        todo = iter(tasks)
-        ahead = [submit(workers, function, task) for task in islice(todo, 2 * num)]
+        rest = iter(tasks)
+        ahead = [submit(workers, function, task) for task in islice(rest, 2 * num)]
         while ahead:
             result = ahead.pop(0).result()
-            ahead += [submit(workers, function, task) for task in islice(todo, 1)]
+            ahead += [submit(workers, function, task) for task in islice(rest, 1)]
             yield result
     except BrokenProcessPool:
         raise TrainingError(DIED) from None
@@ -94,13 +94,13 @@ def each(held: object, function: Callable[[Any, Any], T], tasks: Iterable[Any], 
         workers.shutdown(cancel_futures=True)
 
 
-_held: Any  # in a worker process: the object that functions are called with
+_shared: Any  # in a worker process: the object that functions are called with
 
 
-def _begin(held: object, lifeline: Connection) -> None:
+def _begin(shared: object, lifeline: Connection) -> None:
     """Initializes a worker process."""
-    global _held
-    _held = held
+    global _shared
+    _shared = shared
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def _end_with(lifeline: Connection) -> None:
 
 
 def _work(function: Callable[..., T], *arguments: Any) -> T:
-    return function(_held, *(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in arguments))
+    return function(_shared, *(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in arguments))
 
 
 def _packed(part: Any) -> Any:

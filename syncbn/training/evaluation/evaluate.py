@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.report.metric_names import ACCURACY, LOSS
 from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.loader import Loader
@@ -17,9 +18,9 @@ from syncbn.training.data.native import NativeData
 from syncbn.training.distributed.rank_context import RankContext, in_dtype
 from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.evaluation.metrics import flattened, number_of, update_metric
-from syncbn.training.evaluation.mistakes import Mistakes, Seen
+from syncbn.training.evaluation.mistakes import EvaluatedBatch, Mistakes
 from syncbn.training.evaluation.tallies import Accuracy, Tally, Total, add_over_ranks
-from syncbn.training.losses.losses import Loss, are_classes, metric_targets
+from syncbn.training.losses.losses import Loss, are_classes, ignored_label, metric_targets
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -83,7 +84,7 @@ def evaluate(
                 for name, metric in shown.items():
                     update_metric(name, metric, outputs, labels)
                 if mistakes is not None:
-                    mistakes.see(Seen(index, images, outputs, targets))
+                    mistakes.see(EvaluatedBatch(index, images, outputs, targets))
                 mean.update(total, number)
     add_over_ranks(tallies)
     with warnings.catch_warnings():
@@ -92,11 +93,11 @@ def evaluate(
         values: dict[str, float] = {}
         for name, metric in shown.items():
             values |= flattened(name, metric.compute())
-        return {**values, "loss": number_of(mean.compute())}
+        return {**values, LOSS: number_of(mean.compute())}
 
 
 def _accuracy(data: Data, loss: Loss) -> dict[str, Metric | Tally]:
     """The built-in accuracy over all labels that the loss does not ignore; empty if the targets are no classes."""
     if data.num_classes is None or not are_classes(loss):
         return {}
-    return {"accuracy": Accuracy(getattr(loss, "ignore_index", None))}
+    return {ACCURACY: Accuracy(ignored_label(loss))}

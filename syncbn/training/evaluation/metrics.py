@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, require
+from syncbn.report.metric_names import ACCURACY, LOSS
+from syncbn.training.config.errors import ConfigError, one_line, require
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.evaluation.tallies import Tally
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-_ALWAYS = ("loss", "accuracy")  # reserved: the names that evaluation itself reports
+_ALWAYS = (LOSS, ACCURACY)  # reserved: the names that evaluation itself reports
 
 
 def build_metrics(config: Mapping[str, Mapping[str, Any]], num_classes: int | None) -> dict[str, Metric]:
@@ -61,7 +62,7 @@ def choose_best(best: str, metrics: Mapping[str, Metric], outputs: Any, targets:
     Raises:
         ConfigError: a metric cannot take the outputs; no metric has this name.
     """
-    names = [*(["accuracy"] if has_accuracy else []), "loss"]
+    names = [*([ACCURACY] if has_accuracy else []), LOSS]
     for name, metric in metrics.items():
         metric.to(targets.device).reset()
         update_metric(name, metric, outputs, targets)
@@ -75,7 +76,7 @@ def choose_best(best: str, metrics: Mapping[str, Metric], outputs: Any, targets:
     best = names[0] if best == "auto" else best
     require(best in names, "best", f"auto or one of {', '.join(names)}", best)
     chosen = metrics.get(best.partition("/")[0])
-    return Best(best, best == "loss" or (chosen is not None and chosen.higher_is_better is False))
+    return Best(best, best == LOSS or (chosen is not None and chosen.higher_is_better is False))
 
 
 def update_metric(name: str, metric: Metric | Tally, outputs: Any, targets: Tensor) -> None:
@@ -83,7 +84,7 @@ def update_metric(name: str, metric: Metric | Tally, outputs: Any, targets: Tens
     try:
         metric.update(outputs, targets)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"metrics.{name}: cannot take the model's outputs: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"metrics.{name}: cannot take the model's outputs: {one_line(error)}") from None
 
 
 def flattened(name: str, value: Any) -> dict[str, float]:

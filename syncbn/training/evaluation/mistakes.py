@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.config.output import unwritable
 from syncbn.training.data.dataset import Data
 from syncbn.training.data.decoding import Decoded
 from syncbn.training.distributed import world
 from syncbn.training.evaluation.thumbnails import colors_of, draw_image, draw_mask
-from syncbn.training.losses.losses import Loss, are_classes, metric_targets
+from syncbn.training.losses.losses import Loss, are_classes, ignored_label, metric_targets
 
 log = logging.getLogger(__name__)
 
-MISTAKES = "mistakes.json"
 MOST_CLASSES = 2000  # of a confusion matrix, which may have as many numbers as their square
 _DIGITS = 4  # of a score: what ranks add up in another order differs beyond, and must not change the order of samples
 
@@ -39,7 +39,7 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluatedBatch:
     """A batch as it was evaluated."""
 
     index: Tensor
@@ -62,7 +62,7 @@ class Mistakes:
 
     def __init__(self, data: Data, loss: Loss, num_examples: int) -> None:
         self._data, self._loss, self._num_examples = data, loss, num_examples
-        self._ignored: int | None = getattr(loss, "ignore_index", None)
+        self._ignored = ignored_label(loss)
         self._applies = data.num_classes is not None and are_classes(loss)
         self._worst: list[Scored] = []
         self._num_samples = self._num_wrong = 0
@@ -74,7 +74,7 @@ class Mistakes:
         """Whether the data has classes and the loss takes its targets for them, so that there is something to see."""
         return self._applies
 
-    def see(self, batch: Seen) -> None:
+    def see(self, batch: EvaluatedBatch) -> None:
         """Takes in a batch of this rank."""
         outputs, targets = batch.outputs, metric_targets(self._loss, batch.targets)
         self._applies &= (
@@ -133,7 +133,7 @@ class Mistakes:
         losses = torch.nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
         return torch.where(valid & (predicted != targets), losses, 0.0)
 
-    def _facts(self, batch: Seen, row: int, predicted: Tensor, target: Tensor) -> dict[str, Any]:
+    def _facts(self, batch: EvaluatedBatch, row: int, predicted: Tensor, target: Tensor) -> dict[str, Any]:
         image = draw_image(batch.images[row], *self._data.pixel_stats)
         if target.dim() > 0:
             dice = 1 - float(self._scores(batch.outputs[row : row + 1], predicted[None], target[None]))
@@ -183,7 +183,7 @@ def write_mistakes(run_dir: Path, step: int, mistakes: Mistakes, *, writes: bool
     if content is None or not writes:
         return
     try:
-        write_text(run_dir / MISTAKES, json.dumps({"step": step, **content}) + "\n")
+        write_text(run_dir / file_names.MISTAKES, json.dumps({"step": step, **content}) + "\n")
     except OSError as error:  # a view of the results, and not the results
         log.warning("%s; the report lacks it", unwritable(error))
 

@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from syncbn.report import file_names
 from syncbn.training.checkpoint.lock import lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.keys import require_no_sweep
@@ -27,7 +28,7 @@ from syncbn.training.launch.reports import write_or_warn
 from syncbn.training.launch.sweep_table import print_table
 
 # Files and directories of which a run that has begun has at least one.
-_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
+_MARKS = (file_names.CONFIG, file_names.METRICS, file_names.CHECKPOINTS)
 # Keys that say where all jobs of a multirun write, who can read it, and what they may do there.
 _OF_MULTIRUN = ("run", "output_dir", "share", "trust", "debug")
 
@@ -73,8 +74,8 @@ class Guard(Callback):
         guard_logging()
         sys.argv[1:] = [redact(argument) for argument in sys.argv[1:]]  # wandb records the command line
         if world.rank() == 0:
-            written = [*Path(config.hydra.runtime.output_dir, ".hydra").glob("*.yaml")]
-            for path in (*written, Path(config.hydra.sweep.dir, "multirun.yaml")):
+            written = [*Path(config.hydra.runtime.output_dir, file_names.HYDRA).glob("*.yaml")]
+            for path in (*written, Path(config.hydra.sweep.dir, file_names.MULTIRUN)):
                 content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
                 if redacted(content) != content:
                     OmegaConf.save(OmegaConf.create(redacted(content)), path)

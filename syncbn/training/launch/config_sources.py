@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from syncbn.report import file_names
 from syncbn.training.config.errors import ConfigError
 
-_WRITTEN = (".hydra", "checkpoints", "metrics.jsonl")  # a directory with one of these is a run directory
+# A directory with one of these has been written by a run.
+_WRITTEN = (file_names.HYDRA, file_names.CHECKPOINTS, file_names.METRICS)
 
 
 class _Options(argparse.ArgumentParser):
@@ -54,7 +56,7 @@ def check_sources(arguments: Sequence[str]) -> None:
                 f"{name}: expected a directory of configurations that you trust, {source} is what a run has written;"
                 " use resume=... or load=... instead"
             )
-    if ".hydra" in Path(options.config_name or "").parts:
+    if file_names.HYDRA in Path(options.config_name or "").parts:
         raise ConfigError(
             f"--config-name: expected a configuration that you trust, {options.config_name} is what a run has written;"
             " use resume=... or load=... instead"
@@ -73,4 +75,4 @@ def _is_written_by_run(source: str) -> bool:
     """Whether this is a run directory or a `.hydra`; Hydra looks for --config-path beside train.py."""
     path = source.removeprefix("file://")
     places = [Path(path).resolve(), (Path(sys.argv[0]).parent / path).resolve()]
-    return any(".hydra" in place.parts or any((place / name).exists() for name in _WRITTEN) for place in places)
+    return any(file_names.HYDRA in place.parts or any((place / name).exists() for name in _WRITTEN) for place in places)

@@ -17,8 +17,8 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.atomic_write import WriteError
-from syncbn.training.checkpoint.lock import LOCK
-from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, printable
+from syncbn.report import file_names
+from syncbn.training.config.errors import ConfigError, RankError, SampleError, TrainingError, one_line, printable
 from syncbn.training.config.model import from_data
 from syncbn.training.config.output import DISK_ERRORS, short, unwritable
 from syncbn.training.config.redaction import redact
@@ -107,7 +107,7 @@ def exit_code_of_jobs() -> int:
 def _discard_run_directory() -> None:
     """Removes the directory of a run that has not started, which contains only our lock and what Hydra wrote."""
     for directory in stamped_directories():
-        if directory.is_dir() and all(path.name in (".hydra", LOCK) for path in directory.iterdir()):
+        if directory.is_dir() and all(path.name in (file_names.HYDRA, file_names.LOCK) for path in directory.iterdir()):
             shutil.rmtree(directory)
 
 
@@ -180,7 +180,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, TypeError) and (index := re.fullmatch(r"Index '(.*)' \(str\) is not an int", str(error))):
         return f"{printable(index[1])}: stands below a list, which has no keys; give the whole list, KEY=[1,2]"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 
@@ -201,7 +201,7 @@ def _explain_syntax(override: str, reason: str) -> str:
 
 
 def _explain_override(error: ConfigCompositionException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if several := re.match(r"Ambiguous value for argument '(([^=]*)=(.*?))' 1\.", text):
         return (
             f"{several[1]}: several values; -m starts a job for each of them, and a list is written"

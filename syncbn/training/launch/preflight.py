@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from syncbn.training.checkpoint.paths import BEST, RECALIBRATED, by_step, is_directory, size_of_file
+from syncbn.report import file_names
+from syncbn.training.checkpoint.paths import by_step, is_directory, size_of_file
 from syncbn.training.config.data import (
     DecodedConfig,
     FashionMnistConfig,
@@ -80,7 +81,7 @@ def _exists(path: str) -> bool:
 def _goes_on(config: Config, root: Path) -> bool:
     """Whether the run directory has a checkpoint, from which the run goes on."""
     try:
-        return config.run is not None and any(by_step(root / str(config.run) / "checkpoints"))
+        return config.run is not None and any(by_step(root / str(config.run) / file_names.CHECKPOINTS))
     except OSError:  # no name for a directory: told where it is made
         return False
 
@@ -118,9 +119,9 @@ def _require_checkpoint(key: str, text: str, root: Path) -> None:
         except ConfigError as error:
             raise ConfigError(f"{error}{_instead(text, root)}") from None
         return
-    whole = [] if key == "resume" else [path / "checkpoints" / BEST, path / RECALIBRATED]
+    whole = [] if key == "resume" else [path / file_names.CHECKPOINTS / file_names.BEST, path / file_names.RECALIBRATED]
     try:
-        if any(by_step(path / "checkpoints")) or any(file.is_file() for file in whole):
+        if any(by_step(path / file_names.CHECKPOINTS)) or any(file.is_file() for file in whole):
             return
         runs = sorted(below.parent.name for below in path.glob("*/checkpoints"))
     except OSError:  # told where it is read

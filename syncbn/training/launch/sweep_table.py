@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from syncbn.report import file_names
 from syncbn.report.metric_names import DRIFT, EVAL, PRECISE, TEST, VAL, below
 from syncbn.training.config.redaction import redact
 from syncbn.training.launch.overrides import typed
 from syncbn.training.launch.typed import as_typed
-from syncbn.training.tracking.summary import SUMMARY, read_summary
+from syncbn.training.tracking.summary import read_summary
 
 # Keys whose values make repetitions of one experiment, over which a mean says something.
 REPETITIONS = ("data.fold", "seed")
@@ -25,7 +26,9 @@ def print_table(sweep_dir: Path) -> None:
     """
     from syncbn.training.tracking import console
 
-    jobs = sorted((path.parent for path in sweep_dir.glob(f"*/{SUMMARY}")), key=lambda path: path.name.zfill(9))
+    jobs = sorted(
+        (path.parent for path in sweep_dir.glob(f"*/{file_names.SUMMARY}")), key=lambda path: path.name.zfill(9)
+    )
     read = [(job.name, read_summary(job)) for job in jobs]
     summaries = [(job, summary) for job, summary in read if summary is not None]
     if summaries:  # some tasks, such as audit, write no summary; each job has printed its own result

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.training.config.data import DataConfig, OpenData
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.instantiate import build_target
 from syncbn.training.config.losses import (
     BinaryCrossEntropyConfig,
@@ -144,6 +144,12 @@ def are_classes(loss: Loss) -> bool:
     return bool(getattr(loss, "targets_are_classes", True))
 
 
+def ignored_label(loss: Loss) -> int | None:
+    """The label that the loss excludes from sum and count; None if it has none, as a user's loss need not have."""
+    ignored: int | None = getattr(loss, "ignore_index", None)
+    return ignored
+
+
 def metric_targets(loss: Loss, targets: Tensor) -> Tensor:
     """The targets as metrics take them: those of the loss, or in whole numbers where torchmetrics asks for that."""
     convert = getattr(loss, "metric_targets", None)
@@ -193,7 +199,7 @@ def check_loss(loss: Loss, outputs: object, targets: Tensor) -> None:
     try:
         returned = loss(outputs, targets)  # type: ignore[arg-type]
     except Exception as error:
-        raise ConfigError(f"loss: cannot take the model's outputs: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"loss: cannot take the model's outputs: {one_line(error)}") from None
     pair = returned if isinstance(returned, tuple) else (returned,)
     if len(pair) != 2 or not all(isinstance(part, Tensor) and part.dim() == 0 for part in pair):
         got = [f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__ for part in pair]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.report.metric_names import DRIFT
-from syncbn.training.checkpoint.contents import MalformedError, require_usable, shown
+from syncbn.training.checkpoint.contents import MalformedError, clipped, require_usable
 from syncbn.training.checkpoint.weights import read_model_weights
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
@@ -50,7 +50,7 @@ class LoadOutcome:
             "has besides": self.unexpected,
             "has in another shape": self.mismatched,
         }
-        return [f"{kind} {listed([*map(shown, keys)], 3)}" for kind, keys in kinds.items() if keys]
+        return [f"{kind} {listed([*map(clipped, keys)], 3)}" for kind, keys in kinds.items() if keys]
 
 
 def subnet_of(model: nn.Module, name: str) -> nn.Module:
@@ -131,15 +131,15 @@ def _compare(state: Weights, own: Weights, skip: Collection[str], key: str, conf
 def _why_not(report: LoadOutcome, state: Weights, own: Weights, name: str, config: InitConfig) -> str:
     """Why the state does not fit, with the remedy: to skip the modules where these are few, else `strict`."""
     modules = list(dict.fromkeys(
-        shown(k.rpartition(".")[0] or k) for k in (*report.mismatched, *report.missing, *report.unexpected)
+        clipped(k.rpartition(".")[0] or k) for k in (*report.mismatched, *report.missing, *report.unexpected)
     ))  # fmt: skip
     skip = f"init.{name}.skip={modules[0] if len(modules) == 1 else '[' + ','.join(modules) + ']'}"
     alone = not report.missing and not report.unexpected
     if alone and all(own[k].shape[1:] == state[k].shape[1:] != () or own[k].dim() == 1 for k in report.mismatched):
         first = report.mismatched[0]
         return (
-            f"{config.path} has weights for other classes: {shown(first)} is of {_length(state[first])}, expected"
-            f" {_length(own[first])}; {skip} loads the rest and leaves this as it was built"
+            f"{config.path} has weights for other classes: {clipped(first)} is of {_length(state[first])},"
+            f" expected {_length(own[first])}; {skip} loads the rest and leaves this as it was built"
         )
     why = f"{config.path} {'; it '.join(report.problems())}; expected the state of {name}"
     named = f"; {skip} leaves these out" if len(modules) <= MOST_SKIPPED else ""

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import Tensor
 
 from syncbn.nn.patterns import matches
-from syncbn.training.checkpoint.contents import shown
+from syncbn.training.checkpoint.contents import clipped
 from syncbn.training.config.errors import ConfigError, listed
 from syncbn.training.config.model import InitConfig
 
@@ -62,8 +62,8 @@ def _renamed(weights: Weights, name: str, config: InitConfig) -> dict[str, Tenso
         new = _new_name(old, config.rename)
         if new in result:
             raise ConfigError(
-                f"init.{name}.rename: gives {shown(origins[new])} and {shown(old)} of {config.path} the one name"
-                f" {shown(new)}; rename one of them otherwise"
+                f"init.{name}.rename: gives {clipped(origins[new])} and {clipped(old)} of {config.path}"
+                f" the one name {clipped(new)}; rename one of them otherwise"
             )
         result[new], origins[new] = value, old
     return result
@@ -85,7 +85,7 @@ def _begins_with(name: str, prefix: str) -> bool:
 
 
 def _beginnings(weights: Weights) -> str:
-    return listed(sorted({shown(k.split(".")[0]) + "." for k in weights}), 3)
+    return listed(sorted({clipped(k.split(".")[0]) + "." for k in weights}), 3)
 
 
 def skipped(state: Weights, own: Weights, name: str, config: InitConfig) -> set[str]:
@@ -106,7 +106,8 @@ def skipped(state: Weights, own: Weights, name: str, config: InitConfig) -> set[
         if not any(selects(pattern, key) for key in names):
             modules = dict.fromkeys(above for key in names for above in _modules_of(key))
             near = get_close_matches(pattern.strip("*."), modules, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(shown, near))}?" if near else f"there are {listed([*modules])}"
+            meant = " or ".join(map(clipped, near))
+            hint = f"did you mean {meant}?" if near else f"there are {listed([*modules])}"
             raise ConfigError(f"init.{name}.skip: {pattern!r} is neither in the model nor in {config.path}; {hint}")
     return {key for key in names if any(selects(pattern, key) for pattern in patterns)}
 
@@ -140,7 +141,7 @@ def nearest(state: Weights, own: Weights, name: str, config: InitConfig) -> str:
                 break
     if not pairs:
         pairs = [(near, key) for key in own for near in get_close_matches(key, state, n=1)]
-    words = [f"{shown(theirs)} for {shown(mine)}" for theirs, mine in pairs if theirs != mine]
+    words = [f"{clipped(theirs)} for {clipped(mine)}" for theirs, mine in pairs if theirs != mine]
     hint = f"; the nearest names: {listed(words, 3)}" if words else ""
     if prefixes and config.prefix is None and not config.rename:
         (old, new), count = prefixes.most_common(1)[0]
@@ -152,4 +153,4 @@ def nearest(state: Weights, own: Weights, name: str, config: InitConfig) -> str:
 
 def _spelled(prefix: str) -> str:
     """A prefix as the command line takes it; it has no empty keys, a dot means the same."""
-    return shown(prefix) or "."
+    return clipped(prefix) or "."

@@ -21,7 +21,7 @@ class ParameterGroup:
 
     name: str
     parameters: dict[str, nn.Parameter]
-    """By name, in the order of the model."""
+    """The parameters by name, in the order of the model."""
     lr_scale: float = 1.0
     weight_decay: float | None = None
     """None: that of the optimizer."""

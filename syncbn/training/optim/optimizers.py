@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.instantiate import build_target, find_target
 from syncbn.training.config.optim import AdamwConfig, CustomOptimizer, OptimizerConfig, SgdConfig
 from syncbn.training.optim.groups import ParameterGroup, parameter_groups
@@ -124,7 +124,7 @@ def _made(make: Make, groups: Sequence[ParameterGroup], named: str) -> torch.opt
     try:
         optimizer = make([node_of(group) for group in groups])
     except Exception as error:
-        raise ConfigError(f"{named}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise ConfigError(f"{named}: {one_line(error)}") from None
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"{named}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if "lr" not in optimizer.param_groups[0]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.training.optim.ema import WeightAverage
+from syncbn.training.optim.averages import WeightAverage
 
 
 class EqualAverage(WeightAverage):
@@ -21,7 +21,7 @@ class EqualAverage(WeightAverage):
     """
 
     def __init__(self, model: nn.Module, begin: int) -> None:
-        super().__init__(model, decay=0.0)
+        super().__init__(model)
         self.begin = begin
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self.count = AveragedSteps(device)

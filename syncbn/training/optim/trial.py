@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.torch_compat import takes_grad_scale
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.optim.groups import ParameterGroup
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -54,8 +55,7 @@ def require_steps(make: Make, groups: Sequence[ParameterGroup], name: str) -> No
     try:
         probe.run(1, 2)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{name}: cannot take a step: {reason}") from None
+        raise ConfigError(f"{name}: cannot take a step: {one_line(error)}") from None
     if not probe.is_idle_unchanged():
         raise ConfigError(f"{name}: moves parameters without a gradient, so that nothing can be frozen; choose another")
     if (content := _why_not_storable(probe.optimizer.state_dict())) is not None:
@@ -70,7 +70,7 @@ def skips_on_device(make: Make, groups: Sequence[ParameterGroup], *, scaled: boo
     """
     try:
         taken, left_out = _Probe(make, groups), _Probe(make, groups, found_inf=True, scaled=scaled)
-        if scaled and not getattr(left_out.optimizer, "_step_supports_amp_scaling", False):
+        if scaled and not takes_grad_scale(left_out.optimizer):
             return False  # torch's GradScaler asks this flag which way to go
         left_out.run(0)
         if not left_out.is_at_start():
@@ -139,7 +139,7 @@ class _Probe:
         )
 
     def _seed(self, seed: int) -> None:
-        """As `torch.manual_seed`, which takes far longer; the caller has forked the generators."""
+        """Seeds as `torch.manual_seed`, which takes far longer; the caller has forked the generators."""
         torch.default_generator.manual_seed(seed)
         if self._idle.is_cuda:
             torch.cuda.manual_seed(seed)

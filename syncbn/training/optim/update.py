@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.torch_compat import count_as_stepped, scaler_state
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.optim.ema import WeightAverage
+from syncbn.training.optim.averages import WeightAverage
+from syncbn.training.optim.ema import ExponentialAverage
 from syncbn.training.optim.foreach import all_finite, by_type, multiply
 from syncbn.training.optim.step_numbers import StepNumbers
 from syncbn.training.optim.swa import EqualAverage
@@ -76,7 +77,7 @@ class Update:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self._skips_on_device, self._drawing = skips_on_device, drawing
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
-        self.average = None if decay is None else WeightAverage(model, decay)
+        self.average: WeightAverage | None = None if decay is None else ExponentialAverage(model, decay)
         if average_from is not None:
             self.average = EqualAverage(model, average_from)
         self._buffers = BufferSnapshot(model)
@@ -100,12 +101,6 @@ class Update:
         """Clears the gradients and copies the buffers; call before the first forward of a step."""
         self.optimizer.zero_grad(set_to_none=True)
         self._buffers.remember()
-
-    def finish(self, loss: Tensor, factor: Tensor, *, halt: bool) -> UpdateOutcome:
-        """`apply`, then `advance`."""
-        outcome = self.apply(loss, factor, halt=halt)
-        self.advance()
-        return outcome
 
     def write_numbers(self, *, asked_to_stop: bool) -> None:
         """Writes the numbers of the next step to the device; only if capturable."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from syncbn.atomic_write import write_text
 from syncbn.auditing.audit import audit
 from syncbn.auditing.rules import SEVERITIES, Finding, table
+from syncbn.report import file_names
 from syncbn.surgery.freeze_plan import FreezePlan
 from syncbn.training.config.errors import ConfigError, configured_by
 from syncbn.training.config.run import AuditConfig
@@ -72,7 +73,7 @@ def record(
     if not context.is_first:
         return
     content = {"step": step, "findings": [finding.as_dict() for finding in findings]}
-    write_text(run_dir / "audit.json", json.dumps(content, indent=2) + "\n")
+    write_text(run_dir / file_names.AUDIT, json.dumps(content, indent=2) + "\n")
     to_show = [finding for finding in findings if finding.severity in severities]
     if to_show:
         console.CONSOLE.print(f"audit at step {step} (docs/audit.md)\n{table(to_show)}", markup=False)
@@ -85,7 +86,7 @@ def stop_at_errors(findings: list[Finding], config: AuditConfig, run_dir: Path) 
         first, more = errors[0], f" ({len(errors)} such findings)" if len(errors) > 1 else ""
         raise ConfigError(
             f"audit.level=error: {first.rule} in {first.layer or 'the model'}{more}: {first.why}; {first.remedy}; see"
-            f" {os.path.relpath(run_dir / 'audit.json')}, or go on with audit.level=warning"
+            f" {os.path.relpath(run_dir / file_names.AUDIT)}, or go on with audit.level=warning"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
@@ -16,7 +17,7 @@ from syncbn.training.data import workers as processes
 from syncbn.training.data.inspection.inventory import Inventory, take_inventory
 from syncbn.training.data.inspection.parts import locate, look_at
 from syncbn.training.data.inspection.records import RULES, Finding, Record
-from syncbn.training.data.inspection.summary import Tally, summarize
+from syncbn.training.data.inspection.summary import DatasetTally, summarize
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
@@ -41,16 +42,16 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         if files.newest(run_dir) is not None:
             raise ConfigError(f"run: {shown(run_dir)} holds a training run; choose another name")
         inventory = take_inventory(config.data)
-    mine = Tally()
+    mine = DatasetTally()
     for position, record in _records(inventory, config.data.workers, context):
         mine.add(position, locate(inventory.parts, position)[0].split, record)
-    tally = Tally()
+    tally = DatasetTally()
     for part in world.on_all_ranks(mine):
         tally.merge(part)
     content = {"data": config.data.name, **summarize(inventory, tally)}
     findings = [Finding(**finding) for finding in content["findings"]]
     if context.is_first:
-        write_text(run_dir / "check.json", json.dumps(content, indent=2) + "\n")
+        write_text(run_dir / file_names.CHECK, json.dumps(content, indent=2) + "\n")
         _print(content, findings, run_dir)
     if findings:
         first, more = findings[0], f" ({len(findings)} findings)" if len(findings) > 1 else ""

@@ -44,7 +44,7 @@ class Opened:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, labels or numbers; numbers where they have none."""
+        """Names of the classes, labels or numbers; those without names are numbered."""
         return class_names(self.run.config.data, self.input)
 
     @property

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,10 @@ from torch import Tensor, nn
 
 from syncbn.atomic_write import replacing_directory
 from syncbn.nn.batchnorm import SyncBatchNorm
+from syncbn.report import file_names
+from syncbn.report.metric_names import EXPORT, prefixed
 from syncbn.surgery.revert import revert_sync_batchnorm
-from syncbn.training.config.errors import ConfigError
+from syncbn.training.config.errors import ConfigError, one_line
 from syncbn.training.config.run import EXPORT_FORMATS
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import of_one_size
@@ -37,24 +37,19 @@ from syncbn.training.data.native import NativeData
 from syncbn.training.distributed import world
 from syncbn.training.distributed.failures import failing_together
 from syncbn.training.distributed.rank_context import RankContext
+from syncbn.training.tasks.export_formats import INPUT, OUTPUT, WRITERS, Reloaded, why_no_onnx
 from syncbn.training.tasks.loaded import LoadedRun, load_run
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
-from syncbn.training.trainer.build import build_model
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "export"
 _NUM_SAMPLES = 64  # validation samples on which a file is compared with the model
 # The largest allowed difference, in units of rounding (the dtype's eps) of the largest output. Other runtimes fold
 # batch normalization into convolutions and sum in another order, which costs a few units per layer; a wrong constant
 # (another eps, say) costs far more.
 _TOLERANCE = 1000
-_INPUT, _OUTPUT = "images", "logits"
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _PLAIN = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by dimensions of the input
-
-Runs = Callable[[Tensor], Tensor]  # a reloaded file, from images to outputs
 
 
 def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]:
@@ -72,8 +67,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     differences: dict[str, float] = {}
     with failing_together(), torch.no_grad():
         if context.is_first:
-            differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / DIRECTORY)
-    return {f"export/{name}": value for name, value in world.on_all_ranks(differences)[0].items()}
+            differences = _export(loaded, _formats(config, loaded.context.dtype), run_dir / file_names.EXPORT)
+    return prefixed(EXPORT, world.on_all_ranks(differences)[0])
 
 
 def _formats(config: Config, dtype: torch.dtype) -> list[str]:
@@ -83,22 +78,12 @@ def _formats(config: Config, dtype: torch.dtype) -> list[str]:
         ConfigError: the configuration asks for ONNX, which cannot be written.
     """
     wanted = config.export.formats if config.export.formats is not None else EXPORT_FORMATS
-    reason = _why_no_onnx(dtype) if "onnx" in wanted else None
+    reason = why_no_onnx(dtype) if "onnx" in wanted else None
     if reason is not None and config.export.formats is not None:
         raise ConfigError(f"export.formats: onnx cannot be written: {reason}")
     if reason is not None:
         log.info("no model.onnx: %s", reason)
     return [name for name in EXPORT_FORMATS if name in wanted and (name != "onnx" or reason is None)]
-
-
-def _why_no_onnx(dtype: torch.dtype) -> str | None:
-    """Why ONNX cannot be written; None if it can."""
-    missing = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
-    if missing:
-        return f"it needs {', '.join(missing)}; pip install 'syncbn[export]'"
-    if dtype == torch.float64:
-        return "onnxruntime has no float64 convolution to check it with; add precision=fp32"
-    return None
 
 
 def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str, float]:
@@ -117,7 +102,7 @@ def _export(loaded: LoadedRun, formats: list[str], directory: Path) -> dict[str,
         for name in formats:
             path = temporary / f"model.{name}"
             with _as_config_error(name):
-                differences[name] = _difference(_WRITERS[name](model, images, path, loaded), images, expected)
+                differences[name] = _difference(WRITERS[name](model, images, path, loaded), images, expected)
             if not differences[name] <= tolerance:  # also if it is NaN
                 raise ConfigError(
                     f"export.formats: {path.name} differs from the evaluated model by {differences[name]:.3g} on real"
@@ -184,55 +169,7 @@ def _input_dims(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) -
     return dims
 
 
-def _write_safetensors(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
-    from safetensors.torch import load_file, save
-
-    # Cloned: the format does not store one tensor under two keys, as tied weights have them.
-    path.write_bytes(save({key: value.contiguous().clone() for key, value in model.state_dict().items()}))
-    # Evaluation alone, which what needs synchronized layers does not change.
-    bn = replace(loaded.config.bn, sync=False, group="world", fuse=False, skip_nonfinite=False)
-    plain = replace(loaded.config, bn=bn)
-    fresh = build_model(plain, loaded.data, loaded.context)
-    fresh.load_state_dict(load_file(path))
-    return fresh.eval()
-
-
-def _write_pt2(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=_any_batch_size()), path)
-    return torch.export.load(path).module()
-
-
-def _write_onnx(model: nn.Module, images: Tensor, path: Path, loaded: LoadedRun) -> Runs:
-    import onnxruntime
-
-    with _quiet():
-        torch.onnx.export(
-            model,
-            (images,),
-            path,
-            input_names=[_INPUT],
-            output_names=[_OUTPUT],
-            dynamic_shapes=_any_batch_size(),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda some: torch.from_numpy(session.run([_OUTPUT], {_INPUT: some.numpy()})[0])
-
-
-_WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, LoadedRun], Runs]] = {
-    "safetensors": _write_safetensors,
-    "pt2": _write_pt2,
-    "onnx": _write_onnx,
-}
-
-
-def _any_batch_size() -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim("batch")},)
-
-
-def _difference(reloaded: Runs, images: Tensor, expected: Tensor) -> float:
+def _difference(reloaded: Reloaded, images: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, infinite for NaN, in a batch of all samples and in a batch of one."""
     pairs = [(reloaded(images[:number]), expected[:number]) for number in (len(images), 1)]
     return max((actual - right).abs().max().nan_to_num(torch.inf).item() for actual, right in pairs)
@@ -246,26 +183,10 @@ def _as_config_error(name: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(
             f"export.formats: {name} fails for this model ({type(error).__name__}: {reason}); leave it out"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences torch's ONNX exporter, which logs each pass, missing packages, and its own deprecated calls."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _describe(loaded: LoadedRun, images: Tensor, expected: Tensor) -> dict[str, Any]:
@@ -276,7 +197,7 @@ def _describe(loaded: LoadedRun, images: Tensor, expected: Tensor) -> dict[str, 
     init = {name: init.path for name, init in loaded.config.init.items()}
     return {
         "input": {
-            "name": _INPUT,
+            "name": INPUT,
             "shape": ["batch", *images.shape[1:]],
             "dtype": str(images.dtype).removeprefix("torch."),
             "pixels": "numbers from 0 to 1, whatever the files hold (synthetic data: as drawn)",
@@ -285,6 +206,6 @@ def _describe(loaded: LoadedRun, images: Tensor, expected: Tensor) -> dict[str, 
             "std": std.flatten().tolist(),
             "image": loaded.data.image_settings,
         },
-        "output": {"name": _OUTPUT, "shape": ["batch", *expected.shape[1:]], "labels": [str(name) for name in labels]},
+        "output": {"name": OUTPUT, "shape": ["batch", *expected.shape[1:]], "labels": [str(name) for name in labels]},
         "source": {"checkpoint": str(loaded.path), "step": loaded.step, "weights": loaded.weights, "init": init},
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from syncbn.report.metric_names import prefixed
 from syncbn.training.checkpoint import files, state
 from syncbn.training.checkpoint.resume import is_below, require_secrets
 from syncbn.training.config.data import DataConfig, OpenData
@@ -85,11 +86,11 @@ class LoadedRun:
                     self.model, data, split, loss, self.context, metrics=own, loader=loader,
                     mistakes=mistakes if name == "val" else None,
                 )  # fmt: skip
-                metrics |= {f"{name}/{key}": value for key, value in values.items()}
+                metrics |= prefixed(name, values)
         return metrics
 
     def mistakes(self) -> Mistakes | None:
-        """For `evaluate`; None if the run was to have no report. Every rank has to call it."""
+        """A collector of mistakes for `evaluate`; None if the run was to have no report. Every rank has to call it."""
         with configured_by(self.path):
             loss = self.loss()
         return Mistakes(self.data, loss, self.config.tracker.examples) if self.config.tracker.report else None

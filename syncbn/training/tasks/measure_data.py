@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 
+from syncbn.report.metric_names import LOADER_THROUGHPUT
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.schema import Config
@@ -47,7 +48,7 @@ def measure_loading(config: Config, context: RankContext, data: Data) -> dict[st
             speeds = world.on_all_ranks(_speed(loader, sampler, config.seed, num_steps))
             rows += [(f"{name}, rank {rank}", f"{speed:.0f} samples/s") for rank, speed in enumerate(speeds)]
             rows += [(f"{name}, all ranks", f"{sum(speeds):.0f} samples/s")] if len(speeds) > 1 else []
-            metrics["data/samples_per_second"] = sum(speeds)
+            metrics[LOADER_THROUGHPUT] = sum(speeds)
     if context.is_first:
         workers = f"{config.data.workers} per rank, {config.data.prefetch} batches ahead each"
         rows += [

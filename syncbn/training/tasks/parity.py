@@ -15,6 +15,7 @@ from syncbn.auditing.parity.errors import ParityError
 from syncbn.auditing.parity.parity import compare
 from syncbn.auditing.parity.rules import is_fault
 from syncbn.auditing.rules import table
+from syncbn.report import file_names
 from syncbn.training.checkpoint import files
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.config.schema import Config
@@ -86,7 +87,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         "world_sizes": [asdict(size) for size in result.sizes],
         "findings": [finding.as_dict() for finding in result.findings],
     }
-    write_text(run_dir / "parity.json", json.dumps(content, indent=2) + "\n")
+    write_text(run_dir / file_names.PARITY, json.dumps(content, indent=2) + "\n")
     console.CONSOLE.print(f"parity (docs/parity.md)\n{table(result.findings)}", markup=False)
     console.print_table("parity", [*((f"{one.world_size} ranks", one.in_words()) for one in result.sizes),
                                    ("run directory", shown(run_dir))])  # fmt: skip
@@ -94,6 +95,6 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     if faults:
         first, more = faults[0], f" ({len(faults)} findings)" if len(faults) > 1 else ""
         raise TrainingError(
-            f"parity: {first.rule} in {first.layer or 'the model'}{more}; see {shown(run_dir / 'parity.json')}"
+            f"parity: {first.rule} in {first.layer or 'the model'}{more}; see {shown(run_dir / file_names.PARITY)}"
         )
     return {}

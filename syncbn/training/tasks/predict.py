@@ -17,7 +17,8 @@ from torch import Tensor
 
 from syncbn.atomic_write import replacing_directory, write_text
 from syncbn.nn.modes import evaluating
-from syncbn.training.config.errors import ConfigError, TrainingError, listed
+from syncbn.report import file_names
+from syncbn.training.config.errors import ConfigError, TrainingError, listed, one_line
 from syncbn.training.config.layout import image_files
 from syncbn.training.config.run import PredictConfig
 from syncbn.training.config.schema import Config
@@ -32,7 +33,6 @@ from syncbn.training.tasks.ensemble import Member, open_members
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 
-PREDICTIONS, MASKS = "predictions.csv", "masks"
 _BEST = 5  # classes that a row names
 
 
@@ -41,7 +41,7 @@ class ImageFile:
     """A file to predict for."""
 
     name: str
-    """In the table: relative to `predict.path` where that is one directory."""
+    """Name in the table of predictions: relative to `predict.path` where that is one directory."""
     path: str
     mask: Path
     """Where its mask is written, below the directory of masks."""
@@ -60,9 +60,9 @@ class Read:
     """Some files, read."""
 
     positions: list[int]
-    """Of those that could be read."""
+    """Positions of the files that could be read."""
     pixels: list[Pixels]
-    """For each preparation (N, C, H, W) uint8, in the order of `positions`; empty if there are none."""
+    """Images, for each preparation (N, C, H, W) uint8, in the order of `positions`; empty if there are none."""
     sizes: list[tuple[int, int]]
     """Heights and widths of the images, upright."""
     errors: dict[int, str]
@@ -93,7 +93,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     with ExitStack() as stack:
         masks = None
         if first.has_masks:
-            here = stack.enter_context(replacing_directory(run_dir / MASKS)) if context.is_first else None
+            here = stack.enter_context(replacing_directory(run_dir / file_names.MASKS)) if context.is_first else None
             masks = world.on_all_ranks(here)[0]
         predictor = Predictor(predict, members, first.names, found, masks, first.run.config.data.workers)
         with failing_together():
@@ -102,8 +102,8 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     errors = [(found[number].name, cells[-1]) for number, cells in rows if cells[-1]]
     if context.is_first:
         table = [predictor.header, *([found[number].name, *cells] for number, cells in rows)]
-        write_text(run_dir / PREDICTIONS, _as_csv(table))
-        written = [shown(run_dir / name) for name in (PREDICTIONS, *([MASKS] if first.has_masks else []))]
+        write_text(run_dir / file_names.PREDICTIONS, _as_csv(table))
+        written = [shown(run_dir / file_names.PREDICTIONS), *([] if masks is None else [shown(masks)])]
         title = f"{first.run.path}, step {first.run.checkpoint['step']}"
         if len(opened) > 1:
             title = f"the average of {len(opened)} models in {config.load}"
@@ -115,7 +115,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         name, reason = errors[0]
         raise TrainingError(
             f"predict.path: {len(errors)} of {len(found)} files cannot be read, the first is {name} ({reason}); see"
-            f" {shown(run_dir / PREDICTIONS)}"
+            f" {shown(run_dir / file_names.PREDICTIONS)}"
         )
     return {}
 
@@ -153,7 +153,7 @@ class Predictor:
     settings: PredictConfig
     members: Sequence[Member]
     names: Sequence[str]
-    """Of the classes, labels or numbers."""
+    """Names of the classes, labels or numbers."""
     files: Sequence[ImageFile]
     masks: Path | None
     """The directory that masks are written to; None: images have classes, labels or numbers."""
@@ -219,7 +219,7 @@ class Predictor:
             mask = mask_in_original_size(scores, self.members[0].input.preparation.fit, size)
             (self.masks / file.mask).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.numpy()).save(self.masks / file.mask)
-            return [_printable(Path(MASKS, file.mask))]
+            return [_printable(Path(file_names.MASKS, file.mask))]
         if self.members[0].kind != "classes":
             digits = ".6f" if self.members[0].kind == "labels" else ".6g"
             return [f"{value:{digits}}" for value in scores.tolist()]
@@ -240,7 +240,7 @@ def read(reader: Reader, positions: Sequence[int]) -> Read:
                     size = upright_size(image)
                     fitted.append(preparation.fitted_file(image))
         except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
-            errors[position] = " ".join(str(error).split()) or type(error).__name__
+            errors[position] = one_line(error)
             continue
         for prepared, one in zip(images, fitted, strict=True):
             prepared.append(one)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from syncbn.report import file_names
 from syncbn.report.metric_names import DRIFT, PRECISE, prefixed
 from syncbn.training.checkpoint import files
-from syncbn.training.checkpoint.paths import RECALIBRATED
 from syncbn.training.checkpoint.state import copied
 from syncbn.training.config.parsing import to_dict
 from syncbn.training.config.redaction import redacted
@@ -34,7 +34,7 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
         `val/...` with the old statistics, `precise/val/...` with the new ones, and `drift/<layer>`, the change of the
         layer's mean (see `Moved`); the same on every rank.
     """
-    loaded = load_run(config, run_dir, context)
+    loaded, path = load_run(config, run_dir, context), run_dir / file_names.RECALIBRATED
     before = loaded.evaluate("val")
     found = recalibrate(loaded, config.recalibrate.batches)
     after = loaded.evaluate("val")
@@ -44,14 +44,14 @@ def run(config: Config, run_dir: Path, context: RankContext) -> dict[str, float]
     if context.is_first:
         content = {"step": loaded.step, "config": redacted(to_dict(loaded.config)), "weights": loaded.weights}
         content |= describe_data(loaded.data) | described
-        files.write_atomically(run_dir / RECALIBRATED, copied({**content, "model": loaded.model.state_dict()}))
+        files.write_atomically(path, copied({**content, "model": loaded.model.state_dict()}))
     loaded.record(run_dir, metrics)
     if context.is_first:
         rows = [(name, f"{value:.4f}", f"{after[name]:.4f}") for name, value in before.items()]
         console.print_rows(loaded.describe(), ("metric", "before", "after"), rows)
         moves = [(name, f"{m.mean:.4f}", f"{m.std[0]:.3f} to {m.std[1]:.3f}") for name, m in found.layers.items()]
         console.print_rows("how far statistics moved", ("layer", "mean, in std", "std, times"), moves)
-        made_of = [("statistics of", found.describe()), ("written", shown(run_dir / RECALIBRATED))]
+        made_of = [("statistics of", found.describe()), ("written", shown(path))]
         console.print_table("population statistics", [*made_of, ("run directory", shown(run_dir))])
     return metrics
 

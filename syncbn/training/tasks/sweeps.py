@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from syncbn.training.checkpoint.files import RECALIBRATED, is_directory
+from syncbn.report import file_names
+from syncbn.training.checkpoint.paths import is_directory
 from syncbn.training.config.errors import ConfigError
-from syncbn.training.tracking.summary import SUMMARY, read_summary
-
-_CHECKPOINTS = "checkpoints"
+from syncbn.training.tracking.summary import read_summary
 
 
 def jobs_of(directory: Path, key: str) -> list[Path]:
@@ -20,7 +19,7 @@ def jobs_of(directory: Path, key: str) -> list[Path]:
     if not is_directory(directory) or _is_run(directory):
         return []
     below = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.name.zfill(9))
-    jobs = [path for path in below if _is_run(path) or (path / SUMMARY).is_file()]
+    jobs = [path for path in below if _is_run(path) or (path / file_names.SUMMARY).is_file()]
     if not any(map(_is_run, jobs)):
         return []
     for job in jobs:
@@ -34,4 +33,4 @@ def jobs_of(directory: Path, key: str) -> list[Path]:
 
 
 def _is_run(directory: Path) -> bool:
-    return (directory / _CHECKPOINTS).is_dir() or (directory / RECALIBRATED).is_file()
+    return (directory / file_names.CHECKPOINTS).is_dir() or (directory / file_names.RECALIBRATED).is_file()

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from syncbn.atomic_write import write_text
 from syncbn.nn import rank_checks
+from syncbn.report import file_names
 from syncbn.report.metric_names import TEST, THROUGHPUT, TRAIN, VAL, VAL_ACCURACY, VAL_LOSS, WAITED, below
 from syncbn.training.checkpoint import files
 from syncbn.training.checkpoint.paths import step_of
@@ -29,7 +30,7 @@ from syncbn.training.tasks.report import EndOfRun
 from syncbn.training.tracking import console
 from syncbn.training.tracking.console import shown
 from syncbn.training.tracking.environment import describe
-from syncbn.training.tracking.summary import SUMMARY, read_summary, write_summary
+from syncbn.training.tracking.summary import read_summary, write_summary
 from syncbn.training.tracking.tensorboard_run import require_installed
 from syncbn.training.tracking.tracker import Tracker, cut_back
 from syncbn.training.trainer import execution, graph_checks, native_checks, overfit
@@ -82,7 +83,7 @@ def _train(
     config: Config,
     run_dir: Path,
     context: RankContext,
-    checkpoint: files.Stored | None,
+    checkpoint: files.StoredCheckpoint | None,
     overrides: Sequence[str],
     tracking: ExitStack,
     stop: StopRequest,
@@ -91,12 +92,12 @@ def _train(
         components = build_components(config, context, checkpoint)
     model, plan, sampler, config_dict = components.model, components.plan, components.sampler, components.config_dict
     if context.is_first:
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config_dict)))
-        cut_back(run_dir / "metrics.jsonl", None if checkpoint is None else step_of(checkpoint.path))
+        write_text(run_dir / file_names.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config_dict)))
+        cut_back(run_dir / file_names.METRICS, None if checkpoint is None else step_of(checkpoint.path))
     record_classes(run_dir, components.data.class_names, context)
     environment = describe(context, overrides)
     if context.is_first:
-        write_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_text(run_dir / file_names.ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
     tracked = {**config_dict, "environment": environment}
     tracker = tracking.enter_context(Tracker(config.tracker, run_dir, tracked, active=context.is_first))
     if context.is_first and config.tracker.report:
@@ -137,13 +138,13 @@ def _metrics_of_finished(run_dir: Path, trainer: Trainer) -> dict[str, float] | 
     if summary is None or summary["step"] != trainer.counters.step:
         return None
     if THROUGHPUT not in summary["metrics"]:
-        log.warning("%s is not that of a training run; it is passed over", run_dir / SUMMARY)
+        log.warning("%s is not that of a training run; it is passed over", run_dir / file_names.SUMMARY)
         return None
     would_stop_again = summary["stopped"] and (trainer.config.on_nonfinite == "stop" or trainer.ends_early())
     return summary["metrics"] if would_stop_again or trainer.counters.step >= trainer.num_steps else None
 
 
-def _require_shared(run_dir: Path, checkpoint: files.Stored | None) -> None:
+def _require_shared(run_dir: Path, checkpoint: files.StoredCheckpoint | None) -> None:
     """Raises a ConfigError, on every rank, unless all ranks see the same run directory."""
     mark = run_dir / ".shared"
     if world.rank() == 0:

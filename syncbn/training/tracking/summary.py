@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from syncbn.atomic_write import write_text
+from syncbn.report import file_names
 from syncbn.training.config.run_files import read_json
 
 log = logging.getLogger(__name__)
-
-SUMMARY = "summary.json"
 
 
 def write_summary(
@@ -35,12 +34,12 @@ def write_summary(
     """
     numbers = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     content = {"step": step, "metrics": numbers, "overrides": overrides, "stopped": stopped, "failed": failed}
-    write_text(run_dir / SUMMARY, json.dumps(content, indent=1) + "\n")
+    write_text(run_dir / file_names.SUMMARY, json.dumps(content, indent=1) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """The content of `summary.json`, its metrics as floats; None without one, or with a warning if it is damaged."""
-    path = run_dir / SUMMARY
+    path = run_dir / file_names.SUMMARY
     try:
         return _checked(read_json(path))
     except FileNotFoundError:

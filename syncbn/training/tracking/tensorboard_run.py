@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError
+from syncbn.report import file_names
+from syncbn.report.metric_names import STEP
+from syncbn.training.config.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "tensorboard"  # in the run directory
 _QUEUE = 1000  # events that wait for the writer's thread before logging waits for it
 
 
@@ -30,14 +31,14 @@ class TensorBoardRun:
     """Writes scalars and histograms under their names. The first failure is one warning, and nothing is written after.
 
     Args:
-        run_dir: the files are made in its directory DIRECTORY, one more for each attempt.
+        run_dir: the files are made in its directory `tensorboard`, one more for each attempt.
         step: the step at which the attempt begins; what earlier attempts wrote of later steps is hidden.
         config: of the run, shown as text.
     """
 
     def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
         self._writer: Any = None
-        self._try(lambda: self._open(run_dir / DIRECTORY, step, config))
+        self._try(lambda: self._open(run_dir / file_names.TENSORBOARD, step, config))
 
     def log(self, step: int, record: Mapping[str, Any], histograms: Mapping[str, Tensor]) -> None:
         """Writes numbers, and histograms of vectors, by name."""
@@ -58,7 +59,7 @@ class TensorBoardRun:
 
     def _write(self, step: int, record: Mapping[str, Any], histograms: Mapping[str, Tensor]) -> None:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != STEP and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
         for name, vector in histograms.items():
             self._writer.add_histogram(name, vector.numpy(), step)
@@ -68,5 +69,4 @@ class TensorBoardRun:
             action()
         except Exception as error:  # of whatever kind: metrics.jsonl has everything
             self._writer = None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            log.warning("TensorBoard failed and is switched off, metrics.jsonl goes on: %s", reason)
+            log.warning("TensorBoard failed and is switched off, metrics.jsonl goes on: %s", one_line(error))

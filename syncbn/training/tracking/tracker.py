@@ -13,7 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.atomic_write import write_text
-from syncbn.report.metric_names import BN, LAYER_TABLE, of_layer
+from syncbn.report import file_names
+from syncbn.report.metric_names import (
+    BETWEEN_RANK_SHARE,
+    BN,
+    DEAD_CHANNELS,
+    FREEZE,
+    LAYER_DRIFT,
+    LAYER_TABLE,
+    STEP,
+    TEST,
+    VALUES_PER_CHANNEL,
+    of_layer,
+)
 from syncbn.stats.monitor import LayerSnapshot
 from syncbn.training.config.errors import RankError
 from syncbn.training.config.output import unwritable
@@ -31,7 +43,7 @@ log = logging.getLogger(__name__)
 DENSITY = 50
 
 # Layer metrics that are also recorded for the whole model, as the value of the worst layer: the largest or smallest.
-_WORST = {"drift": max, "between_rank_share": max, "dead_channels": max, "values_per_channel": min}
+_WORST = {LAYER_DRIFT: max, BETWEEN_RANK_SHARE: max, DEAD_CHANNELS: max, VALUES_PER_CHANNEL: min}
 
 
 class Tracker:
@@ -54,7 +66,7 @@ class Tracker:
         self._warned = False
         self._in_full: dict[str, int] = {}  # the latest step that trackers got histograms of, and a table
         if active:
-            self._records = Records(run_dir / "metrics.jsonl")
+            self._records = Records(run_dir / file_names.METRICS)
 
     def start(self, step: int = 0) -> None:
         """Starts the wandb run and TensorBoard's files; a state has to be loaded before, as it has the run's id.
@@ -96,7 +108,7 @@ class Tracker:
         """
         if self._records is None:
             return
-        record: dict[str, Any] = {"step": step, **metrics}
+        record: dict[str, Any] = {STEP: step, **metrics}
         of_layers = {name: layer.scalars() for name, layer in (layers or {}).items()}
         for name, scalars in of_layers.items():
             record |= {of_layer(name, key): value for key, value in scalars.items()}
@@ -125,13 +137,13 @@ class Tracker:
             for name, layer in layers.items()
         }
         try:
-            write_text(self._run_dir / "layers.json", json.dumps({"step": step, "layers": vectors}) + "\n")
+            write_text(self._run_dir / file_names.LAYERS, json.dumps({"step": step, "layers": vectors}) + "\n")
         except OSError as error:  # a view of the state, and not the state
             if not self._warned:
                 log.warning("%s; training goes on", unwritable(error))
             self._warned = True
         if self._wandb is not None and self._is_chosen("table", step):
-            self._wandb.do(lambda run: run.log({"step": step, LAYER_TABLE: _table(layers)}))
+            self._wandb.do(lambda run: run.log({STEP: step, LAYER_TABLE: _table(layers)}))
 
     def _is_chosen(self, what: str, step: int) -> bool:
         """Whether wandb gets this step's layers in full: a fiftieth of the steps has passed since the last time."""
@@ -222,11 +234,11 @@ def cut_back(metrics: Path, step: int | None) -> None:
     for line in lines:
         try:
             record: dict[str, Any] = json.loads(line)
-            recorded = int(record["step"])
+            recorded = int(record[STEP])
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             num_damaged += bool(line.strip()) and line is not lines[-1]  # a kill may leave a last line incomplete
             continue
-        again = {"test"} | ({"freeze"} if recorded == step else set())
+        again = {TEST} | ({FREEZE} if recorded == step else set())
         if step is not None and recorded <= step and not again & {key.split("/")[0] for key in record}:
             kept.append(line + "\n")
     if num_damaged:

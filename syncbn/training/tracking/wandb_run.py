@@ -15,6 +15,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from syncbn.report.metric_names import STEP
+
 log = logging.getLogger(__name__)
 
 Action = Callable[[Any], Any]  # called with the wandb run
@@ -100,8 +102,8 @@ class WandbRun:
     @staticmethod
     def _describe(run: Any) -> Any:
         # One step metric for everything, so that curves from several attempts share an axis.
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
         return run
 
 

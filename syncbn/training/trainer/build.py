@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from syncbn.surgery.freeze_plan import FreezePlan
-from syncbn.training.checkpoint.files import Stored
+from syncbn.training.checkpoint.files import StoredCheckpoint
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
@@ -88,13 +88,13 @@ class RunComponents:
     drift: Drift
     built: BuiltOptimizer
     schedule: Callable[[int], float]
-    """From a step to its learning rate as a fraction of the peak."""
+    """Function from a step to its learning rate as a fraction of the peak."""
     early_stop: EarlyStop
     average_from: int | None
     """See `Update`."""
 
 
-def build_components(config: Config, context: RankContext, checkpoint: Stored | None) -> RunComponents:
+def build_components(config: Config, context: RankContext, checkpoint: StoredCheckpoint | None) -> RunComponents:
     """Builds everything that a run trains with; every rank has to call it.
 
     Args:

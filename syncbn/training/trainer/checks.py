@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from syncbn.nn.modes import evaluating
+from syncbn.report import file_names
 from syncbn.surgery.convert import convert_sync_batchnorm
 from syncbn.surgery.freeze_plan import FreezePlan, FreezeRule
 from syncbn.training.config.duration import Duration
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError, one_line
 from syncbn.training.config.output import short
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import each_size
@@ -173,7 +174,7 @@ def check_run_directory(run_dir: Path, step: int) -> None:
     Raises:
         TrainingError: on every rank: it has, and what it held is lost.
     """
-    if not world.on_all_ranks((run_dir / "config.yaml").exists())[0]:  # rank 0 wrote it
+    if not world.on_all_ranks((run_dir / file_names.CONFIG).exists())[0]:  # rank 0 wrote it
         raise TrainingError(
             f"run: {short(run_dir)} has been deleted or moved while the run trained: its metrics up to step {step} and"
             " its checkpoints are lost, or where they were moved to, and nothing more can be saved; put it back and"
@@ -210,7 +211,7 @@ def _try(model: nn.Module, images: Tensor) -> tuple[str | None, object]:
         with evaluating(model), torch.no_grad():
             return None, model(images)
     except Exception as error:
-        return f"{running[-1]}: {' '.join(str(error).split())}", None
+        return f"{running[-1]}: {one_line(error)}", None
     finally:
         for handle in handles:
             handle.remove()

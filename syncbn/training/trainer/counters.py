@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from syncbn.report.metric_names import LOSS
 from syncbn.training.config.duration import Duration
 from syncbn.training.config.errors import listed
 
@@ -37,7 +38,7 @@ class Counters:
         """
 
         def rank(of: dict[str, float]) -> tuple[float, float]:
-            values = -of.get("loss", math.nan), of.get(by, math.nan) * (-1 if lowest else 1)
+            values = -of.get(LOSS, math.nan), of.get(by, math.nan) * (-1 if lowest else 1)
             # values that are not finite rank last; a comparison with NaN would always be false
             loss, score = (value if math.isfinite(value) else -math.inf for value in values)
             return score, loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from syncbn.training.config.errors import ConfigError, printable
 from syncbn.training.config.schema import Config
-from syncbn.training.trainer.of_sizes import OfSizes
+from syncbn.training.trainer.lockstep_model import LockstepModel
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def lay_out(model: nn.Module) -> None:
 def executed(model: nn.Module, compile: bool | str, *, by_size: bool = False) -> nn.Module:
     """The module that a training step calls: the model, or a wrapper that is compiled, or takes images `by_size`."""
     if by_size:
-        return OfSizes(model)
+        return LockstepModel(model)
     return model if compile is False else Compiled(model, _backend(compile))
 
 

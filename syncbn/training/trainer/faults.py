@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from syncbn.report import file_names
 from syncbn.training.config.errors import TrainingError, listed
 from syncbn.training.config.output import output_root, short
-from syncbn.training.config.run_files import NONFINITE
 from syncbn.training.config.schema import Config
 from syncbn.training.data.by_size import each_size
 from syncbn.training.data.dataset import Data
@@ -50,7 +50,7 @@ def find_fault(
     record = {"step": step, "what": what, "samples_by_rank": seen, "with_pixels_that_are_not_finite": culprits}
     rest = ""
     if max(len(part) for part in ([culprits] if culprits else seen.values())) > _NAMED:
-        path = run_dir / NONFINITE
+        path = run_dir / file_names.NONFINITE
         rest = f" (all are in {short(path)})"
         if context.is_first:
             with path.open("a", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.training.config.errors import ConfigError, TrainingError
+from syncbn.training.config.errors import ConfigError, TrainingError, one_line
 from syncbn.training.data.by_size import of_one_size
 from syncbn.training.data.loader import Batch
 from syncbn.training.trainer.capture import Capture, Captured
@@ -36,9 +36,8 @@ class GraphedSteps:
     def __init__(self, capture: Capture, regular: Sequence[int], device: torch.device) -> None:
         self._capture, self._regular, self._device = capture, list(regular), device
         self._captured: Captured | None = None
-        self._inputs: list[
-            tuple[Tensor, Tensor]
-        ] = []  # the memory from which the captured step reads its micro-batches
+        # The memory from which the captured step reads its micro-batches.
+        self._inputs: list[tuple[Tensor, Tensor]] = []
         self._is_warm = False
         self._contexts = ExitStack()
         self.num_warm_up_passes = capture.num_warm_up_passes
@@ -104,8 +103,7 @@ class GraphedSteps:
             first: BaseException = error  # the capture itself fails after it, and says less
             while first.__context__ is not None:
                 first = first.__context__
-            reason = " ".join(str(first).split())
-            raise ConfigError(f"graph: step {step} cannot be captured: {reason}; set graph=false") from error
+            raise ConfigError(f"graph: step {step} cannot be captured: {one_line(first)}; set graph=false") from error
         if drawn := [name for name, state in _host_generators(self._device).items() if state != before[name]]:
             captured.close()
             raise ConfigError(

@@ -32,7 +32,7 @@ from syncbn.training.distributed.stopping import StopAgreed, StopRequest
 from syncbn.training.losses.losses import Loss
 from syncbn.training.trainer.build import sampler_for
 from syncbn.training.trainer.checks import build_freeze_plan, check_model
-from syncbn.training.trainer.of_sizes import OfSizes
+from syncbn.training.trainer.lockstep_model import LockstepModel
 
 
 class NoRunningStatisticsError(ConfigError):
@@ -60,7 +60,7 @@ class Population:
     num_batches: int
     num_samples: int
     layers: dict[str, Moved]
-    """By layer name, in the order of the model."""
+    """How the statistics moved, by layer name, in the order of the model."""
 
     def describe(self) -> str:
         """The numbers of batches and samples, in words."""
@@ -109,7 +109,7 @@ def recalibrate(
     before = _statistics(model)
     with context.forward_context():
         shards = (shard.index for number in range(num_batches) for shard in sampler.shards(number))
-        model_of_batch = OfSizes(worker) if isinstance(data, NativeData) else worker
+        model_of_batch = LockstepModel(worker) if isinstance(data, NativeData) else worker
         precise_bn(model_of_batch, _images(loader.eval_batches(data.train, shards), stop))
     after = _statistics(worker)
     for name, statistics in after.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from syncbn.report import file_names
 from syncbn.training.distributed.rank_context import RankContext
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ class Profiler:
     """Context that profiles `num_steps` steps after WARM_UP ones, and writes to `profile/` in the run directory."""
 
     def __init__(self, num_steps: int, run_dir: Path, context: RankContext) -> None:
-        self._directory, self._context, self._num_steps = run_dir / "profile", context, num_steps
+        self._directory, self._context, self._num_steps = run_dir / file_names.PROFILE, context, num_steps
         self._written = False
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its library prints each start and stop
         self._profile = profile(
@@ -50,7 +51,7 @@ class Profiler:
         by = "self_cpu_time_total" if self._context.device.type == "cpu" else "self_device_time_total"
         operators = profiled.key_averages()
         table = operators.table(sort_by=by, row_limit=30, max_name_column_width=60)
-        (self._directory / "operators.txt").write_text(table + "\n", encoding="utf-8")
+        (self._directory / file_names.OPERATORS).write_text(table + "\n", encoding="utf-8")
         top = sorted(operators, key=lambda operator: -getattr(operator, by))[:5]
         total = sum(getattr(operator, by) for operator in operators) or 1.0
         log.info(

@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from syncbn.nn.accumulate import accumulate_stats
-from syncbn.report.metric_names import EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
+from syncbn.report import file_names
+from syncbn.report.metric_names import ACCURACY, EPOCH, TEST, THROUGHPUT, VAL, VAL_LOSS, WAITED, below
 from syncbn.stats.monitor import Monitor
-from syncbn.training.checkpoint.files import Stored
+from syncbn.training.checkpoint.files import StoredCheckpoint
 from syncbn.training.checkpoint.frozen import FrozenSwitches
 from syncbn.training.checkpoint.state import Checkpoints
 from syncbn.training.config.duration import Duration
@@ -128,7 +129,7 @@ class Trainer:
         # what survives
         self.counters, self.totals, self.drift = Counters(), Totals(context.device), components.drift
         self.checkpoints = Checkpoints(
-            run_dir / "checkpoints",
+            run_dir / file_names.CHECKPOINTS,
             config.save.keep,
             facts={
                 "config": components.config_dict,
@@ -224,7 +225,7 @@ class Trainer:
         return self.early_stop.is_due(self.counters)
 
     def _is_fitted(self) -> bool:
-        return self.config.overfit is not None and self.counters.best.get("accuracy", 0.0) >= FITTED
+        return self.config.overfit is not None and self.counters.best.get(ACCURACY, 0.0) >= FITTED
 
     def _is_due(self, every: int, step: int | None = None) -> bool:
         step = self.counters.step if step is None else step
@@ -261,7 +262,7 @@ class Trainer:
             if self.context.is_first:
                 self.checkpoints.save(self.counters.step)
 
-    def resume(self, stored: Stored) -> None:
+    def resume(self, stored: StoredCheckpoint) -> None:
         """Restores the state of a checkpoint, which may be of another run or an earlier one of this run.
 
         Raises:
@@ -279,7 +280,7 @@ class Trainer:
         if self.context.is_first:
             self.checkpoints.begin(self.counters.step, best)
 
-    def _load(self, stored: Stored) -> None:
+    def _load(self, stored: StoredCheckpoint) -> None:
         try:
             if "parameter_groups" in stored.content:  # version 0.1.0 had one group, and did not name it
                 require_same_groups(self.built.groups, stored.content["parameter_groups"])

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from syncbn.report.metric_names import TEST, VAL, prefixed
+from syncbn.report import file_names
+from syncbn.report.metric_names import ACCURACY, LOSS, TEST, VAL, prefixed
 from syncbn.training.checkpoint.files import read, write_atomically
-from syncbn.training.checkpoint.paths import BEST
 from syncbn.training.checkpoint.state import Checkpoints, copied
 from syncbn.training.config.errors import TrainingError
 from syncbn.training.config.output import unwritable
@@ -23,6 +23,7 @@ from syncbn.training.distributed.stopping import StopRequest
 from syncbn.training.evaluation.evaluate import evaluate
 from syncbn.training.evaluation.mistakes import Mistakes
 from syncbn.training.evaluation.tallies import ClassBalance, Tally
+from syncbn.training.losses.losses import ignored_label
 from syncbn.training.trainer.build import RunComponents, build_model
 from syncbn.training.trainer.counters import Counters
 from syncbn.training.trainer.population import NoRunningStatisticsError, NotFiniteError, recalibrate
@@ -55,17 +56,16 @@ class Validation:
         self._counters, self._checkpoints = counters, checkpoints
         self._balance: dict[str, Tally] = {}
         self._renewed: dict[str, float] = {}  # metrics of the best weights with the statistics of the population
-        if components.config.best == "auto" and components.best.by == "accuracy":
+        if components.config.best == "auto" and components.best.by == ACCURACY:
             assert components.data.num_classes is not None
-            ignore = getattr(components.loss, "ignore_index", None)
-            self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignore)
+            self._balance[_BALANCE] = ClassBalance(components.data.num_classes, ignored_label(components.loss))
 
     def validate(self) -> dict[str, float]:
         """`val/*` and `drift/*` after the present step; weights that beat all before are saved as the best."""
         step, components = self._counters.step, self._components
         values = self._evaluate(self._evaluated, components.data.val, self._balance)
         recall, ratio = values.pop(f"{_BALANCE}/recall", None), values.pop(f"{_BALANCE}/ratio", None)
-        if not math.isfinite(loss := values["loss"]):
+        if not math.isfinite(loss := values[LOSS]):
             log.warning("step %d: the validation loss is %s; this model counts as no better than any", step, loss)
         self._counters.evaluated_step = step
         if self._counters.is_best(values, *components.best) and components.context.is_first:
@@ -110,7 +110,7 @@ class Validation:
 
     def _write_best(self, model: nn.Module) -> None:
         """Writes the model into the best checkpoint, on rank 0; no rank goes on before."""
-        path = self._checkpoints.directory / BEST
+        path = self._checkpoints.directory / file_names.BEST
         failure = None
         if self._components.context.is_first:
             try:
@@ -143,12 +143,12 @@ class Validation:
     def _best_model(self) -> nn.Module:
         """A copy: a signal meanwhile has to find the state that training ended with."""
         model = copy.deepcopy(self._evaluated)
-        model.load_state_dict(read(self._checkpoints.directory / BEST, "run")["model"])
+        model.load_state_dict(read(self._checkpoints.directory / file_names.BEST, "run")["model"])
         return model
 
     def _warn_of_imbalance(self) -> None:
         """Warns where `best=auto` has gone by accuracy, classes are uneven, and macro recall says something else."""
-        noted, by_accuracy = self._counters.macro_recall, self._counters.best.get("accuracy")
+        noted, by_accuracy = self._counters.macro_recall, self._counters.best.get(ACCURACY)
         if by_accuracy is None or "chosen" not in noted or noted["ratio"] < UNEVEN:
             return
         chosen, highest = noted["chosen"], noted["highest"]

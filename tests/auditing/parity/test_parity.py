@@ -18,7 +18,7 @@ from syncbn.auditing.parity import command, processes
 from syncbn.auditing.parity.batches import other_cuts, uneven
 from syncbn.auditing.parity.diagnosis import Diagnosis
 from syncbn.auditing.parity.errors import ParityError
-from syncbn.auditing.parity.processes import Ranks
+from syncbn.auditing.parity.processes import RankProcesses
 from syncbn.auditing.parity.rules import RULES
 from syncbn.auditing.rules import table
 from tests.auditing.parity import models
@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 @pytest.fixture(scope="module")
 def processes_of_two():
     """Two ranks that all tests of this file share; `parity` itself starts fresh ones."""
-    with Ranks(2) as ranks:
+    with RankProcesses(2) as ranks:
         yield ranks
 
 
@@ -161,7 +161,7 @@ def test_when_the_time_is_up_it_says_where_the_ranks_are_and_what_to_shrink():
 
 
 def test_the_command_line_prints_findings_and_exits_with_1(capsys, monkeypatch, processes_of_two):
-    monkeypatch.setitem(command.compare.__globals__, "Ranks", lambda num: nullcontext(processes_of_two))
+    monkeypatch.setitem(command.compare.__globals__, "RankProcesses", lambda num: nullcontext(processes_of_two))
     name = "tests.auditing.parity.models"
     given = ["parity", f"{name}:unconverted_branch", f"{name}:cross_entropy", f"{name}:images"]
     assert main(given) == 1

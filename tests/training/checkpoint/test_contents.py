@@ -238,4 +238,4 @@ def test_of_a_state_dict_only_what_is_loaded_has_to_be_usable(tmp_path):
 
 
 def test_a_name_in_an_error_is_printable_and_short():
-    assert contents.shown("a\n" * 99) == "a\\n" * 32 + "a..."
+    assert contents.clipped("a\n" * 99) == "a\\n" * 32 + "a..."

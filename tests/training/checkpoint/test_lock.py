@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from syncbn.report.file_names import LOCK
 from syncbn.training.checkpoint import lock
-from syncbn.training.checkpoint.lock import LOCK, Holder, lock_directory, unlock_directory
+from syncbn.training.checkpoint.lock import Holder, lock_directory, unlock_directory
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.distributed import world
 from tests.training.jobs import ROOT, start

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from syncbn.training.checkpoint import files
-from syncbn.training.checkpoint.files import Stored, write_atomically
+from syncbn.training.checkpoint.files import StoredCheckpoint, write_atomically
 from syncbn.training.checkpoint.resume import checkpoint_to_resume, merge_with_stored
 from syncbn.training.config.errors import ConfigError
 from syncbn.training.config.parsing import to_dict
@@ -430,7 +430,7 @@ def stored_run(directory, *overrides):
 def test_what_may_not_change_is_named(job, tmp_path, overrides, key):
     path = stored_run(tmp_path)
     with pytest.raises(ConfigError, match=f"^{key}: the run that"):
-        merge_with_stored(compose_config(*overrides), Stored.read(path, "resume"), overrides)
+        merge_with_stored(compose_config(*overrides), StoredCheckpoint.read(path, "resume"), overrides)
 
 
 def test_early_stop_ends_a_run_that_counts_as_finished_until_it_may_go_on(job, monkeypatch, caplog):
@@ -453,7 +453,7 @@ def test_early_stop_ends_a_run_that_counts_as_finished_until_it_may_go_on(job, m
 def test_what_may_change_is_taken_and_the_rest_is_the_runs(job, tmp_path):
     path = stored_run(tmp_path, "seed=5", "freeze=backbone")
     overrides = ["duration=9ep", "save.every=1ep", "tracker=none", "log_every=7"]
-    merged = merge_with_stored(compose_config(*overrides), Stored.read(path, "resume"), overrides)
+    merged = merge_with_stored(compose_config(*overrides), StoredCheckpoint.read(path, "resume"), overrides)
     assert (merged.seed, merged.duration, merged.save.every, merged.tracker.mode) == (5, "9ep", "1ep", "disabled")
     assert list(merged.freeze) == ["backbone"]
     assert checkpoint_to_resume(compose_config("resume=auto"), tmp_path).path == path

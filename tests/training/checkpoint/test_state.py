@@ -62,7 +62,7 @@ def test_state_and_frozen_switches_come_back(tmp_path):
     checkpoints.close()
     path = tmp_path / "checkpoints/step_00000007.pt"
     other, loading = make_checkpoints(tmp_path)
-    assert loading.load(files.Stored.read(path, "resume"), "resume") == 7
+    assert loading.load(files.StoredCheckpoint.read(path, "resume"), "resume") == 7
     assert torch.equal(other[0].weight, model[0].weight)
     assert other[1].stats_frozen
     assert not other[1].affine_frozen
@@ -74,7 +74,7 @@ def test_what_the_state_has_free_is_free_again(tmp_path):
     checkpoints.close()
     other, loading = make_checkpoints(tmp_path)
     other[1].freeze()
-    loading.load(files.Stored.read(tmp_path / "checkpoints/step_00000007.pt", "resume"), "resume")
+    loading.load(files.StoredCheckpoint.read(tmp_path / "checkpoints/step_00000007.pt", "resume"), "resume")
     assert not other[1].stats_frozen
     assert other[1].weight.requires_grad
 

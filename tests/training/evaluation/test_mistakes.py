@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from syncbn.training.evaluation import mistakes as module
-from syncbn.training.evaluation.mistakes import Mistakes, Seen, write_mistakes
+from syncbn.training.evaluation.mistakes import EvaluatedBatch, Mistakes, write_mistakes
 from syncbn.training.evaluation.thumbnails import LARGEST, colors_of, draw_image, draw_mask
 from syncbn.training.losses.elementwise import MeanSquaredError
 from syncbn.training.losses.losses import CrossEntropy
@@ -30,11 +30,12 @@ def logits(*rows):
 def classified():
     """Six samples of three classes: the second and the last two are wrong, those two equally; the third is ignored."""
     outputs = logits(*[[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.9, 0.05, 0.05], [0.1, 0.1, 0.8], *[[0.1, 0.8, 0.1]] * 2])
-    return Seen(torch.arange(6), torch.arange(6.0).view(6, 1, 1, 1) / 10, outputs, torch.tensor([0, 1, 255, 2, 0, 2]))
+    images = torch.arange(6.0).view(6, 1, 1, 1) / 10
+    return EvaluatedBatch(torch.arange(6), images, outputs, torch.tensor([0, 1, 255, 2, 0, 2]))
 
 
 def part(batch, index):
-    return Seen(batch.index[index], batch.images[index], batch.outputs[index], batch.targets[index])
+    return EvaluatedBatch(batch.index[index], batch.images[index], batch.outputs[index], batch.targets[index])
 
 
 def found(batch, num_examples=12, **options):
@@ -66,7 +67,7 @@ def test_of_masks_the_worst_by_dice_over_their_foreground_come_first():
     truth = torch.tensor([[[1, 1], [0, 0]], [[2, 2], [0, 255]], [[0, 0], [0, 0]]])
     predicted = torch.tensor([[[1, 0], [0, 0]], [[1, 1], [0, 1]], [[0, 0], [0, 0]]])
     outputs = torch.nn.functional.one_hot(predicted, 3).movedim(3, 1).float()
-    content = found(Seen(torch.tensor([7, 8, 9]), torch.zeros(3, 1, 2, 2), outputs, truth))
+    content = found(EvaluatedBatch(torch.tensor([7, 8, 9]), torch.zeros(3, 1, 2, 2), outputs, truth))
     assert [(one["index"], one["dice"]) for one in content["examples"]] == [(8, 0.0), (7, round(2 / 3, 4))]
     assert content["num_wrong"] == 2
     assert sum(count for *_, count in content["confusion"]) == 11
@@ -94,8 +95,8 @@ def test_targets_and_outputs_that_are_no_classes_are_passed_over(tmp_path):
     assert not Mistakes(data(), MeanSquaredError(), 3).applies
     assert not Mistakes(data(num_classes=None), CrossEntropy(), 3).applies
     batch = classified()
-    assert found(Seen(batch.index, batch.images, batch.outputs[:, :2], batch.targets)) is None
-    assert found(Seen(batch.index, batch.images, {"out": batch.outputs}, batch.targets)) is None
+    assert found(EvaluatedBatch(batch.index, batch.images, batch.outputs[:, :2], batch.targets)) is None
+    assert found(EvaluatedBatch(batch.index, batch.images, {"out": batch.outputs}, batch.targets)) is None
     write_mistakes(tmp_path, 1, Mistakes(data(), MeanSquaredError(), 3), writes=True)
     assert not any(tmp_path.iterdir())
 

@@ -184,7 +184,13 @@ def test_directories_that_exist_stay_as_they_are(tmp_path):
     assert mode(tmp_path / "outputs/a") == 0o755
 
 
-@pytest.mark.parametrize("name", [".hydra", "checkpoints", "wandb", "export", "metrics.jsonl", "train.log", "run.lock"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".hydra", "checkpoints", "wandb", "tensorboard", "profile", "export",
+        "metrics.jsonl", "parity.json", "train.log", "run.lock",
+    ],
+)  # fmt: skip
 def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_is_untouched(tmp_path, capsys, name):
     victim = tmp_path / "victim"
     victim.write_text("mine") if "." in name[1:] else victim.mkdir()

@@ -200,7 +200,7 @@ def test_sparse_gradients_are_an_error_at_start_or_where_they_first_appear():
     update.begin()
     model[0].weight.grad = torch.zeros(4, 3).to_sparse()
     with pytest.raises(ConfigError, match=r"^model: the gradient of 0.weight is sparse"):
-        update.finish(torch.zeros(()), torch.ones(()), halt=False)
+        update.apply(torch.zeros(()), torch.ones(()), halt=False)
 
 
 def test_the_table_lists_every_parameter_in_one_group_with_what_holds_for_it():

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm
-from syncbn.training.optim.ema import WeightAverage
+from syncbn.training.optim.ema import ExponentialAverage
 from syncbn.training.optim.foreach import all_finite, multiply
 from syncbn.training.optim.update import Update
 from syncbn.training.trainer.deferred import DeferredResults
@@ -33,7 +33,9 @@ def step(model, update, seed, *, loss_factor=1.0, gradient_factor=1.0, halt=Fals
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(gradient_factor)
-    return update.finish(loss.detach().double() * loss_factor, torch.tensor(1.0, dtype=torch.float64), halt=halt)
+    outcome = update.apply(loss.detach().double() * loss_factor, torch.tensor(1.0, dtype=torch.float64), halt=halt)
+    update.advance()
+    return outcome
 
 
 def state_of(model, update):
@@ -137,7 +139,8 @@ def test_an_update_never_reads_a_value_on_the_host():
     update.begin()
     loss.backward()
     with Reads():
-        outcome = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
+        outcome = update.apply(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=True)
+        update.advance()
         reports.post(0, torch.stack(outcome))
         update.begin()
 
@@ -159,7 +162,7 @@ def test_gradients_of_every_type_are_multiplied_in_their_own_precision():
 
 def test_the_average_is_exponential_over_weights_and_statistics_and_copies_counters():
     model, _ = build()
-    average = WeightAverage(model, decay=0.75)
+    average = ExponentialAverage(model, decay=0.75)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
@@ -172,7 +175,7 @@ def test_the_average_is_exponential_over_weights_and_statistics_and_copies_count
 
 def test_the_average_forgets_the_initial_weights_early_on():
     model = nn.Linear(1, 1)
-    average = WeightAverage(model, decay=0.9)
+    average = ExponentialAverage(model, decay=0.9)
     kept, start = 1.0, model.weight.item()
     with torch.no_grad():
         model.weight.add_(1)

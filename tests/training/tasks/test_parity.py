@@ -7,7 +7,7 @@ import torch
 
 from syncbn.auditing.parity.comparison import SizeResult
 from syncbn.auditing.parity.parity import Result
-from syncbn.auditing.parity.rules import found
+from syncbn.auditing.parity.rules import new_finding
 from syncbn.training.config.errors import ConfigError, TrainingError
 from syncbn.training.tasks import parity
 from syncbn.training.tasks.run import run
@@ -58,7 +58,7 @@ def test_it_compares_the_configured_model_loss_and_batch(task, compared):
 
 
 def test_findings_are_written_and_end_the_job_with_exit_code_1(task, compared, tmp_path):
-    compared["findings"] = [found("local-batch-norm", "backbone.stem.bn", 0.25, detail="", cure="convert")]
+    compared["findings"] = [new_finding("local-batch-norm", "backbone.stem.bn", 0.25, detail="", remedy="convert")]
     with pytest.raises(TrainingError, match=r"^parity: local-batch-norm in backbone\.stem\.bn; see .*parity\.json$"):
         task()
     [finding] = json.loads((tmp_path / "parity.json").read_text())["findings"]
@@ -66,7 +66,7 @@ def test_findings_are_written_and_end_the_job_with_exit_code_1(task, compared, t
 
 
 def test_what_is_no_difference_does_not_fail(task, compared):
-    compared["findings"] = [found("float64-refused", "", error="no", limit=1e-3)]
+    compared["findings"] = [new_finding("float64-refused", "", error="no", limit=1e-3)]
     assert [one["severity"] for one in task()["findings"]] == ["info"]
 
 

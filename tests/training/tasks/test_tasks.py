@@ -18,7 +18,7 @@ from syncbn.training.data.registry import load_data as load_data
 from syncbn.training.data.sampler import Sampler
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.world import rank, world_size
-from syncbn.training.tasks import export, recalibrate
+from syncbn.training.tasks import export, export_formats, recalibrate
 from syncbn.training.tasks.loaded import load_run
 from tests.training.jobs import compose_config, read_metrics, run_rank, start
 
@@ -385,9 +385,9 @@ def check_a_broken_export(cwd, run):
     def write_something_else(*arguments):
         return lambda images: write(*arguments)(images) + 1e-6
 
-    write = export._WRITERS["pt2"]
+    write = export.WRITERS["pt2"]
     with (
-        patch.dict(export._WRITERS, pt2=write_something_else),
+        patch.dict(export.WRITERS, pt2=write_something_else),
         pytest.raises(ConfigError, match=r"export.formats: model.pt2 differs from the evaluated model by 1e-06 "),
     ):
         run_rank(cwd, ("task=export", f"load={run}", "run=x"))
@@ -418,7 +418,9 @@ def test_a_model_that_cannot_be_exported_is_a_clear_error(job, own_modules, tmp_
 
 
 def test_onnx_is_left_out_without_its_extra_and_an_error_if_asked_for(job, averaged, monkeypatch, caplog):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else util.find_spec(name))
+    monkeypatch.setattr(
+        export_formats, "find_spec", lambda name: None if name == "onnxscript" else util.find_spec(name)
+    )
     with caplog.at_level("INFO"):
         run = job("task=export", f"load={averaged}", "precision=fp32", "run=x")
     assert "no model.onnx: it needs onnxscript; pip install 'syncbn[export]'" in caplog.text

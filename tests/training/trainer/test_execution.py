@@ -141,7 +141,7 @@ def one_update(clip_norm, *, half=False, factor=1.0):
     update.begin()
     loss = factor * model(torch.ones(4, 3)).square().sum()
     update.scaler.scale(loss).backward()
-    outcome = update.finish(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=False)
+    outcome = update.apply(loss.detach().double(), torch.tensor(1.0, dtype=torch.float64), halt=False)
     moved = torch.cat([(b - a).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
     return moved.detach(), outcome
 

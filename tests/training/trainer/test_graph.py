@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from syncbn.training.distributed.rank_context import RankContext
 from syncbn.training.distributed.stopping import Stopped, StopRequest
-from syncbn.training.optim.ema import WeightAverage
+from syncbn.training.optim.averages import WeightAverage
 from syncbn.training.optim.update import Update
 from syncbn.training.tracking.tracker import Tracker
 from syncbn.training.trainer import trainer as trainer_module

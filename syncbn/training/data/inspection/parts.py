@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncbn.training.config.errors import SampleError
+from syncbn.training.config.errors import SampleError, one_line
 from syncbn.training.data.custom import CustomData
 from syncbn.training.data.dataset import IGNORE, Rows
 from syncbn.training.data.decoding import Decoded, as_classes
-from syncbn.training.data.inspection.records import Moments, Record
+from syncbn.training.data.inspection.records import PixelSums, Record
 
 _DIGEST_BYTES = 16
 
@@ -118,7 +118,7 @@ class ItemsPart:
                 problems.append(("shape", name, f"{what} of shape {tuple(tensor.shape)}, the first has {first}"))
         _look_at_tensor(image, name, record, problems)
         if self.first is not None and image.shape != self.first[0]:
-            record.moments = None  # perhaps of other channels
+            record.pixel_sums = None  # perhaps of other channels
         if target.is_floating_point():
             if not target.isfinite().all():
                 problems.append(("not finite", name, "NaN or infinite values in the target"))
@@ -160,9 +160,9 @@ def _look_at_file(images: Decoded, index: int, record: Record, problems: Problem
         record.size, record.kind = image.size, image.mode
         row = images.fitted(image, index)
     except Exception as error:  # on a damaged file Pillow's readers raise exceptions of many types
-        problems.append(("unreadable", name, _one_line(error)))
+        problems.append(("unreadable", name, one_line(error)))
         return
-    record.moments = _moments(row)
+    record.pixel_sums = _pixel_sums(row)
     record.digest = _digest_of_image(image)
 
 
@@ -171,12 +171,12 @@ def _look_at_mask(masks: Decoded, index: int, record: Record, problems: Problems
     try:
         mask = masks.upright(index)
     except Exception as error:
-        problems.append(("unreadable", name, _one_line(error)))
+        problems.append(("unreadable", name, one_line(error)))
         return
     try:
         values = np.bincount(np.asarray(as_classes(mask)).ravel(), minlength=256)
     except ValueError as error:
-        problems.append(("mask", name, _one_line(error)))
+        problems.append(("mask", name, one_line(error)))
         return
     if record.size is not None and mask.size != record.size:
         problems.append(("mask size", name, "{}x{} pixels for an image of {}x{}".format(*mask.size, *record.size)))
@@ -215,12 +215,12 @@ def _look_at_tensor(image: Tensor, name: str, record: Record, problems: Problems
     if not image.isfinite().all():
         problems.append(("not finite", name, "NaN or infinite values in the image"))
         return
-    record.moments = _moments(image)
+    record.pixel_sums = _pixel_sums(image)
     content = image.contiguous().cpu().numpy()
     record.digest = blake2b(content.tobytes(), digest_size=_DIGEST_BYTES, person=record.kind.encode()[:16]).digest()
 
 
-def _moments(image: Tensor) -> Moments:
+def _pixel_sums(image: Tensor) -> PixelSums:
     """Sums over the pixels of an image (C, ...), exact for integers and order-independent for floats."""
     exact = not (image.is_floating_point() or image.is_complex())
     values = image.to(torch.int64 if exact else torch.float64).flatten(1 if image.dim() > 1 else 0)
@@ -228,16 +228,12 @@ def _moments(image: Tensor) -> Moments:
     sums: list[Any] = [values.sum(1).tolist(), (values * values).sum(1).tolist()]
     if not exact:
         sums = [[Fraction(total) for total in totals] for totals in sums]
-    return Moments(sums[0], sums[1], values.size(1))
+    return PixelSums(sums[0], sums[1], values.size(1))
 
 
 def _digest_of_image(image: Image.Image) -> bytes:
-    """Of the pixels that training sees before it resizes them: colours, without transparency."""
+    """Digest of the pixels that training sees before it resizes them: colours, without transparency."""
     if not image.mode.startswith(("I", "F")):  # 16 bits and more are taken as they are
         image = image.convert("RGB")
     head = f"{image.mode} {image.size}".encode()
     return blake2b(head + image.tobytes(), digest_size=_DIGEST_BYTES).digest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

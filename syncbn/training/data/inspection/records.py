@@ -42,11 +42,11 @@ class Finding:
     text: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For check.json."""
+        """The finding as an entry of check.json."""
         return asdict(self)
 
     def line(self) -> str:
-        """For the console."""
+        """The finding as a line of the console."""
         return ": ".join(part for part in (self.item or self.split, self.text) if part)
 
 
@@ -54,7 +54,7 @@ Number = int | Fraction  # sums of them do not depend on their order
 
 
 @dataclass
-class Moments:
+class PixelSums:
     """Exact sums over the pixels of images, by channel."""
 
     sums: list[Number]
@@ -62,7 +62,7 @@ class Moments:
     count: int
     """Pixels."""
 
-    def add(self, other: Moments) -> None:
+    def add(self, other: PixelSums) -> None:
         """Adds the sums of other images of as many channels."""
         self.sums = [one + another for one, another in zip(self.sums, other.sums, strict=True)]
         self.squares = [one + another for one, another in zip(self.squares, other.squares, strict=True)]
@@ -89,10 +89,10 @@ class Record:
     """Width and height of an image file; the shape of a tensor."""
     kind: str = ""
     """Pillow's mode of an image file; the type of a tensor."""
-    moments: Moments | None = None
+    pixel_sums: PixelSums | None = None
     digest: bytes | None = None
-    """Of the pixels; None if they could not be read."""
+    """Digest of the pixels; None if they could not be read."""
     pixels: dict[int, int] = field(default_factory=dict)
-    """Of a mask: the number of pixels of each class."""
+    """The number of pixels of each class in a mask."""
     problems: Sequence[tuple[str, str, str]] = ()
     """Rule, item and text of what is wrong with it."""

@@ -10,7 +10,7 @@ from typing import Any
 from syncbn.training.data.dataset import IGNORE
 from syncbn.training.data.inspection.inventory import Inventory
 from syncbn.training.data.inspection.parts import locate
-from syncbn.training.data.inspection.records import Finding, Moments, Record
+from syncbn.training.data.inspection.records import Finding, PixelSums, Record
 
 _MOST_SIZES = 10  # sizes that are listed
 
@@ -25,11 +25,11 @@ class SplitTally:
     pixels: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
-    moments: Moments | None = None
+    pixel_sums: PixelSums | None = None
 
 
 @dataclass
-class Tally:
+class DatasetTally:
     """What some samples show, added up; which rank has looked at which makes no difference to the sum."""
 
     splits: dict[str, SplitTally] = field(default_factory=dict)
@@ -50,32 +50,32 @@ class Tally:
         if record.size is not None:
             tally.sizes[record.size] += 1
             tally.kinds[record.kind] += 1
-        _add_moments(tally, record.moments)
+        _add_pixel_sums(tally, record.pixel_sums)
         self.problems += [(position, *problem) for problem in record.problems]
         if record.digest is not None:
             self.digests.setdefault(record.digest, []).append((position, record.label))
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: DatasetTally) -> None:
         """Adds the samples of another tally."""
         for split, theirs in other.splits.items():
             mine = self.splits.setdefault(split, SplitTally())
             mine.samples += theirs.samples
             for name in ("labels", "pixels", "sizes", "kinds"):
                 getattr(mine, name).update(getattr(theirs, name))
-            _add_moments(mine, theirs.moments)
+            _add_pixel_sums(mine, theirs.pixel_sums)
         self.problems += other.problems
         for digest, found in other.digests.items():
             self.digests.setdefault(digest, []).extend(found)
 
 
-def _add_moments(tally: SplitTally, moments: Moments | None) -> None:
-    if moments is not None and tally.moments is None:
-        tally.moments = Moments([0] * len(moments.sums), [0] * len(moments.squares), 0)
-    if moments is not None and tally.moments is not None:
-        tally.moments.add(moments)
+def _add_pixel_sums(tally: SplitTally, pixel_sums: PixelSums | None) -> None:
+    if pixel_sums is not None and tally.pixel_sums is None:
+        tally.pixel_sums = PixelSums([0] * len(pixel_sums.sums), [0] * len(pixel_sums.squares), 0)
+    if pixel_sums is not None and tally.pixel_sums is not None:
+        tally.pixel_sums.add(pixel_sums)
 
 
-def summarize(inventory: Inventory, tally: Tally) -> dict[str, Any]:
+def summarize(inventory: Inventory, tally: DatasetTally) -> dict[str, Any]:
     """The content of check.json: counts by split, findings in the order of the samples, notes."""
     findings = [*inventory.findings, *_of_samples(inventory, tally), *_of_copies(inventory, tally)]
     findings += _of_classes(inventory, tally)
@@ -90,12 +90,12 @@ def summarize(inventory: Inventory, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _of_samples(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_samples(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     for position, rule, item, text in sorted(tally.problems):
         yield Finding(rule, locate(inventory.parts, position)[0].split, item, text)
 
 
-def _of_copies(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_copies(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     """Images that are in two splits, or in one with two labels; the later one is named."""
     for copies in _copies(tally):
         first, label = copies[0]
@@ -109,12 +109,12 @@ def _of_copies(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
                 yield Finding("two labels", other.split, name, f"the same image as {original}, with another label")
 
 
-def _copies(tally: Tally) -> Iterable[list[tuple[int, int | None]]]:
+def _copies(tally: DatasetTally) -> Iterable[list[tuple[int, int | None]]]:
     """Positions and labels of images that occur several times, in the order of their first occurrence."""
     return sorted(sorted(found, key=lambda one: one[0]) for found in tally.digests.values() if len(found) > 1)
 
 
-def _of_classes(inventory: Inventory, tally: Tally) -> Iterator[Finding]:
+def _of_classes(inventory: Inventory, tally: DatasetTally) -> Iterator[Finding]:
     train = tally.splits.get("train")
     if train is not None and train.samples:
         for name in _absent(inventory, train):
@@ -127,7 +127,7 @@ def _absent(inventory: Inventory, tally: SplitTally) -> list[str]:
     return [name for number, name in enumerate(inventory.class_names) if name in expected and not tally.labels[number]]
 
 
-def _notes(inventory: Inventory, tally: Tally) -> Iterator[str]:
+def _notes(inventory: Inventory, tally: DatasetTally) -> Iterator[str]:
     for split, found in sorted(tally.splits.items()):
         if split != "train" and (absent := _absent(inventory, found)):
             yield f"{split} has no {', '.join(absent)}"
@@ -157,9 +157,9 @@ def _describe(tally: SplitTally, class_names: Iterable[str]) -> dict[str, Any]:
         sizes = [size for size, _ in most]
         described["sizes"] |= {"smallest": min(sizes, key=_area), "largest": max(sizes, key=_area)}
     described["kinds"] = dict(sorted(tally.kinds.items()))
-    if tally.moments is not None and tally.moments.count:
+    if tally.pixel_sums is not None and tally.pixel_sums.count:
         scale = 255 if not any(kind.startswith(("float", "int")) for kind in tally.kinds) else 1
-        mean, std = tally.moments.mean_and_std(scale)
+        mean, std = tally.pixel_sums.mean_and_std(scale)
         described |= {"channels": len(mean), "mean": mean, "std": std}
     return described
 

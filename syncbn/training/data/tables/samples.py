@@ -56,7 +56,7 @@ class Samples:
     """None with masks."""
     groups: Sequence[str]
     mistakes: dict[int, Mistake]
-    """At most one of each row."""
+    """Mistakes by position, at most one of each row."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class Samples:
         return [position for position in range(len(self.table)) if position not in self.mistakes]
 
     def all_mistakes(self) -> list[Mistake]:
-        """In the order of the table."""
+        """Mistakes of the file and of its rows, in the order of the table."""
         return sorted([*self.table.mistakes, *self.mistakes.values()], key=lambda mistake: mistake.row)
 
     def require_none(self) -> None:
@@ -96,7 +96,7 @@ class Samples:
         return Split(Decoded(images, prepared), Decoded(masks, prepared, MaskValues.of(self.config), of=images))
 
     def strata(self, position: int) -> Sequence[int]:
-        """Of a row; see `Targets`."""
+        """What every split should have as much of as the others, in a row; see `Targets`."""
         return (0,) if self.targets is None else self.targets.strata[position]
 
 

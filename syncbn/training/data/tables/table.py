@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from syncbn.training.config.errors import ConfigError, listed
+from syncbn.training.config.errors import ConfigError, listed, one_line
 from syncbn.training.config.layout import table_file
 
 PARQUET = (".parquet", ".pq")
@@ -23,7 +23,7 @@ class Mistake:
     key: str
     """The configuration key that it concerns."""
     row: int
-    """As people see it; see `Table.rows`."""
+    """The number of the line as people see it; see `Table.rows`."""
     column: str
     text: str
 
@@ -111,7 +111,7 @@ def _read_parquet(path: Path, key: str) -> Table:
         remedy = f"pip install pyarrow, or save {path.name} as CSV"
         raise ConfigError(f"{key}: Parquet needs pandas or pyarrow; {remedy}") from None
     except Exception as error:  # of many types
-        raise ConfigError(f"{key}: {str(path)!r} cannot be read ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{key}: {str(path)!r} cannot be read ({one_line(error)})") from None
     texts = {str(name): [_text(value) for value in values] for name, values in columns.items()}
     return Table(path, texts, range(len(next(iter(texts.values()), ()))))
 

@@ -24,7 +24,7 @@ class Targets:
     values: Tensor
     """Classes (N,) int64, or labels or numbers (N, columns) float32; undefined in the rows with a mistake."""
     names: tuple[str, ...]
-    """Of the classes; else of the columns."""
+    """Names of the classes; where there are none, of the columns."""
     strata: Sequence[Sequence[int]]
     """What every split should have as much of: the class of each row, its labels, or the tenth its number is in."""
 

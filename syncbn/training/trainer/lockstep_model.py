@@ -10,7 +10,7 @@ from syncbn.nn.lockstep import forward_together
 from syncbn.training.data.by_size import BySize
 
 
-class OfSizes(nn.Module):
+class LockstepModel(nn.Module):
     """A wrapper that takes a `BySize` and returns a list, the model's output for each size.
 
     Batch normalizations in training mode see all images of the batch at once, see `nn.lockstep`.
