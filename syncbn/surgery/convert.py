@@ -24,7 +24,8 @@ def convert_sync_batchnorm(
     subclass keeps what it adds (a fused activation, for example): the layer gets a generated class that inherits from
     both its original class and `SyncBatchNorm`. A lazy layer is synchronized from the first forward on, which
     determines its number of channels. All other normalization layers, and layers that are synchronized already, are
-    left unchanged. `conversion_report` lists the status of every layer with the reason.
+    left unchanged. `conversion_report`, in `syncbn.surgery.conversion_report`, lists the status of every layer with the
+    reason.
 
     Args:
         module: any model, or a single layer.

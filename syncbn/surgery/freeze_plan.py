@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import nn
 
@@ -52,18 +53,29 @@ class FreezePlan:
 
     Rules only freeze, so their order does not matter. Modules that no rule selects are never changed.
 
+    Args:
+        rules: by name, each a `FreezeRule` (of this module) or a mapping of its fields: `match`, which has to be
+            there, `exclude`, `stats`, `affine`, `weights`, as the arguments of `freeze`, and `start` and `until`, the
+            steps start <= t < until in which the rule freezes (None: from the beginning, to the end).
+
+    Raises:
+        ValueError: a rule with an unknown field, or without `match`.
+        TypeError: a rule that is neither.
+
     Example:
-        >>> from syncbn import SyncBatchNorm
+        >>> from syncbn import FreezePlan, SyncBatchNorm
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), SyncBatchNorm(4))
-        >>> plan = FreezePlan({"warm": FreezeRule("1", until=100)})
+        >>> plan = FreezePlan({"warm": {"match": "1", "until": 100}})
+        >>> plan.check(model)
+        []
         >>> [switch.module for switch in plan.apply(model, step=0)]
         ['1', '1']
         >>> model[1].stats_frozen, plan.apply(model, step=50)
         (True, [])
     """
 
-    def __init__(self, rules: Mapping[str, FreezeRule]) -> None:
-        self.rules = dict(rules)
+    def __init__(self, rules: Mapping[str, FreezeRule | Mapping[str, Any]]) -> None:
+        self.rules = {name: _as_rule(name, rule) for name, rule in rules.items()}
 
     @property
     def boundaries(self) -> set[int]:
@@ -154,3 +166,18 @@ class FreezePlan:
             set(switches) <= frozen.get(target, set())
             for target, (_, switches) in self.rules[name].targets(model).items()
         )
+
+
+def _as_rule(name: str, rule: object) -> FreezeRule:
+    """A rule from its fields; the errors are those of `FreezePlan`."""
+    if isinstance(rule, FreezeRule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise TypeError(f"{name}: expected a FreezeRule or a mapping of its fields, got {type(rule).__name__}")
+    known = [field.name for field in fields(FreezeRule)]
+    for key in rule:
+        if key not in known:
+            raise ValueError(f"{name}.{key}: expected one of {', '.join(known)}")
+    if "match" not in rule:
+        raise ValueError(f'{name}.match: expected a pattern of module names ("*" for all), got none')
+    return FreezeRule(**rule)

@@ -32,8 +32,8 @@ def revert_sync_batchnorm(module: nn.Module, default: type[_BatchNorm] | None = 
     Args:
         default: the class, such as `nn.BatchNorm2d`, for layers without an original class that runs in one process:
             those that were constructed as `SyncBatchNorm`, and torch's own `nn.SyncBatchNorm`, converted or not (its
-            training forward raises on a CPU). None leaves the former as they are (`conversion_report` lists them as
-            "built"), and the latter are `nn.SyncBatchNorm`.
+            training forward raises on a CPU). None leaves the former as they are (`conversion_report`, in
+            `syncbn.surgery.conversion_report`, lists them as "built"), and the latter are `nn.SyncBatchNorm`.
 
     Raises:
         ValueError: a layer in training mode with frozen statistics, which its original class cannot represent; a layer

@@ -237,6 +237,22 @@ class TestPlan:
         with pytest.raises(ValueError, match=message):
             FreezePlan({"mine": rule}).check(Net())
 
+    def test_a_rule_may_be_a_mapping_of_its_fields(self):
+        plan = FreezePlan({"a": {"match": "backbone.1", "affine": False, "until": 3}})
+        assert plan.rules == {"a": FreezeRule("backbone.1", affine=False, until=3)}
+
+    @pytest.mark.parametrize(
+        ("rule", "error", "message"),
+        [
+            ({"match": "a", "matchh": "b"}, ValueError, "^mine.matchh: expected one of match, exclude, stats"),
+            ({"until": 3}, ValueError, "^mine.match: expected a pattern of module names"),
+            ("backbone", TypeError, "^mine: expected a FreezeRule or a mapping of its fields, got str"),
+        ],
+    )
+    def test_a_mapping_that_is_no_rule_is_an_error_that_names_the_rule_and_the_field(self, rule, error, message):
+        with pytest.raises(error, match=message):
+            FreezePlan({"mine": rule})
+
     def test_a_rule_without_effect_is_a_warning(self):
         late = FreezePlan({"late": FreezeRule("backbone", start=100)})
         assert "starts at step 100" in late.check(Net(), num_steps=50)[0]

@@ -82,7 +82,11 @@ def compare(
 ) -> Result:
     """What `parity` does with these arguments, with a result for each world size beside the findings."""
     refuse_recursion()
-    if not world_sizes or not all(isinstance(size, int) and size >= 1 for size in world_sizes):
+    if (
+        isinstance(world_sizes, int)
+        or not world_sizes
+        or not all(isinstance(size, int) and size >= 1 for size in world_sizes)
+    ):
         raise ValueError(f"world_sizes: expected numbers of ranks, 1 or more, got {world_sizes!r}")
     if max(world_sizes) == 1:
         raise ValueError("world_sizes: expected one above 1 to compare one process with, got 1 alone")

@@ -231,6 +231,7 @@ def test_what_cannot_be_compared_is_an_error_that_names_the_argument():
     for arguments, message in [
         (((x, y), (1,)), r"^world_sizes: expected one above 1"),
         (((x, y), (0, 2)), r"^world_sizes: expected numbers of ranks"),
+        (((x, y), 2), r"^world_sizes: expected numbers of ranks, 1 or more, got 2"),
         (((x[:2], y[:2]), (1, 2)), r"^batch: 2 samples cannot be cut unevenly over 2 ranks; give at least 3"),
         (((None, y), (1, 2)), r"^batch: expected inputs whose first dimension is the samples, got no tensor"),
         (((x, y, y), (1, 2)), r"^batch: expected \(inputs, targets\), got tuple"),
