@@ -4,6 +4,8 @@ Small activations are bound by the number of operators, so these are few, and th
 channel is a single number.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,8 @@ def pack_sums(input: Tensor, sums: Tensor) -> Tensor:
     packed = torch.cat([torch.full((1,), float(count), dtype=torch.float64), sums[0], low, sums[1], low])
     mean, mean_square = sums.div_(count).unbind()
     if not are_near(mean, mean_square):
-        square = mean.square()
-        # False for NaN, which a pivot would not help either.
-        ill = square * (1.0 + _SUMS_UP_TO**-2) > mean_square
+        # False for NaN, which no other way of summing would help either.
+        ill = (mean.square() * (1.0 + _SUMS_UP_TO**-2) > mean_square) | (mean_square == math.inf)
         if ill.any():
             parts = packed[1:].view(4, num_channels)
             parts[:, ill] = _around_pivot(input, mean, mean_square, ill)[1:].view(4, -1)
@@ -39,9 +40,9 @@ def pack_sums(input: Tensor, sums: Tensor) -> Tensor:
 
 
 def _around_pivot(input: Tensor, mean: Tensor, mean_square: Tensor, ill: Tensor) -> Tensor:
-    """The packed moments of the `ill` channels, summed around a pivot."""
+    """The packed moments of the `ill` channels, summed around a pivot, or in float64 where float32 does not do."""
     part, pivot = (input, mean) if ill.all() else (input[:, ill], mean[ill])
-    if (mean.square() * (1.0 + _PIVOT_UP_TO**-2) > mean_square).any():
+    if ((mean.square() * (1.0 + _PIVOT_UP_TO**-2) > mean_square) | (mean_square == math.inf)).any():
         return reference.moments(part)
     pivot = pivot.to(reference.compute_dtype(input.dtype))
     centred = part.to(pivot.dtype) - reference.per_channel(pivot, part)
@@ -50,8 +51,12 @@ def _around_pivot(input: Tensor, mean: Tensor, mean_square: Tensor, ill: Tensor)
 
 
 def are_near(mean: Tensor, mean_square: Tensor) -> bool:
-    """Whether the sums of x and x^2 do for all channels: mean^2 <= r^2 * variance; variance = E[x^2] - mean^2."""
-    return float(torch.addcmul(mean_square, mean, mean, value=-(1.0 + _SUMS_UP_TO**-2)).amin()) >= 0.0
+    """Whether the sums of x and x^2 do for all channels: mean^2 <= r^2 * variance; variance = E[x^2] - mean^2.
+
+    They do not where float32 overflows in x^2, nor where x is not finite.
+    """
+    least, largest = torch.addcmul(mean_square, mean, mean, value=-(1.0 + _SUMS_UP_TO**-2)).aminmax()
+    return float(least) >= 0.0 and float(largest) < math.inf
 
 
 def move(

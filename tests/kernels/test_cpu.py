@@ -11,8 +11,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from syncbn import SyncBatchNorm
-from syncbn.kernels import cpu, operators, reference
+from syncbn.kernels import cpu, cpu_step, operators, reference
 from syncbn.kernels.cpu_blocks import pair_sums
+from syncbn.kernels.step import Statistics
 from tests.counting import collectives
 from tests.reference import PLAIN
 
@@ -168,6 +169,20 @@ def test_what_is_not_finite_stays_in_its_channel(value):
     output = SyncBatchNorm(3)(input)
     assert output[:, 1].isnan().any()
     assert output[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1e20), (1.0, 1e30), (1e8, 1e12)])
+def test_values_with_squares_beyond_float32_have_statistics_and_an_output(mean, std, layout):
+    input, _ = make((4, 3, 8, 8), [mean], std, torch.float32, layout)
+    input[:, 0] /= std  # one channel of usual size
+    buffers = [torch.zeros(3), torch.ones(3), torch.tensor(0)]
+    mean, invstd, _ = cpu.finish(cpu.moments(input), *buffers, 0.1, 1e-5, torch.float32)
+    output = cpu.normalize(input, mean, invstd, None, None)
+    expected = nn.functional.batch_norm(input.double(), None, None, training=True, eps=1e-5)
+    assert (output - expected).abs().max() < 1e-5
+    small = cpu_step.forward(input, None, None, None, None, Statistics(None, None, None, 0.1, 1e-5))
+    torch.testing.assert_close(small[0], output, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 32])

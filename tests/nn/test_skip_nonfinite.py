@@ -79,6 +79,9 @@ def test_a_variance_that_the_type_of_the_statistics_cannot_hold_is_not_finite():
     layer = SyncBatchNorm(3, skip_nonfinite=True).double()
     layer(spoiled(1e25).double())
     assert layer.num_batches_tracked == 1
+    skipping, other = (SyncBatchNorm(3, skip_nonfinite=skip)(spoiled(1e25)) for skip in (True, False))
+    assert other.isfinite().all()
+    assert torch.equal(skipping, other)
 
 
 def test_residuals_and_gradients_are_those_of_a_layer_without_it():
