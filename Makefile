@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread per rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
+# Tests start hundreds of processes, each of which would compile the 260 modules of this project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # `make train duration=1ep` would set a variable that nobody reads. (A blank in the value of another is escaped.)
 UNREAD = $(filter-out PYTHON=% NPROC=% JOBS=% ARGS=% OMP_NUM_THREADS=%,$(subst \ ,_,$(MAKEOVERRIDES)))

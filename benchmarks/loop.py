@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 2 benchmarks/loop.py [--rounds 20] [--overrides data=fashion_mnist ...] [--json FILE]
 torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.fuse=true bn.fuse=false [--overrides ...] [--json FILE]
+torchrun --nproc-per-node 2 benchmarks/loop.py --compare bn.sync=true bn.sync=false --collectives
 
 The bare loop has the same model, data, augmentation, DDP, optimizer and schedule, and nothing else: no check whether
 the loss is finite, no totals over ranks, no logging. All loops run in the same processes and take turns of 50 steps, in
@@ -11,7 +12,9 @@ loop of the same round: the median, with the quartiles in brackets. "Bare again"
 noise.
 
 With --compare, the trainer runs in the same way with the first setting and, twice, with the second one; printed are
-ratios of samples per second to the second. A setting may be several overrides in quotes, or "" for none.
+ratios of samples per second to the second. A setting may be several overrides in quotes, or "" for none. With
+--collectives there is a third: the second setting, and beside each batch normalization the collectives of a
+synchronized one, with the sizes that those have, of numbers that nobody needs.
 """
 
 from __future__ import annotations
@@ -36,8 +39,11 @@ import torch
 import torch.distributed as dist
 import wandb
 from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from syncbn import SyncBatchNorm
+from syncbn.nn.collectives import sum_over_ranks
 from syncbn.torch_compat import ddp_without_buffer_sync
 from syncbn.training.config.parsing import parse
 from syncbn.training.config.schema import Config
@@ -55,6 +61,7 @@ from syncbn.training.trainer.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 TURN = 50  # steps, the default of log_every: each turn of a trainer logs once
 WARM_UP = TURN // 2  # steps before the first turn, so that the logging step is in the middle of each turn
+COLLECTIVES = " and the bare collectives"  # ends the name of a loop that has them
 # The trainers to measure without --compare: overrides by name.
 LOGGING = {
     "trainer": [],
@@ -66,8 +73,9 @@ LOGGING = {
 class Loop(threading.Thread):
     """A thread with a training loop that runs one turn at a time, while the other loops wait."""
 
-    def __init__(self, train: Callable[[Loop], None]) -> None:
+    def __init__(self, train: Callable[[Loop], None], with_collectives: bool = False) -> None:
         super().__init__(daemon=True)
+        self.with_collectives = with_collectives
         self.seconds: list[float] = []  # durations of its turns
         self._train = train
         self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
@@ -139,6 +147,22 @@ def trainer_loop(_: Loop, config: Config, context: RankContext, directory: Path)
         train.train(config, directory, context, [], tracking)
 
 
+def add_collectives(model: nn.Module) -> None:
+    """Lets each batch normalization sum packed moments in its forward, and packed gradients in its backward pass."""
+    group = dist.group.WORLD
+    assert group is not None
+
+    def after_forward(layer: nn.Module, _: object, output: Tensor) -> None:
+        num_channels = output.size(1)
+        sum_over_ranks(torch.zeros(4 * num_channels + 1, dtype=torch.float64), group)
+        if output.requires_grad:
+            output.register_hook(lambda _: sum_over_ranks(torch.zeros(2 * num_channels, dtype=torch.float64), group))
+
+    for layer in model.modules():
+        if isinstance(layer, (SyncBatchNorm, nn.BatchNorm2d)):
+            layer.register_forward_hook(after_forward)
+
+
 def trainers_in_threads() -> ExitStack:
     """Patches that let several trainers run, each in the thread of a `Loop`.
 
@@ -150,6 +174,8 @@ def trainers_in_threads() -> ExitStack:
     def in_turn(trainer: Trainer, step: int) -> None:
         loop = threading.current_thread()
         assert isinstance(loop, Loop)
+        if step == 0 and loop.with_collectives:
+            add_collectives(trainer.model)
         loop.at_step(step)
         train_step(trainer, step)
 
@@ -166,9 +192,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overrides", nargs="*", default=[])
     parser.add_argument("--compare", nargs=2, metavar="SETTING")
+    parser.add_argument("--collectives", action="store_true", help="with --compare, see above")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.collectives and arguments.compare is None:
+        parser.error("--collectives: goes with --compare")
     if arguments.rounds < 2:
         parser.error("--rounds: at least 2, for quartiles")
     torch.set_num_threads(1)
@@ -180,7 +209,7 @@ def main() -> None:
     num_steps = WARM_UP + TURN * arguments.rounds + 1
     plain = configure(arguments.overrides, num_steps)
 
-    trained = LOGGING if arguments.compare is None else settings(*arguments.compare)
+    trained = LOGGING if arguments.compare is None else settings(*arguments.compare, arguments.collectives)
     loops: dict[str, Loop] = {}
     with trainers_in_threads():
         if arguments.compare is None:
@@ -189,7 +218,8 @@ def main() -> None:
         for number, (name, overrides) in enumerate(trained.items()):
             config = configure([*arguments.overrides, *overrides], num_steps)
             loops[name] = Loop(
-                partial(trainer_loop, config=config, context=context, directory=Path(scratch[0], str(number)))
+                partial(trainer_loop, config=config, context=context, directory=Path(scratch[0], str(number))),
+                with_collectives=name.endswith(COLLECTIVES),
             )
         order = list(loops.values())
         for round_ in range(1 + arguments.rounds + 1):  # first the warm-up, and last the rest of each loop
@@ -199,15 +229,16 @@ def main() -> None:
                 loop.take_turn()
     if context.is_first:
         seconds = {name: loop.seconds for name, loop in loops.items()}
-        report(seconds, "bare" if arguments.compare is None else list(trained)[-2], plain, arguments.json)
+        report(seconds, "bare" if arguments.compare is None else list(trained)[1], plain, arguments.json)
     gc.collect()
     dist.destroy_process_group()
 
 
-def settings(first: str, second: str) -> dict[str, list[str]]:
-    """Overrides by name: of the first setting, of the second, and of the second again."""
+def settings(first: str, second: str, with_collectives: bool) -> dict[str, list[str]]:
+    """Overrides by name: of the first setting, of the second, of the second again, and of it with collectives."""
     names = [first or "as it is", second or "as it is"]
-    return {names[0]: shlex.split(first), names[1]: shlex.split(second), f"{names[1]} again": shlex.split(second)}
+    again = [f"{names[1]} again", *([f"{names[1]}{COLLECTIVES}"] if with_collectives else [])]
+    return {names[0]: shlex.split(first), names[1]: shlex.split(second), **dict.fromkeys(again, shlex.split(second))}
 
 
 def report(seconds: dict[str, list[float]], baseline: str, config: Config, path: Path | None) -> None:

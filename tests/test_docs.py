@@ -138,8 +138,10 @@ _FILES = re.compile(r".*\.(pt2|onnx|safetensors|yaml|jsonl?|lock)")
 
 
 def is_key(key):
-    """Whether there is such a key: `bn.sync`, `eval.*`, `init.<subnet>.path`."""
+    """Whether there is such a key: `bn.sync`, `eval.*`, `init.<subnet>.path`, `init.<subnet>`."""
     root, _, rest = key.partition(".")
+    if root in _NAMED and re.fullmatch(r"\w+|<\w+>", rest):
+        return True
     if root in _NAMED and rest.count(".") == 1:
         return rest.partition(".")[2] in {"*", *(field.name for field in fields(_NAMED[root]))}
     if found := re.fullmatch(r"optimizer\.groups\.[^.]+\.(\w+)", key):

@@ -138,8 +138,8 @@ def test_statistics_are_of_the_pixels_that_a_run_sees_also_of_files_that_it_read
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.jpg")
     rows = Decoded(Files([str(tmp_path / "noise.jpg")]), Preparation((8, 8), 3, decode="reduced"))
-    moments = RowsPart("train", rows, None, None).look(0).moments
-    assert moments.sums == rows[torch.tensor([0])].long().sum((0, 2, 3)).tolist()
+    found = RowsPart("train", rows, None, None).look(0).pixel_sums
+    assert found.sums == rows[torch.tensor([0])].long().sum((0, 2, 3)).tolist()
 
 
 @pytest.mark.parametrize("data", ["synthetic", "shapes"])
