@@ -47,8 +47,12 @@ def test_nothing_of_one_program_is_left_for_the_next(run_script):
     )
 
 
-def test_nothing_of_this_project_is_imported_beforehand(run_script):
-    assert run_script("import sys; print([name for name in sys.modules if name.startswith('syncbn')])").stdout == "[]\n"
+def test_what_an_environment_says_at_import_may_not_differ(run_script):
+    script = "from syncbn.nn import rank_checks"
+    assert run_script(script).returncode == 0
+    done = run_script(script, SYNCBN_DEBUG="yes")
+    assert done.returncode == 1
+    assert "start this program cold" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

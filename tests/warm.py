@@ -1,7 +1,7 @@
 """Programs in an interpreter that has its imports behind it: `run_warm([script, *arguments], ...)`, `warm_ranks()`.
 
 Starting Python and importing torch, Hydra and torchmetrics takes seconds, and many tests start `train.py` as a user
-does, with one process or several. So one server imports what others wrote (nothing of this project), and forks for each
+does, with one process or several. So one server imports these and the modules of this project, and forks for each
 program: the fork has the working directory, environment, arguments and output of its own, runs the script as
 `__main__`, and ends. What differs from a fresh `python script.py` is that imports are quick.
 
@@ -27,6 +27,11 @@ SERVER_IMPORTS = ("hydra", "omegaconf", "yaml", "rich.console", "rich.progress",
                   "sklearn.datasets", "sklearn.model_selection", "PIL.Image", "safetensors.torch",
                   "bokeh.plotting", "hydra.core.override_parser.overrides_parser",
                   "hydra.experimental.callback")  # fmt: skip
+# Of this project: they import all that a task of train.py needs.
+_OWN_IMPORTS = ("syncbn.training.tasks.run", "syncbn.training.tasks.train", "syncbn.training.launch.announce",
+                "syncbn.training.launch.preflight", "syncbn.report.write", "syncbn.report.page",
+                "syncbn.report.gallery")  # fmt: skip
+_READ_AT_IMPORT = ("SYNCBN_DEBUG",)  # variables that decide what an import does
 GC_THRESHOLD = 50_000, 20, 50  # objects made, then passes, before cyclic garbage is looked for; usually 700, 10, 10
 _LARGEST = 2**20  # bytes of a request
 
@@ -87,6 +92,11 @@ def _serve(address: str) -> None:
     composing = importlib.import_module("composing")  # beside this file
     composing.remember_files()
     composing.read_ahead()
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(0, root)
+    for name in _OWN_IMPORTS:
+        importlib.import_module(name)
+    sys.path.remove(root)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)
     listener = socket.socket(socket.AF_UNIX)
@@ -138,6 +148,8 @@ def _become(request: dict, outputs: list[int]) -> None:
     import runpy
     import traceback
 
+    at_import = [os.environ.get(name) for name in _READ_AT_IMPORT]
+
     code: object = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -148,6 +160,8 @@ def _become(request: dict, outputs: list[int]) -> None:
         os.environ.clear()
         os.environ.update(request["environment"])
         sys.argv = list(request["command"])
+        if [os.environ.get(name) for name in _READ_AT_IMPORT] != at_import:
+            sys.exit(f"warm.py: {_READ_AT_IMPORT} are read when this project is imported; start this program cold")
         if sys.argv[0] == "torchrun":
             from torch.distributed.run import main
 
