@@ -112,7 +112,7 @@ def check_a_rank_that_does_not_come(debug):
     return str(error.value)
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come_fails_the_others_within_the_group_s_timeout_with_the_layer_s_name(ranks, debug):
     message = ranks(2, check_a_rank_that_does_not_come, debug)[0]
     assert "the forward pass of stem.1" in message

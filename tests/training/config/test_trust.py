@@ -156,7 +156,7 @@ def test_an_interpolation_in_a_checkpoint_is_not_resolved(job, manipulated, monk
     job("task=eval", f"load={run}", "best=loss", "run=other", "tracker=none")  # the command's own
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_shipped_run_is_evaluated_and_goes_on_without_a_word(job, trained, tmp_path, num_ranks):
     shutil.copytree(trained, tmp_path / "outputs/first")
     job("task=eval", "load=outputs/first", "run=second", num_ranks=num_ranks)

@@ -152,7 +152,7 @@ def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_worker_that_dies_is_an_error_that_says_what_may_help(workers):
     data = load("data=synthetic", "data.num_samples=30")
     sampler = Sampler(len(data.train), 5, 1, 0, 0, 1)

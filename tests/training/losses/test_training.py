@@ -68,7 +68,8 @@ CASES = {
 }
 
 
-SLOW = ("balanced", "mse")  # the one is in the tests of world sizes and of resumes, the other adds up as bce does
+# The first is in the tests of world sizes and of resumes, the others add up as bce does.
+SLOW = ("balanced", "ce_dice", "mse")
 
 
 @pytest.mark.parametrize(

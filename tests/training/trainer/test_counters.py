@@ -31,7 +31,8 @@ def test_by_minutes_since_the_last_one(monkeypatch):
     assert answers == [False, True, False, True, False, True]
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_job_saves_by_the_minute_where_its_ranks_have_clocks_of_their_own(job, num_ranks):
     often = job(*SMALL, "duration=6", "save.every=0.00001min", "save.keep=99", "run=often", num_ranks=num_ranks)
     assert len(list(often.glob("checkpoints/step_*.pt"))) == 6

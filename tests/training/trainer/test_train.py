@@ -192,6 +192,7 @@ def test_every_step_of_the_trajectory_is_the_same_at_any_world_size(job, tmp_pat
             assert (value - models[0][key]).abs().max() < 1e-9, key
 
 
+@pytest.mark.slow  # the trajectory is the same in float64, step by step
 def test_a_float32_step_has_the_same_gradients_and_statistics_at_any_world_size(job, tmp_path):
     # After one step the momentum buffer of SGD is the gradient plus weight_decay times the (equal) initial weights.
     overrides = [*INVARIANCE, "duration=1"]
