@@ -35,19 +35,28 @@ def pack_sums(input: Tensor, sums: Tensor) -> Tensor:
         ill = (mean.square() * (1.0 + _SUMS_UP_TO**-2) > mean_square) | (mean_square == math.inf)
         if ill.any():
             parts = packed[1:].view(4, num_channels)
-            parts[:, ill] = _around_pivot(input, mean, mean_square, ill)[1:].view(4, -1)
+            parts[:, ill] = _around_pivot(input, mean, mean_square, ill)
     return packed
 
 
 def _around_pivot(input: Tensor, mean: Tensor, mean_square: Tensor, ill: Tensor) -> Tensor:
-    """The packed moments of the `ill` channels, summed around a pivot, or in float64 where float32 does not do."""
+    """The packed sums of the `ill` channels, (4, their number), around a pivot; float64 where float32 does not do."""
     part, pivot = (input, mean) if ill.all() else (input[:, ill], mean[ill])
     if ((mean.square() * (1.0 + _PIVOT_UP_TO**-2) > mean_square) | (mean_square == math.inf)).any():
-        return reference.moments(part)
+        return reference.moments(part)[1:].view(4, -1)
     pivot = pivot.to(reference.compute_dtype(input.dtype))
     centred = part.to(pivot.dtype) - reference.per_channel(pivot, part)
     count = input.numel() // input.size(1)
-    return pack(count, pivot.to(torch.float64), *pair_sums(centred, centred, None))
+    first, second = pair_sums(centred, centred, None)
+    if pivot.dtype == torch.float64:
+        return pack(count, pivot, first, second)[1:].view(4, -1)
+    # Here r is at most _PIVOT_UP_TO on every rank, hence for all ranks together, and sums in float64 give the variance
+    # with an error of 1e-12. That is nothing beside the 1e-7 that `first` and `second` have from float32, so what
+    # float64 rounds off is not kept (as `pack` does, with some sixty operators).
+    wide = pivot.to(torch.float64)
+    total = torch.add(first, wide, alpha=count)
+    low = torch.zeros_like(total)
+    return torch.stack([total, low, torch.addcmul(second, wide, first + total), low])
 
 
 def are_near(mean: Tensor, mean_square: Tensor) -> bool:

@@ -275,6 +275,14 @@ def test_a_small_step_is_not_many_operators():
         assert sum(count for name, count in counts.items() if name.startswith("aten::")) < 330
 
 
+def test_sums_around_a_pivot_are_not_many_operators():
+    def number_of(mean):
+        counts, _ = operators_of(lambda: cpu.moments(torch.randn(8, 16, 8, 8) + mean))
+        return sum(count for name, count in counts.items() if name.startswith("aten::"))
+
+    assert number_of(2.0) - number_of(0.0) < 100  # layers behind a ReLU have such means
+
+
 def check_collectives():
     layer = SyncBatchNorm(8)
     with collectives() as sent:
