@@ -57,6 +57,8 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     After an exception in the context it is removed, and `path` is unchanged. One process at a time may do this.
     """
     temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
+    if old.exists() and not path.exists():  # a process was killed between the two renames below
+        old.rename(path)
     for rest in (temporary, old):  # of a process that was killed
         shutil.rmtree(rest, ignore_errors=True)
     temporary.mkdir()
@@ -64,7 +66,12 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         yield temporary
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)
