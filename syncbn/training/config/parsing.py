@@ -18,26 +18,17 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, Vali
 
 from syncbn.training.config.data import OpenData
 from syncbn.training.config.errors import ConfigError, parse_duration, require, require_choice
-from syncbn.training.config.model import BnConfig, FreezeRuleConfig, InitConfig, from_data
+from syncbn.training.config.model import FreezeRuleConfig, InitConfig, from_data
 from syncbn.training.config.optim import CustomOptimizer, GroupConfig, OptimizerConfig
 from syncbn.training.config.output import OF_COMMAND
-from syncbn.training.config.run import (
-    AuditConfig,
-    EvalConfig,
-    ExportConfig,
-    ParityConfig,
-    PredictConfig,
-    RecalibrateConfig,
-    SaveConfig,
-    TrackerConfig,
-)
 from syncbn.training.config.schema import SCHEMAS, Config
 from syncbn.training.config.wrong_type import wrong_type
 
 OPEN_GROUPS = ("model", "data", "loss", "optimizer")
-_NODES = (SaveConfig, BnConfig, AuditConfig, TrackerConfig, EvalConfig, RecalibrateConfig, ExportConfig,
-          ParityConfig, PredictConfig)  # fmt: skip
-NESTED: dict[str, type] = {kind.__name__: kind for kind in _NODES}
+# Nested nodes of the configuration by the names of their classes, as the fields' types are spelled.
+NESTED = {
+    kind.__name__: kind for kind in get_type_hints(Config).values() if isinstance(kind, type) and is_dataclass(kind)
+}
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
@@ -165,10 +156,9 @@ def _typed(schema: type[Schema], node: Any, prefix: str) -> Schema:
 
 
 @cache
-def _defaults(schema: type) -> DictConfig:
+def _defaults(schema: type) -> Any:
     """The schema as OmegaConf checks it; a merge copies it."""
-    node: DictConfig = OmegaConf.structured(_without_unions(schema))
-    return node
+    return OmegaConf.structured(_without_unions(schema))
 
 
 @cache

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from syncbn.training.config.errors import parse_duration as parse_duration
-from syncbn.training.config.errors import require as require
-from syncbn.training.config.errors import require_choice as require_choice
-from syncbn.training.config.errors import require_seconds as require_seconds
+from syncbn.training.config.errors import parse_duration, require, require_choice, require_seconds
 
 
 @dataclass
